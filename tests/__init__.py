@@ -1,0 +1,1 @@
+"""Tests of deltatune; the folders mirror the package."""
