@@ -1,0 +1,217 @@
+"""How output and input patches run: a chain of steps around one module's forward.
+
+With steps 1..n on a module f, step k turns the map g_{k-1} into g_k and g_0 = f, so the last step is the outermost:
+an input patch of step k edits what steps 1..k-1 and f see, an output patch of step k sees the input of step k.
+
+    one delta            g_k(x) = F_k(g_{k-1}, x)
+    parallel, weighted   g_k(x) = y + sum_i w_i (F_i(g_{k-1}, x) - y),   y = g_{k-1}(x)
+    gated                the same with w = sigmoid(y U + c), one weight per member and token
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.injection.slot import Act, Member, Term, first_input, replace_input
+from deltatune.methods.kinds import InputPatch, OutputPatch
+from deltatune.structure.site import Rows
+
+Inner = Callable[[Tensor], Tensor]
+
+
+class Gate(nn.Module):
+    """w = sigmoid(y U + c): how much of each member acts, per token; starts at one half.
+
+    Args:
+        width: width of y.
+        members: number of members.
+    """
+
+    def __init__(self, width: int, members: int, device: torch.device) -> None:
+        super().__init__()
+        self.U = nn.Parameter(torch.zeros(width, members, device=device))
+        self.c = nn.Parameter(torch.zeros(members, device=device))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Weights (..., members) for y (..., width)."""
+        return torch.sigmoid(y @ self.U.to(y.dtype) + self.c.to(y.dtype))
+
+
+@dataclass(frozen=True)
+class Single:
+    """A step that is one delta's patches on the module, chained."""
+
+    members: tuple[Member, ...]
+
+    def edit(self, x: Tensor) -> Tensor:
+        """What the inner steps see."""
+        for member in reversed(self.members):
+            if isinstance(member.patch, InputPatch):
+                x = member.patch(x)
+        return x
+
+    def apply(self, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        """g_k(x), given y = g_{k-1} of the edited x."""
+        for member in self.members:
+            if isinstance(member.patch, OutputPatch):
+                y = run_output(member, x, y)
+        return y
+
+
+@dataclass(frozen=True)
+class Group:
+    """A step in which several deltas act side by side."""
+
+    members: tuple[tuple[Member, ...], ...]
+    weights: tuple[float, ...]
+    gate: Gate | None
+
+    def edit(self, x: Tensor) -> Tensor:
+        """Side by side, every member sees the same input, so the inner steps see it unedited."""
+        return x
+
+    def apply(self, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        """y + sum_i w_i (F_i(x) - y)."""
+        gates = self.gate(y) if self.gate is not None else None  # (..., members)
+        total = y
+        for i, members in enumerate(self.members):
+            step = Single(members)
+            edits_input = any(isinstance(member.patch, InputPatch) for member in members)
+            start = inner(step.edit(x)) if edits_input else y
+            change = step.apply(x, start, inner) - y
+            total = total + change * (gates[..., i : i + 1] if gates is not None else self.weights[i])
+        return total
+
+
+Step = Single | Group
+
+
+class OutputAct(Act):
+    """Runs the output and input patches of one module."""
+
+    listens = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.steps: tuple[Step, ...] = ()
+        self._edits_input = False
+        self._reads_input = False
+        self._seen: dict[int, list[Tensor]] = {}
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+        """Order the steps; members of merged or disabled deltas are in no term."""
+        steps = [step for term in terms if (step := self._step(term, gates)) is not None]
+        self.steps = tuple(steps)
+        acting = [member for step in steps for member in _flat(step)]
+        self._edits_input = any(isinstance(member.patch, InputPatch) for member in acting)
+        self._reads_input = any(isinstance(member.patch, OutputPatch) for member in acting) or any(isinstance(step, Group) for step in steps)
+
+    def _step(self, term: Term, gates: nn.ModuleDict) -> Step | None:
+        present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
+        if not present:
+            return None
+        groups = tuple(tuple(self.members[name]) for name, _ in present)
+        if term.how == "sequential":
+            return Single(tuple(member for group in groups for member in group))
+        gate = gates[term.gate] if term.gate is not None and term.gate in gates else None
+        return Group(groups, tuple(weight for _, weight in present), gate)  # type: ignore[arg-type]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""
+        if not self._edits_input:
+            return args, kwargs
+        x = first_input(args, kwargs)
+        seen = []
+        for step in reversed(self.steps):
+            seen.append(x)
+            x = step.edit(x)
+        if self._reads_input:
+            self._seen[_thread()] = seen[::-1]
+        return replace_input(args, kwargs, x)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Edit the output, innermost step first."""
+        seen = self._seen.pop(_thread(), None) if self._edits_input else None
+        if output is None or not self._reads_input:
+            return output
+        if seen is None:
+            seen = [first_input(args, kwargs)] * len(self.steps)
+        y = first_output(output)
+        for k, step in enumerate(self.steps):
+            y = step.apply(seen[k], y, lambda x, k=k: self._inner(module, args, kwargs, k, x))  # type: ignore[misc]
+        return replace_output(output, y)
+
+    def _inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, x: Tensor) -> Tensor:
+        """g_k(x): the module with its first k steps, run again without its hooks."""
+        seen = []
+        for step in reversed(self.steps[:k]):
+            seen.append(x)
+            x = step.edit(x)
+        args, kwargs = replace_input(args, kwargs, x)
+        y = first_output(module.forward(*args, **kwargs))
+        for j, step in enumerate(self.steps[:k]):
+            y = step.apply(seen[k - 1 - j], y, lambda x, j=j: self._inner(module, args, kwargs, j, x))  # type: ignore[misc]
+        return y
+
+
+def run_output(member: Member, x: Tensor, y: Tensor) -> Tensor:
+    """One output patch on its rows, with the channels of a convolution moved last."""
+    axis = member.site.channel_axis
+    if axis != -1:
+        y = y.movedim(axis, -1)
+    rows = member.site.rows
+    if rows is None:
+        y = member.patch(x, y)
+    else:
+        y = put_rows(y, rows, member.patch(x, take_rows(y, rows)))
+    return y if axis == -1 else y.movedim(-1, axis)
+
+
+def take_rows(y: Tensor, rows: Rows, axis: int = -1) -> Tensor:
+    """The part of y that belongs to one role of a fused projection."""
+    if isinstance(rows, slice):
+        return y.narrow(axis, rows.start, rows.stop - rows.start)
+    return y.index_select(axis, rows.to(y.device))
+
+
+def put_rows(y: Tensor, rows: Rows, part: Tensor, axis: int = -1) -> Tensor:
+    """y with that part replaced, differentiable in both."""
+    if isinstance(rows, slice):
+        return torch.slice_scatter(y, part, axis, rows.start, rows.stop)
+    return y.index_copy(axis, rows.to(y.device), part)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tensor a module returns, or the first of its tuple."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0]  # type: ignore[no-any-return]
+
+
+def replace_output(output: Any, y: Tensor) -> Any:
+    """The same output with its first tensor replaced."""
+    if isinstance(output, Tensor):
+        return y
+    if isinstance(output, tuple):
+        rest = (y, *output[1:])
+        return rest if type(output) is tuple else type(output)(*rest)
+    if isinstance(output, list):
+        return [y, *output[1:]]
+    new = dict(output)  # transformers' ModelOutput
+    new[next(iter(new))] = y
+    return type(output)(**new)
+
+
+def _flat(step: Step) -> tuple[Member, ...]:
+    return step.members if isinstance(step, Single) else tuple(member for group in step.members for member in group)
+
+
+def _thread() -> int:
+    """Key of what one forward has in flight. Compiled code is single: Dynamo cannot ask for the thread."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,158 @@
+"""How selection patches act: the backbone's own Parameter trains in place.
+
+    theta = theta_0 + sum_i w_i (theta_i - theta_0)
+
+over the active deltas i that select the parameter. The object stays the same, so optimizers, tied weights and FSDP see
+nothing new. theta_0 is kept as a plain tensor that follows the slot through ``to``. One selection per parameter is
+*live*, the last active one: it trains, the others stay constant differences. A delta that is alone gets back its
+exact bits, and so does the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import Unsupported
+from deltatune.injection.slot import Act, Member, Term
+from deltatune.methods.kinds import SelectionPatch
+
+
+class Choice:
+    """The deltas that select one parameter.
+
+    Attributes:
+        original: theta_0.
+        values: theta_i of every delta that is not live; of the live one it is read off the Parameter.
+        active: the active deltas with their weights, in order; the last one is live.
+    """
+
+    def __init__(self, theta: nn.Parameter) -> None:
+        self.original = theta.detach().clone()
+        self.values: dict[str, Tensor] = {}
+        self.active: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def live(self) -> str | None:
+        """The delta that trains."""
+        return self.active[-1][0] if self.active else None
+
+    def value(self, delta: str, theta: Tensor) -> Tensor:
+        """theta_i as it stands now."""
+        if delta != self.live:
+            return self.values[delta]
+        if self.active == ((delta, 1.0),):
+            return theta.detach()
+        weight = self.active[-1][1]
+        if weight == 0:
+            return self.original
+        others = self._sum(self.active[:-1])
+        return self.original + (theta.detach() - others) / weight
+
+    def assign(self, delta: str, value: Tensor, theta: Tensor) -> None:
+        """Set theta_i, and the Parameter with it if the delta is active."""
+        active, self.active = self.active, ()
+        if active:
+            self.values[active[-1][0]] = self.value_after(active, theta)
+        self.values[delta] = value.detach().clone().to(self.original)
+        self.arrange(active, theta)
+
+    def value_after(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> Tensor:
+        """theta_i of the delta that was live under ``active``."""
+        self.active = active
+        value = self.value(active[-1][0], theta).clone()
+        self.active = ()
+        return value
+
+    def arrange(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
+        """Make exactly these deltas act."""
+        if active == self.active:
+            return
+        with torch.no_grad():
+            if self.active:
+                live = self.active[-1][0]
+                self.values[live] = self.value_after(self.active, theta)
+            theta.copy_(self._sum(active))
+        self.active = active
+        if active:
+            self.values.pop(active[-1][0], None)
+
+    def _sum(self, active: tuple[tuple[str, float], ...]) -> Tensor:
+        if len(active) == 1 and active[0][1] == 1.0:
+            return self.values[active[0][0]]
+        theta = self.original.clone()
+        for delta, weight in active:
+            theta += weight * (self.values[delta] - self.original)
+        return theta
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Follow ``nn.Module._apply``."""
+        self.original = function(self.original)
+        self.values = {delta: function(value) for delta, value in self.values.items()}
+
+
+class SelectionAct(Act):
+    """The selected parameters at or below one module; nothing runs in the forward."""
+
+    listens = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.choices: dict[str, Choice] = {}
+
+    def add(self, module: nn.Module, member: Member) -> None:
+        """Keep theta_0 at the first selection of a parameter."""
+        name = selected(member)
+        theta = module.get_parameter(name)
+        if theta.is_meta or not theta.is_floating_point():
+            raise Unsupported(
+                f"`{member.site.path}` cannot train in place: its `{name}` is {'offloaded' if theta.is_meta else theta.dtype}. "
+                "Load the backbone in memory and unquantised, or use an output-kind method such as LoRA."
+            )
+        super().add(module, member)
+        choice = self.choices.setdefault(name, Choice(theta))
+        choice.values[member.delta] = choice.original.clone()
+
+    def remove(self, module: nn.Module, delta: str) -> None:
+        """Give the parameter back; the delta is inactive by now."""
+        for member in self.members.get(delta, ()):
+            choice = self.choices[selected(member)]
+            choice.values.pop(delta, None)
+            if not choice.values and not choice.active:
+                del self.choices[selected(member)]
+        super().remove(module, delta)
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+        """Write the sum over the active deltas into each parameter."""
+        for name, choice in self.choices.items():
+            active = []
+            for term in terms:
+                if term.how == "gated" and any(delta in self.members for delta in term.members):
+                    raise Unsupported("A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
+                for delta, weight in zip(term.members, term.weights, strict=True):
+                    if any(selected(member) == name for member in self.members.get(delta, ())):
+                        active.append((delta, weight))
+            choice.arrange(tuple(active), module.get_parameter(name))
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Nothing to do: the Parameter holds the value."""
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Nothing to do."""
+        return output
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Move what is kept beside the Parameters."""
+        for choice in self.choices.values():
+            choice.apply(function)
+
+
+def selected(member: Member) -> str:
+    """Path, below the host, of the parameter that a selection member trains."""
+    patch = member.patch
+    assert isinstance(patch, SelectionPatch)
+    return patch.parameter

@@ -1,0 +1,232 @@
+"""The slot: the one object on a site that holds its patches and runs them.
+
+A slot is a child module of its site, named ``deltatune``. Its hooks are its own bound methods, so a deep copy or a
+pickle of the backbone carries them; they are registered when the site gets its first patch and removed with its last.
+Everything between (enable, disable, switch, merge, compose, route) only changes the state of the slot's *acts*, one
+per way of acting, because ``torch.compile`` ignores hooks added after its first call.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltatune.errors import InvalidValue
+from deltatune.methods.kinds import Patch
+from deltatune.structure.site import Site
+
+How = Literal["sequential", "parallel", "weighted", "gated"]
+CHILD = "deltatune"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One entry of the backbone's active list: a delta alone, or a composition of several.
+
+    Attributes:
+        how: ``sequential`` chains the members; the others add what each changes, times its weight.
+        members: names of deltas, in order.
+        weights: one per member.
+        gate: name of the composition that learns the weights; None unless ``gated``.
+    """
+
+    how: How
+    members: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    gate: str | None = None
+
+
+@dataclass
+class Member:
+    """One patch of one delta on the slot's module."""
+
+    delta: str
+    site: Site
+    patch: Patch
+
+
+class Act(ABC):
+    """One way of acting on one module: the members of that kind, and how they run in its forward.
+
+    Class attributes:
+        listens: it runs in the module's forward, so the slot needs its hooks.
+    """
+
+    listens: ClassVar[bool]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.members: dict[str, list[Member]] = {}
+
+    def add(self, module: nn.Module, member: Member) -> None:
+        """Take in a patch; it acts once ``arrange`` names its delta."""
+        self.members.setdefault(member.delta, []).append(member)
+
+    def remove(self, module: nn.Module, delta: str) -> None:
+        """Forget the patches of one delta."""
+        self.members.pop(delta, None)
+
+    @abstractmethod
+    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+        """Set what acts from now on, and in which order."""
+
+    @abstractmethod
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run ahead of the module's forward."""
+
+    @abstractmethod
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Run behind it; ``output`` is None when the forward raised."""
+
+    def apply(self, function: Any) -> None:  # noqa: B027 - only acts with tensors outside the module tree have work here
+        """Move the tensors that are neither parameters nor buffers, as ``nn.Module._apply`` moves those."""
+
+
+@dataclass
+class Fired:
+    """Whether the host of a slot has run since its last patch came; see ``injection.ledger``."""
+
+    ever: bool = field(default=False)
+
+
+class Slot(nn.Module):
+    """Holds and runs the patches of one module.
+
+    Attributes:
+        patches: every patch, under ``<delta>`` or ``<delta>/<leaf>`` where a fused projection has several.
+        gates: the learned weights of gated compositions, under the composition's name.
+        acts: one act per way of acting in use, in the order they run before the forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.ModuleDict()
+        self.gates = nn.ModuleDict()
+        self.acts: dict[str, Act] = {}
+        self.fired = Fired()
+        self._handles: list[RemovableHandle] = []
+
+    def forward(self, x: Any) -> Any:
+        """Identity: a container that walks its children passes through."""
+        return x
+
+    @property
+    def deltas(self) -> tuple[str, ...]:
+        """Names of the deltas with patches here."""
+        return tuple(dict.fromkeys(member.delta for act in self.acts.values() for group in act.members.values() for member in group))
+
+    def listen(self, module: nn.Module) -> None:
+        """Register the hooks on the module this slot belongs to, once an act runs in its forward."""
+        if self._handles or not any(act.listens for act in self.acts.values()):
+            return
+        self._handles = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+        forget_compiled()
+
+    def unlisten(self) -> None:
+        """Take the hooks back."""
+        if self._handles:
+            forget_compiled()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook: every act ahead of the module's forward."""
+        if not torch.compiler.is_compiling():
+            self.fired.ever = True
+        for act in self.acts.values():
+            args, kwargs = act.before(module, args, kwargs)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Post-hook: the acts in reverse order; each one cleans up even where the forward, or another act, raised."""
+        return _unwind(list(self.acts.values()), module, args, kwargs, output)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+        super()._apply(fn, recurse)
+        for act in self.acts.values():
+            act.apply(fn)
+        return self
+
+
+def _unwind(acts: list[Act], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not acts:
+        return output
+    try:
+        output = acts[-1].after(module, args, kwargs, output)
+    except BaseException:
+        _unwind(acts[:-1], module, args, kwargs, None)
+        raise
+    return _unwind(acts[:-1], module, args, kwargs, output)
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The module's slot, or None. The root's slot lives inside its ledger."""
+    child = module._modules.get(CHILD)
+    if isinstance(child, Slot):
+        return child
+    inner = child._modules.get("slot") if child is not None else None
+    return inner if isinstance(inner, Slot) else None
+
+
+def open_slot(module: nn.Module) -> Slot:
+    """The module's slot, made if it had none.
+
+    Raises:
+        InvalidValue: the module has a child of its own called ``deltatune``.
+    """
+    slot = slot_of(module)
+    if slot is not None:
+        return slot
+    slot = Slot()
+    slot.train(module.training)
+    child = module._modules.get(CHILD)
+    if child is None:
+        module.add_module(CHILD, slot)
+    elif hasattr(child, "slot"):
+        child.add_module("slot", slot)
+    else:
+        raise InvalidValue(f"{type(module).__name__} has a child called `{CHILD}` that is not ours ({type(child).__name__}). Rename it before attaching.")
+    return slot
+
+
+def close_slot(module: nn.Module) -> None:
+    """Remove the module's slot, hooks and all."""
+    slot = slot_of(module)
+    if slot is None:
+        return
+    slot.unlisten()
+    if module._modules.get(CHILD) is slot:
+        del module._modules[CHILD]
+    else:
+        module._modules[CHILD].slot = None  # type: ignore[union-attr]
+
+
+def forget_compiled() -> None:
+    """Compiled code saw the old hooks: drop it. Costs nothing where nobody has compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor a module works on: its first positional argument, else its first keyword argument that is a tensor."""
+    if args:
+        return args[0]  # type: ignore[no-any-return]
+    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with its first tensor replaced."""
+    if args:
+        return (x, *args[1:]), kwargs
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: x}

@@ -1,0 +1,188 @@
+"""How weight patches run: swap the effective parameter in for the length of one forward of its host.
+
+    theta' = g_n(... g_1(theta; phi_1) ...; phi_n)          one delta after the other
+    theta' = theta + sum_i w_i (g_i(theta; phi_i) - theta)   side by side
+
+The pre-hook puts theta' into ``owner._parameters[name]`` and the post-hook puts the Parameter back, whatever happens
+in between. ``torch.nn.utils.parametrize`` would change the owner's class and cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import Busy, Unsupported
+from deltatune.injection.outputs import put_rows, take_rows
+from deltatune.injection.slot import Act, Member, Term
+from deltatune.methods.kinds import Stochastic, WeightPatch
+
+
+class Guard:
+    """One thread at a time swaps the weights of a backbone; the same thread may nest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def enter(self) -> None:
+        """Take the guard.
+
+        Raises:
+            Busy: another thread is inside a forward with swapped weights.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise Busy(
+                "A second thread called this backbone while the first was inside a forward with swapped weights. "
+                "Run one forward at a time, or give each thread its own copy.deepcopy(backbone)."
+            )
+
+    def leave(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        return Guard()
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
+        return Guard, ()
+
+
+class Fold:
+    """All weight patches on one parameter, as one function theta -> theta'."""
+
+    def __init__(self, parameter: str) -> None:
+        self.owner_path, _, self.name = parameter.rpartition(".")
+        self.terms: tuple[tuple[str, tuple[tuple[Member, ...], ...], tuple[float, ...]], ...] = ()
+        self._cache: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def owner(self, host: nn.Module) -> nn.Module:
+        """The module that holds the parameter, at or below the host."""
+        return host.get_submodule(self.owner_path) if self.owner_path else host
+
+    def effective(self, theta: Tensor) -> Tensor:
+        """theta', cached by the version counters of theta and phi while nothing needs gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or theta.is_inference():
+            return self._compute(theta)
+        patches = [member.patch for _, groups, _ in self.terms for group in groups for member in group]
+        if any(isinstance(patch, Stochastic) and patch.training for patch in patches):
+            return self._compute(theta)
+        phi = [tensor for patch in patches for tensor in (*patch.parameters(), *patch.buffers())]
+        if any(tensor.is_inference() for tensor in phi):
+            return self._compute(theta)
+        key = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (theta, *phi))
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self._compute(theta))
+        return self._cache[1]
+
+    def drop_cache(self) -> None:
+        """Forget the cached theta'."""
+        self._cache = None
+
+    def _compute(self, theta: Tensor) -> Tensor:
+        for how, groups, weights in self.terms:
+            if how == "sequential":
+                for group in groups:
+                    theta = _chain(group, theta)
+            else:
+                theta = theta + torch.stack([w * (_chain(group, theta) - theta) for w, group in zip(weights, groups, strict=True)]).sum(0)
+        return theta
+
+
+def _chain(members: tuple[Member, ...], theta: Tensor) -> Tensor:
+    for member in members:
+        theta = run_weight(member, theta)
+    return theta
+
+
+def run_weight(member: Member, theta: Tensor) -> Tensor:
+    """One weight patch on its rows of theta."""
+    rows = member.site.rows
+    if rows is None:
+        return member.patch(theta)  # type: ignore[no-any-return]
+    axis = member.site.rows_axis(theta)
+    return put_rows(theta, rows, member.patch(take_rows(theta, rows, axis)), axis)
+
+
+class WeightAct(Act):
+    """Swaps the effective parameters of one host module."""
+
+    listens = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.guard = Guard()  # the backbone's own one is set by the ledger
+        self.folds: dict[str, Fold] = {}
+        self._swapped: list[tuple[nn.Module, str, Tensor]] = []
+        self._holder: int | None = None
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+        """One fold per parameter, over the active deltas that patch it."""
+        names = list(dict.fromkeys(_parameter(member) for group in self.members.values() for member in group))
+        folds = {}
+        for name in names:
+            fold = self.folds.get(name) or Fold(name)
+            fold.drop_cache()
+            fold.terms = tuple(entry for term in terms if (entry := self._entry(term, name)) is not None)
+            if fold.terms:
+                folds[name] = fold
+        self.folds = folds
+
+    def _entry(self, term: Term, name: str) -> tuple[str, tuple[tuple[Member, ...], ...], tuple[float, ...]] | None:
+        groups, weights = [], []
+        for delta, weight in zip(term.members, term.weights, strict=True):
+            members = tuple(member for member in self.members.get(delta, ()) if _parameter(member) == name)
+            if members:
+                groups.append(members)
+                weights.append(weight)
+        if not groups:
+            return None
+        if term.how == "gated":
+            raise Unsupported("A gated composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'.")
+        return term.how, tuple(groups), tuple(weights)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Swap theta' in."""
+        if not self.folds:
+            return args, kwargs
+        if not torch.compiler.is_compiling():
+            self.guard.enter()
+            self._holder = threading.get_ident()
+        for fold in self.folds.values():
+            owner = fold.owner(module)
+            theta = owner._parameters[fold.name]
+            if theta is None or theta.is_meta:
+                raise Unsupported(
+                    f"`{fold.name}` of {type(owner).__name__} is offloaded or on the meta device; a weight-kind delta needs it in memory. "
+                    "Load the backbone without offload, or use an output-kind method such as LoRA on its linears."
+                )
+            self._swapped.append((owner, fold.name, theta))
+            owner._parameters[fold.name] = fold.effective(theta)  # type: ignore[assignment]
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put the Parameters back, unless another thread's forward holds them."""
+        if torch.compiler.is_compiling():
+            self._restore()
+        elif self._holder == threading.get_ident():
+            self._restore()
+            self._holder = None
+            self.guard.leave()
+        return output
+
+    def _restore(self) -> None:
+        while self._swapped:
+            owner, name, theta = self._swapped.pop()
+            owner._parameters[name] = theta  # type: ignore[assignment]
+
+
+def _parameter(member: Member) -> str:
+    patch = member.patch
+    assert isinstance(patch, WeightPatch)
+    return patch.parameter

@@ -1,0 +1,233 @@
+"""The four ways a delta acts, as abstract patches, and what a method is.
+
+A *method* is a frozen dataclass: its fields are its whole configuration. ``build`` turns it into *patches*, small
+modules that hold the trainable tensors and the formula for one site. What a patch does to its site is told by its
+abstract class here, never by its name, and the engine in ``injection`` runs one act per class:
+
+| patch | act |
+|---|---|
+| ``OutputPatch`` | y <- F(x, y): edits what the module returns |
+| ``InputPatch`` | x <- F(x): edits what the module is given |
+| ``WeightPatch`` | theta <- g(theta; phi): edits a parameter the module reads |
+| ``SelectionPatch`` | lets a parameter of the backbone train in place |
+| ``PrefixPatch`` | adds virtual keys and values to an attention |
+| ``PromptPatch`` | adds virtual input embeddings to a text stack |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from deltatune.registry import Registry
+from deltatune.structure.site import Site
+
+Kind = Literal["output", "weight", "context", "selection"]
+Family = Literal["addition", "specification", "reparameterization", "baseline"]
+
+
+class Patch(nn.Module, ABC):
+    """What a method builds for one site; one of the classes below."""
+
+
+class OutputPatch(Patch):
+    """y <- F(x, y) behind one module's forward."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Edit the output.
+
+        Args:
+            x: what the module was given, (..., in_features); token ids (...) for an embedding.
+            y: what it returned, (..., out_features).
+
+        Returns:
+            The new output, of y's shape and dtype.
+        """
+
+
+class InputPatch(Patch):
+    """x <- F(x) before one module's forward."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Edit the input x, (..., in_features), keeping its shape and dtype."""
+
+
+class WeightPatch(Patch):
+    """theta <- g(theta; phi) for one parameter.
+
+    Attributes:
+        parameter: path of the parameter below the site's module.
+    """
+
+    parameter: str
+
+    @abstractmethod
+    def forward(self, theta: Tensor) -> Tensor:
+        """The effective parameter, of theta's shape, dtype and device; theta itself is never written."""
+
+
+class SelectionPatch(Patch):
+    """Lets one parameter of the backbone train in place: theta' is the Parameter itself.
+
+    Args:
+        parameter: path of the parameter below the site's module.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__()
+        self.parameter = parameter
+
+
+class PrefixPatch(Patch):
+    """K <- [P_k; K], V <- [P_v; V] in one attention module."""
+
+    @abstractmethod
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (key_value_heads, num_virtual_tokens, head_dim)."""
+
+
+class PromptPatch(Patch):
+    """X <- [P; X] at the embeddings of one text stack."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """P, (num_virtual_tokens, hidden)."""
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """An output or input patch on a linear map that can be folded into its weight."""
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New weight (out, in) and bias (out,) such that the plain linear map equals the patched one."""
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A patch whose effect is y + d(x) or theta + d, so that it commutes with others of its sort."""
+
+    additive: bool
+
+
+@runtime_checkable
+class Stochastic(Protocol):
+    """A patch that draws random numbers: once per parameter and forward of the backbone, so that every reader sees the same draw."""
+
+    def draw(self) -> None:
+        """Draw anew; called before each training forward of the backbone."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A recipe for a delta: a frozen dataclass of at most eight fields.
+
+    Class attributes:
+        family: addition, specification or reparameterization, after Ding et al. 2023; ``baseline`` for the controls.
+        sub_family: what the survey splits further, such as ``adapter-like`` and ``soft prompt``.
+        kind: how it acts in the main; a single patch may act otherwise where a site needs it.
+        where: default roles; an entry ending in ``?`` may be absent from a backbone.
+        identity: a fresh delta leaves the outputs as they were.
+        learning_rate: what ``dt.train`` uses when none is given.
+        source: the paper, as an arXiv id or a citation.
+    """
+
+    family: ClassVar[Family]
+    sub_family: ClassVar[str] = ""
+    kind: ClassVar[Kind]
+    where: ClassVar[tuple[str, ...]]
+    identity: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3
+    source: ClassVar[str] = ""
+
+    @abstractmethod
+    def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
+        """The patches for one site: none where the site has nothing for this method (a norm without bias, for BitFit).
+
+        Args:
+            site: where they will sit; they read its shapes, never its model.
+            shared: what ``share`` returned, for methods that declare it; a patch keeps no registered reference to it.
+
+        Raises:
+            Unsupported: the mathematics does not cover such a site.
+        """
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A method with state common to all its sites."""
+
+    def share(self, sites: Sequence[Site]) -> nn.Module:
+        """The shared state, registered once in the delta."""
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A method that looks at data before the first step."""
+
+    def prepare(self, patches: Mapping[str, Patch], backbone: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Initialise the patches (key of the site -> patch) from batches that hold labels."""
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A method with a term of its own in the loss."""
+
+    def penalty(self, patches: Sequence[Patch]) -> Tensor:
+        """The term, a scalar; added to the task's loss once per optimiser step."""
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A method that acts between optimiser steps."""
+
+    def after_step(self, patches: Sequence[Patch], step: int, total: int) -> None:
+        """Called after optimiser step ``step`` (1-based) of ``total``."""
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A method with learning rates of its own for some parameters."""
+
+    def parameter_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
+        """Optimiser groups over the trainable parameters (name -> parameter)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: its name and its share of all steps."""
+
+    name: str
+    share: float
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A method that trains in phases."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in order; their shares add up to 1."""
+
+    def enter(self, patches: Sequence[Patch], phase: str) -> None:
+        """Called once when a phase begins."""
+
+
+@runtime_checkable
+class Exported(Protocol):
+    """A method whose training-time parameters shrink afterwards."""
+
+    def export(self, patches: Sequence[Patch], shared: nn.Module | None) -> None:
+        """Replace the training-time form by the final one, outputs unchanged."""
+
+    def is_exported(self, patches: Sequence[Patch]) -> bool:
+        """True once ``export`` has run."""
+
+
+methods: Registry[type[Method]] = Registry("method", "methods")
+"""Every method by its name on the command line and in delta files."""

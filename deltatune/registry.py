@@ -1,0 +1,83 @@
+"""Names and what they stand for: one implementation for methods, architectures, backbones, tasks and commands.
+
+Built-in entries and third-party ones come through the same door: ``register``, called directly or through an
+entry point of the group ``deltatune.<plural>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from deltatune.errors import InvalidValue, UnknownName, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of named things of one kind.
+
+    >>> colours = Registry[str]("colour", "colours")
+    >>> _ = colours.register("red")("#f00")
+    >>> colours["red"]
+    '#f00'
+    >>> colours["rde"]
+    Traceback (most recent call last):
+    deltatune.errors.UnknownName: No colour is called `rde`. Did you mean `red`?
+    """
+
+    def __init__(self, noun: str, plural: str) -> None:
+        self.noun = noun
+        self.group = f"deltatune.{plural}"
+        self._entries: dict[str, T] = {}
+        self._plugins_read = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that enters its argument under ``name``; a name is given once.
+
+        Raises:
+            InvalidValue: the name is taken by something else.
+        """
+
+        def enter(entry: T) -> T:
+            if name in self._entries:
+                raise InvalidValue(f"The {self.noun} `{name}` is registered already, as {self._entries[name]!r}. Choose another name.")
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def __getitem__(self, name: str) -> T:
+        entries = self._read()
+        if name not in entries:
+            raise UnknownName(f"No {self.noun} is called `{name}`. {nearest(name, entries)}")
+        return entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._read()))
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def name_of(self, entry: T) -> str:
+        """The name under which ``entry`` is registered.
+
+        Raises:
+            UnknownName: it is not registered.
+        """
+        for name, known in self._read().items():
+            if known is entry:
+                return name
+        raise UnknownName(f"{entry!r} is not a registered {self.noun}. Register it first.")
+
+    def _read(self) -> dict[str, T]:
+        """The table, plug-ins included; they load at the first look-up, not at import."""
+        if not self._plugins_read:
+            self._plugins_read = True
+            for plugin in entry_points(group=self.group):
+                plugin.load()
+        return self._entries

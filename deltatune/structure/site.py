@@ -1,0 +1,121 @@
+"""A site: one named place of a backbone where a patch can sit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import Unsupported
+
+Rows = slice | Tensor
+"""Index set of the output rows a fused projection gives one role: contiguous, or interleaved per head."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in the backbone.
+
+    Attributes:
+        path: dotted path in the backbone; of the parameter for a raw-parameter site.
+        module: the module that hosts the patch. It is called in every forward that uses the site.
+        role: architecture-independent name such as ``attention.query`` or ``decoder.feed_forward.up``; None if unknown.
+        layer: index of the transformer layer, counted within its stack; None outside the layers.
+        rows: output rows of a fused projection that belong to the role; None for all rows.
+        parameter: path, below ``module``, of a parameter that is read without calling its owner; None otherwise.
+        tied: the site's weight is shared with another module, so only its weight can be changed, for all owners.
+        reached: False if PyTorch never calls the module (it reads the parameters directly, or it is a container).
+    """
+
+    path: str
+    module: nn.Module = field(repr=False, compare=False)
+    role: str | None = None
+    layer: int | None = None
+    rows: Rows | None = field(default=None, repr=False, compare=False)
+    parameter: str | None = None
+    tied: bool = False
+    reached: bool = True
+
+    @property
+    def leaf(self) -> str:
+        """Last word of the role: ``query``; it tells apart the roles of one fused projection."""
+        return (self.role or "").rpartition(".")[2]
+
+    @property
+    def key(self) -> str:
+        """Stable name of the site in delta files: the path, with ``:query`` behind it where a projection is fused."""
+        return self.path if self.rows is None else f"{self.path}:{self.leaf}"
+
+    @property
+    def transposed(self) -> bool:
+        """True where the weight is stored (in, out), as in transformers' ``Conv1D``."""
+        return hasattr(self.module, "nf") and self.parameter is None
+
+    @property
+    def weight(self) -> Tensor:
+        """The site's weight as it stands now (a Parameter, or a quantised tensor)."""
+        if self.parameter is not None:
+            owner, _, name = self.parameter.rpartition(".")
+            return getattr(self.module.get_submodule(owner), name)
+        weight = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise Unsupported(f"`{self.path}` ({type(self.module).__name__}) has no weight of its own. Choose a site inside it; `find_sites` lists them.")
+        return weight
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Paths, below ``module``, of the parameters the site stands for: its one raw parameter, or the module's own."""
+        if self.parameter is not None:
+            return (self.parameter,)
+        return tuple(name for name, tensor in self.module._parameters.items() if tensor is not None)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the module's output that holds the channels: 1 behind a batch axis for convolutions, else the last."""
+        convolutions = {nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
+        return next((axis for kind, axis in convolutions.items() if isinstance(self.module, kind)), -1)
+
+    def rows_axis(self, theta: Tensor) -> int:
+        """Axis of the parameter ``theta`` that ``rows`` indexes: (out,), (out, in), (experts, out, in), or (in, out)."""
+        return -1 if theta.ndim == 1 or self.transposed else -2
+
+    @property
+    def device(self) -> torch.device:
+        """Where a patch for this site lives: beside the site's tensors, or where accelerate will bring offloaded ones."""
+        hook = getattr(self.module, "_hf_hook", None)
+        execution = getattr(hook, "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+        tensor = next(self.module.parameters(), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input x: (..., in_features).
+
+        Raises:
+            Unsupported: the module has no linear-like input width.
+        """
+        return self._width("in_features", "nx", "embed_dim", transposed_axis=0, axis=-1)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output y, or of its part that belongs to the role: (..., out_features).
+
+        Raises:
+            Unsupported: the module has no linear-like output width.
+        """
+        if self.rows is not None:
+            return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
+        return self._width("out_features", "nf", "embed_dim", transposed_axis=-1, axis=0)
+
+    def _width(self, *attributes: str, transposed_axis: int, axis: int) -> int:
+        for attribute in attributes:  # quantised layers pack their weight, so its shape is the last resort
+            value = getattr(self.module, attribute, None)
+            if isinstance(value, int):
+                return value
+        shape = self.weight.shape
+        if isinstance(self.module, nn.Embedding):
+            return shape[1] if axis == 0 else shape[0]
+        return shape[transposed_axis] if self.transposed else shape[axis]
