@@ -1,0 +1,172 @@
+"""Load a backbone and its tokenizer by name: the one place where deltatune calls ``from_pretrained``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from deltatune.backbones.gguf import converted
+from deltatune.backbones.quantize import quantize_in_place
+from deltatune.backbones.quiet import quiet
+from deltatune.backbones.resolve import Resolved, hub_answers, resolve, unreachable
+from deltatune.errors import CheckpointError, InvalidValue, UnknownName, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Quantize = Literal["int8", "nf4"]
+
+
+def load_backbone(
+    name: str | os.PathLike[str],
+    *,
+    auto_class: str = "AutoModel",
+    num_labels: int | None = None,
+    label_names: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The pretrained model ``name``, in eval mode.
+
+    >>> backbone = load_backbone("minilm", auto_class="AutoModelForSequenceClassification", num_labels=5)  # doctest: +SKIP
+
+    Args:
+        name: alias, local folder, GGUF file or hub id.
+        auto_class: transformers' auto class; it decides the head, which is new where the file has none.
+        num_labels: outputs of a classification head.
+        label_names: written into the config as ``id2label``; sets ``num_labels``.
+        dtype: of the parameters.
+        quantize: ``int8`` (torchao, weights only) or ``nf4`` (bitsandbytes) for the linear layers of the file; new heads stay as they are.
+        device_map: as in transformers.
+        options: further arguments of ``from_pretrained``, such as ``attn_implementation`` or fields of the config.
+
+    Raises:
+        UnknownName: nobody knows the name, the auto class, or the hub id.
+        MissingExtra: the package of the backbone or of the quantiser is not installed.
+        CheckpointError: the file lacks weights of the backbone itself.
+        InvalidValue: unknown ``quantize``, or labels that contradict each other.
+    """
+    if quantize not in (None, "int8", "nf4"):
+        raise InvalidValue(f"`quantize` is `{quantize}`; it can be `int8`, `nf4` or nothing.")
+    labels = _label_options(num_labels, label_names)
+    resolved = resolve(name)
+    with quiet():
+        factory = _auto_class(auto_class)
+        source = source_of(resolved)
+        config = _read(resolved, "AutoConfig", source, **labels)
+        _give_pad_token(config)
+        if device_map is not None:
+            options["device_map"] = device_map
+        model, report = _call(resolved, factory, source, config=config, dtype=dtype, output_loading_info=True, **options)
+        new = _new_parameters(resolved, model, report)
+        if quantize is not None:
+            quantize_in_place(model, quantize, skip=new)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str | os.PathLike[str], **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``name``, always with a pad token and a true ``model_max_length``.
+
+    Raises:
+        UnknownName: nobody knows the name or the hub id.
+        MissingExtra: the package of the backbone is not installed.
+    """
+    resolved = resolve(name)
+    with quiet():
+        source = source_of(resolved)
+        tokenizer = _read(resolved, "AutoTokenizer", source, **options)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.model_max_length > 10**9:  # transformers' way of saying that the file does not tell
+            positions = getattr(load_config(name), "max_position_embeddings", None)
+            tokenizer.model_max_length = positions or tokenizer.model_max_length
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_config(name: str | os.PathLike[str], **options: Any) -> PreTrainedConfig:
+    """The configuration of ``name``, without reading any weight.
+
+    Raises:
+        UnknownName: nobody knows the name or the hub id.
+        MissingExtra: the package of the backbone is not installed.
+    """
+    resolved = resolve(name)
+    with quiet():
+        config = _read(resolved, "AutoConfig", source_of(resolved), **options)
+        _give_pad_token(config)
+    return config  # type: ignore[no-any-return]
+
+
+def source_of(resolved: Resolved) -> str:
+    """What ``from_pretrained`` takes; a GGUF file is converted first, once."""
+    if resolved.source is not None:
+        return resolved.source
+    return str(converted(resolved.gguf, name=resolved.backbone.name if resolved.backbone else resolved.gguf[0].stem))
+
+
+def _label_options(num_labels: int | None, label_names: Sequence[str]) -> dict[str, Any]:
+    if not label_names:
+        return {} if num_labels is None else {"num_labels": num_labels}
+    if num_labels not in (None, len(label_names)):
+        raise InvalidValue(
+            f"`num_labels` is {num_labels}, but {len(label_names)} label names were given: {', '.join(label_names)}. Give one of the two."
+        )
+    names = dict(enumerate(label_names))
+    return {"num_labels": len(names), "id2label": names, "label2id": {label: index for index, label in names.items()}}
+
+
+def _auto_class(name: str) -> Any:
+    import transformers
+
+    known = [entry for entry in dir(transformers) if entry.startswith("AutoModel")]
+    if name not in known:
+        raise UnknownName(f"transformers has no auto class `{name}`. {nearest(name, known)}")
+    return getattr(transformers, name)
+
+
+def _read(resolved: Resolved, auto_class: str, source: str, **options: Any) -> Any:
+    import transformers
+
+    return _call(resolved, getattr(transformers, auto_class), source, **options)
+
+
+def _call(resolved: Resolved, factory: Any, source: str, **options: Any) -> Any:
+    """``factory.from_pretrained``, with a missing or unreadable source told in our words."""
+    if resolved.source is not None and not os.path.isdir(source):
+        options.setdefault("local_files_only", not hub_answers())
+    try:
+        return factory.from_pretrained(source, **options)
+    except OSError as cause:
+        if os.path.isdir(source):
+            raise CheckpointError(f"The backbone folder `{source}` cannot be read: {cause}. Copy or install it again.") from cause
+        raise unreachable(resolved, cause) from cause
+
+
+def _give_pad_token(config: PreTrainedConfig) -> None:
+    """Decoders often have none, and their classification heads look for it to find the last real token."""
+    if getattr(config, "pad_token_id", None) is None:
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+
+
+def _new_parameters(resolved: Resolved, model: nn.Module, report: dict[str, Any]) -> frozenset[str]:
+    """Names of the parameters that the file did not hold: the head's. Anything of the backbone among them is an error."""
+    missing = frozenset(report["missing_keys"])
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    lacking = sorted(key for key in missing if key.startswith(f"{prefix}.") or body is None)
+    lacking = [key for key in lacking if "pooler" not in key]  # not written by models saved without one
+    broken = sorted(str(key) for key in report["mismatched_keys"])
+    if lacking or broken:
+        shown = ", ".join((lacking or broken)[:5])
+        raise CheckpointError(
+            f"The file of `{resolved.name}` does not fit {type(model).__name__}: {len(lacking)} weights of the backbone are missing and "
+            f"{len(broken)} have another shape ({shown}). Check that the folder is complete and `auto_class` fits."
+        )
+    return missing
