@@ -26,6 +26,7 @@ class Site:
         parameter: path, below ``module``, of a parameter that is read without calling its owner; None otherwise.
         tied: the site's weight is shared with another module, so only its weight can be changed, for all owners.
         reached: False if PyTorch never calls the module (it reads the parameters directly, or it is a container).
+        routable: False if the rows of its input are not a multiple of the batch (DeBERTa's shared projections).
     """
 
     path: str
@@ -36,6 +37,7 @@ class Site:
     parameter: str | None = None
     tied: bool = False
     reached: bool = True
+    routable: bool = True
 
     @property
     def leaf(self) -> str:
@@ -48,19 +50,27 @@ class Site:
         return self.path if self.rows is None else f"{self.path}:{self.leaf}"
 
     @property
+    def module_path(self) -> str:
+        """Path of ``module``."""
+        return self.path if self.parameter is None else self.path.removesuffix(self.parameter).rstrip(".")
+
+    @property
     def transposed(self) -> bool:
-        """True where the weight is stored (in, out), as in transformers' ``Conv1D``."""
-        return hasattr(self.module, "nf") and self.parameter is None
+        """True where the weight is stored (in, out), as in transformers' ``Conv1D`` and some experts."""
+        return hasattr(self.module, "nf") if self.parameter is None else getattr(self.module, "is_transposed", False) is True
 
     @property
     def weight(self) -> Tensor:
         """The site's weight as it stands now (a Parameter, or a quantised tensor)."""
         if self.parameter is not None:
             owner, _, name = self.parameter.rpartition(".")
-            return getattr(self.module.get_submodule(owner), name)
+            parameter: Tensor = getattr(self.module.get_submodule(owner), name)
+            return parameter
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
-            raise Unsupported(f"`{self.path}` ({type(self.module).__name__}) has no weight of its own. Choose a site inside it; `find_sites` lists them.")
+            raise Unsupported(
+                f"`{self.path}` ({type(self.module).__name__}) has no weight of its own. Choose a site inside it; `find_sites` lists them."
+            )
         return weight
 
     @property
@@ -69,6 +79,21 @@ class Site:
         if self.parameter is not None:
             return (self.parameter,)
         return tuple(name for name, tensor in self.module._parameters.items() if tensor is not None)
+
+    @property
+    def is_linear(self) -> bool:
+        """The module is one linear map on the last axis: (..., in_features) -> (..., out_features)."""
+        widths = (("in_features", "out_features"), ("nx", "nf"))
+        return any(isinstance(getattr(self.module, a, None), int) and isinstance(getattr(self.module, b, None), int) for a, b in widths)
+
+    def part(self, theta: Tensor) -> Tensor:
+        """The rows of ``theta`` that belong to the role; all of it where the site has no rows."""
+        if self.rows is None:
+            return theta
+        axis = self.rows_axis(theta)
+        if isinstance(self.rows, Tensor):
+            return theta.index_select(axis, self.rows.to(theta.device))
+        return theta.narrow(axis, self.rows.start, self.rows.stop - self.rows.start)
 
     @property
     def channel_axis(self) -> int:
@@ -92,30 +117,37 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Width of the input x: (..., in_features).
+        """Width of the input x: (..., in_features); its channels for a convolution.
 
         Raises:
             Unsupported: the module has no linear-like input width.
         """
-        return self._width("in_features", "nx", "embed_dim", transposed_axis=0, axis=-1)
+        return self._width("in_features", "nx", "embed_dim", "in_channels", transposed_axis=0, axis=-1)
 
     @property
     def out_features(self) -> int:
-        """Width of the output y, or of its part that belongs to the role: (..., out_features).
+        """Width of the output y, or of its part that belongs to the role: (..., out_features); channels for a convolution.
 
         Raises:
             Unsupported: the module has no linear-like output width.
         """
         if self.rows is not None:
             return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
-        return self._width("out_features", "nf", "embed_dim", transposed_axis=-1, axis=0)
+        return self._width("out_features", "nf", "embed_dim", "out_channels", transposed_axis=-1, axis=0)
 
     def _width(self, *attributes: str, transposed_axis: int, axis: int) -> int:
-        for attribute in attributes:  # quantised layers pack their weight, so its shape is the last resort
-            value = getattr(self.module, attribute, None)
-            if isinstance(value, int):
-                return value
+        if self.parameter is None:
+            for attribute in attributes:  # quantised layers pack their weight, so its shape is the last resort
+                value = getattr(self.module, attribute, None)
+                if isinstance(value, int):
+                    return value
         shape = self.weight.shape
-        if isinstance(self.module, nn.Embedding):
+        if self.parameter is None and len(shape) > 2:
+            kind = type(self.module).__name__
+            raise Unsupported(f"`{self.path}` ({kind}) has a weight of shape {tuple(shape)} and is no linear map. Choose a linear site.")
+        if isinstance(self.module, nn.Embedding) and self.parameter is None:
             return shape[1] if axis == 0 else shape[0]
-        return shape[transposed_axis] if self.transposed else shape[axis]
+        if len(shape) < 2:
+            return shape[0]
+        matrix = shape[-2:]  # experts stack theirs: (expert, out, in)
+        return matrix[transposed_axis] if self.transposed else matrix[axis]

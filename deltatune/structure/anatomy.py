@@ -1,0 +1,96 @@
+"""What is known about a backbone before its sites are made: roles of paths, stacks, and modules that are never called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from deltatune.structure.site import Rows
+
+DELTA_CHILD = "deltatune"
+"""Name of the children in which slots and the ledger live; they are no part of the backbone."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One role of one module: whole, a parameter it reads itself, or the rows of a fused projection."""
+
+    role: str | None
+    parameter: str | None = None
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class StackPaths:
+    """Where a token stack, its token embedding and the module that ends its sequence are."""
+
+    entry: str
+    layers: str
+    embedding: str
+    inner: str | None = None
+
+
+@dataclass
+class Anatomy:
+    """What is known about a backbone before its sites are made.
+
+    Attributes:
+        assignments: path of a module -> its roles; a module without an entry has none.
+        stacks: the token stacks.
+        unreached: modules PyTorch never calls.
+        unroutable: modules whose input rows are not a multiple of the batch.
+    """
+
+    assignments: dict[str, list[Assignment]] = field(default_factory=dict)
+    stacks: list[StackPaths] = field(default_factory=list)
+    unreached: set[str] = field(default_factory=set)
+    unroutable: set[str] = field(default_factory=set)
+
+    def add(self, path: str, role: str | None, parameter: str | None = None, rows: Rows | None = None) -> None:
+        """Give the module at ``path`` a role, once."""
+        entries = self.assignments.setdefault(path, [])
+        if not any((entry.role, entry.parameter) == (role, parameter) for entry in entries):
+            entries.append(Assignment(role, parameter, rows))
+
+    def rename(self, path: str, old: str, new: str) -> None:
+        """Replace the beginning ``old`` of the roles at ``path`` by ``new``."""
+        self.assignments[path] = [
+            replace(entry, role=new + entry.role.removeprefix(old)) if entry.role and entry.role.startswith(old) else entry
+            for entry in self.assignments.get(path, [])
+        ]
+
+    def paths(self, role: str) -> list[str]:
+        """Paths of the modules that have ``role`` as a whole."""
+        return [path for path, entries in self.assignments.items() if any(entry.role == role for entry in entries)]
+
+
+def modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module in module order, each module once, without what deltas put there."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None and name != DELTA_CHILD:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(backbone, "")
+    return found
+
+
+def has_own_parameters(module: nn.Module) -> bool:
+    """Whether ``module`` holds a parameter itself, not only below it."""
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def output_rows(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Number of output rows of a projection, or of the experts' parameter (expert, out, in)."""
+    for name in ("out_features", "nf"):
+        if isinstance(size := getattr(module, name, None), int):
+            return size
+    return shape[-1] if getattr(module, "is_transposed", False) else shape[-2]

@@ -1,0 +1,185 @@
+"""The index of a backbone: every site in module order, found in one walk and kept by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from deltatune.structure.anatomy import Anatomy, Assignment, StackPaths, has_own_parameters, modules_of
+from deltatune.structure.roles import assign
+from deltatune.structure.site import Site
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+Owner = tuple[nn.Module, str, str]
+"""A module, the name under which it holds a parameter, and the path of that parameter in the backbone."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A module that turns token ids, or their embeddings, into hidden states.
+
+    Attributes:
+        site: the stack itself.
+        embedding: its token embedding; what it scales, inputs that skip it must be scaled by.
+        inner: the module whose output ends the token sequence; the stack itself unless something after it reads single
+            positions, as BERT's pooler does.
+        inner_path: its path.
+        side: ``encoder`` or ``decoder`` where the backbone has both, else empty.
+        layers: how many layers it has.
+        attentions: its attention modules, self and cross.
+        positions: the modules that receive position ids.
+    """
+
+    site: Site
+    embedding: Site
+    inner: nn.Module = field(repr=False, compare=False)
+    inner_path: str
+    side: str
+    layers: int
+    attentions: tuple[Site, ...] = field(repr=False)
+    positions: tuple[Site, ...] = field(repr=False)
+
+
+class Index:
+    """All sites of one backbone.
+
+    Attributes:
+        sites: every module and every role of it, in module order; a fused projection comes whole and in its parts.
+        stacks: the token stacks; empty where the input is not text.
+        depths: path of a list of layers -> number of layers.
+    """
+
+    def __init__(self, backbone: nn.Module, use_files: bool = True) -> None:
+        """Walk ``backbone`` once.
+
+        Args:
+            backbone: any module.
+            use_files: False infers all roles, as if no architecture were known.
+        """
+        self.backbone = backbone
+        modules = modules_of(backbone)
+        anatomy = assign(modules, use_files)
+        self._owners = _owners(modules)
+        self._layer_of, self.depths = _layers(modules, anatomy)
+        self.sites: tuple[Site, ...] = tuple(
+            site for path, module in modules.items() for site in self._sites_at(path, module, anatomy, modules)
+        )
+        self._by_key = {site.key: site for site in reversed(self.sites)}
+        self.stacks: tuple[Stack, ...] = tuple(self._stack(paths, modules) for paths in anatomy.stacks)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: str) -> Site:
+        """The site with this key; the module as a whole where a parameter or a part is not meant.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._by_key[key]
+
+    def layer_list(self, site: Site) -> str | None:
+        """Path of the list of layers in which ``site`` lies; None outside the layers."""
+        found = self._layer_of.get(site.module_path)
+        return found[0] if found else None
+
+    def owners(self, parameter: nn.Parameter) -> list[Owner]:
+        """All modules that hold ``parameter``: one, or several where weights are tied."""
+        found = self._owners.get(id(parameter), [])
+        if not found or any(module._parameters.get(name) is not parameter for module, name, _ in found):
+            self._owners = _owners(modules_of(self.backbone))  # FSDP, assign=True and deepcopy replace Parameters
+            found = self._owners.get(id(parameter), [])
+        return list(found)
+
+    def _sites_at(self, path: str, module: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> list[Site]:
+        """The module as a whole, then its parts, then the parameters it reads itself, each with its parts."""
+        layer = self._layer_of[path][1] if path in self._layer_of else None
+        entries = anatomy.assignments.get(path, [])
+        reached = path not in anatomy.unreached and not isinstance(module, CONTAINERS)
+        routable = path not in anatomy.unroutable
+        sites = []
+        for parameter in (None, *_raw_parameters(module, entries)):
+            mine = [entry for entry in entries if entry.parameter == parameter]
+            if not any(entry.rows is None for entry in mine):
+                mine = [Assignment(None, parameter), *mine]
+            where = path if parameter is None else f"{path}.{parameter}" if path else parameter
+            tied = self._is_tied(module, parameter or "weight")
+            for entry in mine:
+                sites.append(
+                    Site(where, module, entry.role, layer, entry.rows, parameter, tied, parameter is not None or reached, routable)
+                )
+        return sites
+
+    def _is_tied(self, module: nn.Module, parameter: str) -> bool:
+        owner: object = module
+        for name in parameter.split("."):
+            owner = getattr(owner, name, None)
+        return isinstance(owner, nn.Parameter) and len(self._owners.get(id(owner), ())) > 1
+
+    def _stack(self, paths: StackPaths, modules: Mapping[str, nn.Module]) -> Stack:
+        below = f"{paths.entry}." if paths.entry else ""
+        mine = [site for site in self.sites if site.path.startswith(below) and site.role]
+        site = next(site for site in self.sites if site.path == paths.entry and (site.role or "").endswith("stack"))
+        inner = paths.entry if paths.inner is None else paths.inner
+        return Stack(
+            site=site,
+            embedding=self._by_key[paths.embedding],
+            inner=modules[inner],
+            inner_path=inner,
+            side=(site.role or "").rpartition(".")[0],
+            layers=self.depths[paths.layers],
+            attentions=tuple(other for other in mine if other.leaf in ("attention", "cross_attention")),
+            positions=tuple(other for other in mine if other.leaf == "position"),
+        )
+
+
+def index(backbone: nn.Module) -> Index:
+    """Index ``backbone``; the result stays true until its modules change."""
+    return Index(backbone)
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[Owner]]:
+    owners: dict[int, list[Owner]] = {}
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, name, f"{path}.{name}" if path else name))
+    return owners
+
+
+def _raw_parameters(module: nn.Module, entries: list[Assignment]) -> list[str]:
+    """Names of the parameters that are sites of their own: neither weight nor bias, or read from a module never called."""
+    own = [name for name, parameter in module._parameters.items() if parameter is not None and name not in ("weight", "bias")]
+    own = [name for name in own if not name.endswith("bias")]
+    return list(dict.fromkeys([*own, *(entry.parameter for entry in entries if entry.parameter)]))
+
+
+def _layers(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
+    """Path -> (list of layers, number of the layer) for all that lies in a layer, and the length of each list."""
+    layers = {
+        path for path, entries in anatomy.assignments.items() if any((entry.role or "").rpartition(".")[2] == "layer" for entry in entries)
+    }
+    inside: dict[str, tuple[str, int]] = {}
+    depths: dict[str, int] = {}
+    for path in modules:
+        parent, _, name = path.rpartition(".")
+        if path in layers and name.isdigit():
+            inside[path] = (parent, int(name))
+            depths[parent] = depths.get(parent, 0) + 1
+        elif parent in inside:
+            inside[path] = inside[parent]
+    return inside, depths
+
+
+def has_weights(site: Site) -> bool:
+    """Whether ``site`` has a role or holds parameters itself: what listings show."""
+    return site.role is not None or site.parameter is not None or has_own_parameters(site.module)
