@@ -47,7 +47,7 @@ def _int8(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
 
 def _nf4(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
     try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError as cause:
         raise require_extra("bitsandbytes", "quantize") from cause
     for path, linear in linears.items():

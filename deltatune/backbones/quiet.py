@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _CHATTY = ("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects", "huggingface_hub")
 
@@ -16,8 +17,9 @@ def quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in _CHATTY}
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    import transformers.utils.logging
 
+    transformers_logging: Any = transformers.utils.logging
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -114,6 +114,6 @@ def _checked(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise InvalidValue(
-            f"The folder `{folder}` is not a backbone: it has no `config.json` (found: {found}). Give a folder written by `save_pretrained`."
+            f"The folder `{folder}` is not a backbone: it has no `config.json` (found: {found}). Give one written by `save_pretrained`."
         )
     return str(folder.resolve())
