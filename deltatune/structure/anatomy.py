@@ -88,6 +88,11 @@ def has_own_parameters(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether ``module`` or anything below it holds a parameter."""
+    return next(module.parameters(), None) is not None
+
+
 def output_rows(module: nn.Module, shape: tuple[int, ...]) -> int:
     """Number of output rows of a projection, or of the experts' parameter (expert, out, in)."""
     for name in ("out_features", "nf"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from deltatune.structure.anatomy import Anatomy, StackPaths, has_own_parameters, output_rows
+from deltatune.structure.anatomy import Anatomy, StackPaths, has_own_parameters, has_parameters, output_rows
 from deltatune.structure.rows import RULES, Heads, heads_of
 
 
@@ -48,7 +48,8 @@ DOWN = frozenset(
     {"down_proj", "down", "fc2", "fc_2", "fc_out", "lin2", "linear2", "linear_2", "wo", "c_proj", "dense_4h_to_h", "w_down", "ffn_2"}
 )
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|multihead_attn|src_attn|enc_attn", re.IGNORECASE)
-READOUT = frozenset({"classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "fc", "head", "logits_proj", "summary"})
+READOUT = frozenset({"classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj"})
+LINEAR_READOUT = frozenset({"fc", "head"})
 LM_HEAD = frozenset({"lm_head", "embed_out", "output_projection"})
 POSITION = re.compile(r"pos(ition)?|wpe", re.IGNORECASE)
 NO_TOKEN = re.compile(r"type|segment|relative|rel_|bias|lang", re.IGNORECASE)
@@ -350,15 +351,14 @@ def _single(path: str, module: nn.Module, layers: list[str], modules: Modules, a
         _embedding(path, module, modules, anatomy)
     elif name in LM_HEAD and is_linear(module):
         anatomy.add(path, "lm_head")
-    elif name in READOUT and not inside and has_parameters(module) and not _in_readout(path, anatomy):
+    elif not inside and _is_head(name, module) and not _in_readout(path, anatomy):
         anatomy.add(path, "readout")
     elif isinstance(module, nn.Conv2d) and re.search(r"patch", path, re.IGNORECASE) and not inside:
         anatomy.add(path, "embedding")
 
 
-def has_parameters(module: nn.Module) -> bool:
-    """Whether ``module`` or anything below it holds a parameter."""
-    return next(module.parameters(), None) is not None
+def _is_head(name: str, module: nn.Module) -> bool:
+    return (name in READOUT and has_parameters(module)) or (name in LINEAR_READOUT and is_linear(module))
 
 
 def _in_readout(path: str, anatomy: Anatomy) -> bool:

@@ -56,7 +56,8 @@ def _architecture(path: str, module: nn.Module, described: Mapping[str, Architec
 
 def _apply(architecture: Architecture, path: str, module: nn.Module, modules: Mapping[str, nn.Module], anatomy: Anatomy) -> None:
     """What the file says about one module."""
-    for entry in architecture.lookup(path):
+    entries = [] if isinstance(module, nn.Identity) else architecture.lookup(path)  # ModernBERT leaves out its first norm so
+    for entry in entries:
         if entry.parameter is None or _has_parameter(module, entry.parameter):
             anatomy.add(path, entry.role, entry.parameter, _rows(entry, path, module, modules))
     for stack in architecture.stacks:

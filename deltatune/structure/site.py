@@ -88,12 +88,15 @@ class Site:
 
     def part(self, theta: Tensor) -> Tensor:
         """The rows of ``theta`` that belong to the role; all of it where the site has no rows."""
+        return self.rows_of(theta, self.rows_axis(theta))
+
+    def rows_of(self, tensor: Tensor, axis: int) -> Tensor:
+        """The role's rows along one axis; all of them where the site has no rows."""
         if self.rows is None:
-            return theta
-        axis = self.rows_axis(theta)
+            return tensor
         if isinstance(self.rows, Tensor):
-            return theta.index_select(axis, self.rows.to(theta.device))
-        return theta.narrow(axis, self.rows.start, self.rows.stop - self.rows.start)
+            return tensor.index_select(axis, self.rows.to(tensor.device))
+        return tensor.narrow(axis, self.rows.start, self.rows.stop - self.rows.start)
 
     @property
     def channel_axis(self) -> int:
