@@ -110,7 +110,9 @@ class OutputAct(Act):
         self.steps = tuple(steps)
         acting = [member for step in steps for member in _flat(step)]
         self._edits_input = any(isinstance(member.patch, InputPatch) for member in acting)
-        self._reads_input = any(isinstance(member.patch, OutputPatch) for member in acting) or any(isinstance(step, Group) for step in steps)
+        self._reads_input = any(isinstance(member.patch, OutputPatch) for member in acting) or any(
+            isinstance(step, Group) for step in steps
+        )
 
     def _step(self, term: Term, gates: nn.ModuleDict) -> Step | None:
         present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
@@ -169,15 +171,8 @@ def run_output(member: Member, x: Tensor, y: Tensor) -> Tensor:
     if rows is None:
         y = member.patch(x, y)
     else:
-        y = put_rows(y, rows, member.patch(x, take_rows(y, rows)))
+        y = put_rows(y, rows, member.patch(x, member.site.rows_of(y, -1)))
     return y if axis == -1 else y.movedim(-1, axis)
-
-
-def take_rows(y: Tensor, rows: Rows, axis: int = -1) -> Tensor:
-    """The part of y that belongs to one role of a fused projection."""
-    if isinstance(rows, slice):
-        return y.narrow(axis, rows.start, rows.stop - rows.start)
-    return y.index_select(axis, rows.to(y.device))
 
 
 def put_rows(y: Tensor, rows: Rows, part: Tensor, axis: int = -1) -> Tensor:

@@ -80,6 +80,19 @@ class Choice:
         if active:
             self.values.pop(active[-1][0], None)
 
+    def make_original(self, delta: str, theta: Tensor) -> None:
+        """theta_0 <- theta_0 + (theta_i - theta_0): the change of one delta becomes the backbone's own, for good."""
+        value = self.value(delta, theta).clone()
+        change = value - self.original
+        active, live = self.active, self.live
+        if live is not None:
+            self.values[live] = self.value_after(active, theta)
+        self.values = {name: kept + change for name, kept in self.values.items() if name != delta}
+        self.original = value
+        self.values[delta] = value.clone()
+        self.active = ()
+        self.arrange(active, theta)
+
     def _sum(self, active: tuple[tuple[str, float], ...]) -> Tensor:
         if len(active) == 1 and active[0][1] == 1.0:
             return self.values[active[0][0]]
@@ -131,7 +144,9 @@ class SelectionAct(Act):
             active = []
             for term in terms:
                 if term.how == "gated" and any(delta in self.members for delta in term.members):
-                    raise Unsupported("A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
+                    raise Unsupported(
+                        "A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'."
+                    )
                 for delta, weight in zip(term.members, term.weights, strict=True):
                     if any(selected(member) == name for member in self.members.get(delta, ())):
                         active.append((delta, weight))

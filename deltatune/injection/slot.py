@@ -195,7 +195,9 @@ def open_slot(module: nn.Module) -> Slot:
     elif hasattr(child, "slot"):
         child.add_module("slot", slot)
     else:
-        raise InvalidValue(f"{type(module).__name__} has a child called `{CHILD}` that is not ours ({type(child).__name__}). Rename it before attaching.")
+        raise InvalidValue(
+            f"{type(module).__name__} has a child called `{CHILD}` that is not ours ({type(child).__name__}). Rename it before attaching."
+        )
     return slot
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Busy, Unsupported
-from deltatune.injection.outputs import put_rows, take_rows
+from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, Member, Term
 from deltatune.methods.kinds import Stochastic, WeightPatch
 
@@ -107,7 +107,7 @@ def run_weight(member: Member, theta: Tensor) -> Tensor:
     if rows is None:
         return member.patch(theta)  # type: ignore[no-any-return]
     axis = member.site.rows_axis(theta)
-    return put_rows(theta, rows, member.patch(take_rows(theta, rows, axis)), axis)
+    return put_rows(theta, rows, member.patch(member.site.rows_of(theta, axis)), axis)
 
 
 class WeightAct(Act):
@@ -144,7 +144,9 @@ class WeightAct(Act):
         if not groups:
             return None
         if term.how == "gated":
-            raise Unsupported("A gated composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'.")
+            raise Unsupported(
+                "A gated composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'."
+            )
         return term.how, tuple(groups), tuple(weights)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -109,10 +109,10 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
-class Additive(Protocol):
-    """A patch whose effect is y + d(x) or theta + d, so that it commutes with others of its sort."""
+class Commuting(Protocol):
+    """A patch that commutes with those of the same group: ``add`` (y + d(x), theta + d) or ``multiply`` (l * y)."""
 
-    additive: bool
+    commutes: str
 
 
 @runtime_checkable
@@ -227,6 +227,14 @@ class Exported(Protocol):
 
     def is_exported(self, patches: Sequence[Patch]) -> bool:
         """True once ``export`` has run."""
+
+
+@runtime_checkable
+class Reforming(Protocol):
+    """A patch (or shared module) with more than one form: while training, pruned, exported."""
+
+    def reform(self, state: Mapping[str, Tensor]) -> None:
+        """Take the form whose ``state_dict`` has these names and shapes; called before the tensors are loaded."""
 
 
 methods: Registry[type[Method]] = Registry("method", "methods")

@@ -1,0 +1,325 @@
+"""Attach and detach: join a method's patches to the sites of a backbone, and take them away without a trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from deltatune.errors import InvalidValue, NoSite, UnknownName, Unsupported
+from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.ledger import Ledger, close_ledger, ledger_of, open_ledger
+from deltatune.injection.outputs import OutputAct
+from deltatune.injection.prefix import PrefixAct
+from deltatune.injection.prompt import PromptAct
+from deltatune.injection.selections import SelectionAct
+from deltatune.injection.slot import Act, Member, Slot, close_slot, open_slot, slot_of
+from deltatune.injection.weights import WeightAct
+from deltatune.methods.kinds import InputPatch, Method, OutputPatch, Patch, PrefixPatch, PromptPatch, SelectionPatch, Sharing, WeightPatch
+from deltatune.methods.kinds import methods as registered
+from deltatune.structure.index import Index
+from deltatune.structure.site import Site
+from deltatune.structure.where import Where, find_sites
+
+ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
+    (SelectionPatch, SelectionAct),
+    (WeightPatch, WeightAct),
+    (PrefixPatch, PrefixAct),
+    (PromptPatch, PromptAct),
+    (InputPatch, OutputAct),
+    (OutputPatch, OutputAct),
+)
+"""Which act runs which patch; the acts of a slot run in this order ahead of the forward, and in reverse behind it."""
+
+ORDER = list(dict.fromkeys(act.__name__ for _, act in ACTS))
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+def attach(
+    backbone: nn.Module,
+    method: Method,
+    where: Where | None = None,
+    *,
+    layers: Any = None,
+    name: str | None = None,
+    head: bool = True,
+) -> Delta:
+    """Put a fresh delta on a backbone and enable it behind the deltas that act already.
+
+    The backbone is frozen, and what was frozen before is remembered until the last delta is detached. A freshly
+    initialised task head (role ``readout``) trains, and is saved and restored with the delta.
+
+    Args:
+        backbone: any module. It stays itself: same object, same class, its own modules under their own names.
+        method: the recipe, such as ``LoRA(rank=8)``.
+        where: role patterns, path suffixes, globs, ``re:...``, a callable, or a list of these with ``!...`` to
+            exclude; the method's default roles if left out.
+        layers: keep only sites of these layers: an int, a range, a list, or ``"top:3"``, ``"bottom:2"``.
+        name: how the delta is called on this backbone; the method's name, numbered, if left out.
+        head: whether a task head of the backbone belongs to the delta.
+
+    Returns:
+        The delta.
+
+    Raises:
+        NoSite: an entry of ``where`` hits nothing, or the method has nothing to do at the sites it hits.
+        Unsupported: a site cannot take this method.
+        InvalidValue: the name is taken or malformed.
+
+    Example:
+        >>> from deltatune.methods import LoRA
+        >>> mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> delta = attach(mlp, LoRA(rank=2), where=["0", "2"])
+        >>> print(delta.budget())
+        84 of 178 parameters (47.191%), 336 bytes
+        >>> detach(delta)
+    """
+    if not isinstance(method, Method):
+        raise InvalidValue(
+            f"attach was given {method!r} as its method. Give an instance of a class in deltatune.methods, such as LoRA(rank=8)."
+        )
+    fresh = ledger_of(backbone) is None
+    ledger = open_ledger(backbone)
+    try:
+        name = _name(ledger, method, name)
+        sites = _sites(ledger.index(backbone), backbone, method, where, layers)
+        return place(backbone, method, sites, name, _heads(ledger.index(backbone)) if head else [])
+    except BaseException:
+        if fresh:
+            close_ledger(backbone)
+        raise
+
+
+def place(backbone: nn.Module, method: Method, sites: Sequence[Site], name: str, heads: Sequence[Site]) -> Delta:
+    """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
+    ledger = open_ledger(backbone)
+    shared = method.share(sites) if isinstance(method, Sharing) else None
+    entries = _entries(ledger.index(backbone), method, sites, shared, name)
+    if not entries:
+        shown = ", ".join(f"`{site.key}`" for site in sites[:3])
+        raise NoSite(f"{method} has nothing to do at the {len(sites)} sites it was given ({shown}, ...). Choose sites it can take.")
+    taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
+    entries += [
+        Entry(name, site, SelectionPatch(parameter), (site.module,), True, {})
+        for site in heads
+        for parameter, tensor in site.module.named_parameters()
+        if id(tensor) not in taken
+    ]
+    delta = Delta(name, method, backbone, entries, shared)
+    if shared is not None:
+        ledger.shared[name] = shared
+    ledger.deltas[name] = delta
+    try:
+        for entry in entries:
+            _install(ledger, entry)
+        ledger.watch(entries)
+        delta.enable()
+    except BaseException:
+        _remove(delta)
+        raise
+    return delta
+
+
+def detach(delta: Delta) -> None:
+    """Take a delta off its backbone, in whatever order; the last one leaves the backbone bit for bit as it was.
+
+    Raises:
+        Unsupported: it was detached already, or acts within a composition.
+    """
+    from deltatune.injection.merge import unmerge  # merging is built on attaching
+
+    delta._check_alone("detach")
+    if delta.merged:
+        unmerge(delta)
+    delta.disable()
+    _remove(delta)
+    close_ledger(delta.backbone)
+
+
+def deltas(backbone: nn.Module) -> list[Delta]:
+    """The attached deltas, in the order they were attached."""
+    ledger = ledger_of(backbone)
+    return [] if ledger is None else list(ledger.deltas.values())
+
+
+def switch(backbone: nn.Module, name: str | None) -> None:
+    """Let one delta act and all others rest; None rests them all. Costs the same however many are attached.
+
+    Raises:
+        UnknownName: no delta has that name.
+    """
+    ledger = ledger_of(backbone)
+    if ledger is None:
+        if name is not None:
+            raise UnknownName(f"Cannot switch to delta `{name}`: nothing is attached to this backbone. Attach or load it first.")
+        return
+    chosen = ledger.delta(name) if name is not None else None
+    for member in [member for term in ledger.terms for member in term.members]:
+        if member != name:
+            ledger.deltas[member].disable()
+    if chosen is not None:
+        chosen.enable()
+
+
+@contextmanager
+def disabled(backbone: nn.Module) -> Iterator[None]:
+    """The plain backbone for a moment: no delta acts, and all act again as before at the end.
+
+    Merged deltas stay in the weights: unmerge them first.
+    """
+    ledger = ledger_of(backbone)
+    if ledger is None:
+        yield
+        return
+    terms = ledger.terms
+    acting = [member for term in terms for member in term.members]
+    ledger.terms = []
+    ledger.arrange(acting)
+    try:
+        yield
+    finally:
+        ledger.terms = terms
+        ledger.arrange(acting)
+
+
+def _name(ledger: Ledger, method: Method, name: str | None) -> str:
+    taken = ledger.deltas.keys() | ledger.compositions.keys()
+    if name is None:
+        stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
+        stem = stem.replace("-", "_")
+        return stem if stem not in taken else next(f"{stem}_{n}" for n in range(2, len(taken) + 3) if f"{stem}_{n}" not in taken)
+    if not NAME.fullmatch(name):
+        raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`.")
+    if name in taken:
+        raise InvalidValue(f"A delta called `{name}` is attached already. Choose another name, or detach it first.")
+    return name
+
+
+def _classes() -> set[type[Method]]:
+    return {registered[name] for name in registered}
+
+
+def _sites(index: Index, backbone: nn.Module, method: Method, where: Where | None, layers: Any) -> list[Site]:
+    if where is not None:
+        return list(find_sites(backbone, where, layers=layers, index=index))
+    present: list[str] = []
+    for entry in method.where:
+        if entry.endswith("?"):
+            try:
+                find_sites(backbone, entry[:-1], layers=layers, index=index)
+            except NoSite:
+                continue
+        present.append(entry.removesuffix("?"))
+    if not present:
+        raise NoSite(
+            f"None of {method}'s default roles ({', '.join(f'`{entry[:-1]}`' for entry in method.where)}) is in {type(backbone).__name__}. "
+            "Say where= yourself; dt.find_sites(backbone) lists the sites."
+        )
+    return list(find_sites(backbone, present, layers=layers, index=index))
+
+
+def _heads(index: Index) -> list[Site]:
+    """Task heads, the outermost module of each."""
+    found = [site for site in index.sites if (site.role or "").rpartition(".")[2] == "readout" and site.parameter is None]
+    paths = [site.path for site in found]
+    return [site for site in found if not any(site.path.startswith(f"{path}.") for path in paths)]
+
+
+def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Module | None, name: str) -> list[Entry]:
+    """Build everything before anything is touched; what is met twice (whole, and as a role's rows) is taken once."""
+    entries: list[Entry] = []
+    taken: set[tuple[int, str]] = set()
+    heads = {id(module) for head in _heads(index) for module in head.module.modules()}
+    for site in sorted(sites, key=lambda site: (not site.reached, site.rows is not None)):
+        for patch in method.build(site, shared):
+            target: object = site.module
+            hosts: tuple[nn.Module, ...] = (site.module,)
+            if isinstance(patch, WeightPatch | SelectionPatch):
+                target = site.module.get_parameter(patch.parameter)
+            rows = "" if site.rows is None else site.key
+            if {(id(target), ""), (id(target), rows)} & taken:
+                continue
+            if isinstance(patch, WeightPatch):
+                hosts = _hosts(index, site, patch)
+            if not isinstance(patch, SelectionPatch) and not site.reached:
+                raise Unsupported(_unreached(site))
+            patch.to(site.device)
+            patch.train(site.module.training)
+            flags = {key: parameter.requires_grad for key, parameter in patch.named_parameters()}
+            entries.append(Entry(name, site, patch, hosts, id(site.module) in heads, flags))
+        taken |= {_target(entry) for entry in entries if entry.site is site}
+    return entries
+
+
+def _target(entry: Entry) -> tuple[int, str]:
+    """What an entry has taken: a parameter or a module, whole or in the rows of one role."""
+    patched = entry.parameter if isinstance(entry.patch, WeightPatch | SelectionPatch) else entry.site.module
+    return id(patched), "" if entry.site.rows is None else entry.site.key
+
+
+def _unreached(site: Site) -> str:
+    kind = type(site.module).__name__
+    return (
+        f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, without calling it. "
+        "Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
+    )
+
+
+def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[nn.Module, ...]:
+    """The modules that read the parameter: the site's, and the other owners of a tied one."""
+    parameter = site.module.get_parameter(patch.parameter)
+    others = [owner for owner, _, _ in index.owners(parameter)]
+    own = site.module.get_submodule(patch.parameter.rpartition(".")[0]) if "." in patch.parameter else site.module
+    return (site.module, *(owner for owner in dict.fromkeys(others) if owner is not own))
+
+
+def _install(ledger: Ledger, entry: Entry) -> None:
+    act_type = next(act for kind, act in ACTS if isinstance(entry.patch, kind))
+    for k, module in enumerate(entry.hosts):
+        slot = open_slot(module)
+        act = slot.acts.get(act_type.__name__)
+        if act is None:
+            act = act_type(module)
+            if isinstance(act, WeightAct):
+                act.guard = ledger.guard
+            slot.acts = dict(sorted({**slot.acts, act_type.__name__: act}.items(), key=lambda item: ORDER.index(item[0])))
+        if k == 0:
+            slot.patches[_free_key(slot, entry.delta)] = entry.patch
+        act.add(module, Member(entry.delta, entry.site, entry.patch))
+        slot.listen(module)
+
+
+def _free_key(slot: Slot, delta: str) -> str:
+    """``<delta>``, or ``<delta>/1`` and so on where a fused projection has several patches of one delta."""
+    keys = (delta if k == 0 else f"{delta}/{k}" for k in range(len(slot.patches) + 1))
+    return next(key for key in keys if key not in slot.patches)
+
+
+def _remove(delta: Delta) -> None:
+    ledger = delta.ledger
+    ledger.terms = [term for term in ledger.terms if delta.name not in term.members]
+    ledger.arrange([delta.name])
+    ledger.unwatch(delta.entries)
+    for entry in delta.entries:
+        for module in entry.hosts:
+            _clear(module, entry)
+    del ledger.deltas[delta.name]
+    if delta.name in ledger.shared:
+        del ledger.shared[delta.name]
+
+
+def _clear(module: nn.Module, entry: Entry) -> None:
+    slot = slot_of(module)
+    if slot is None:
+        return
+    for key in [key for key, patch in slot.patches.items() if patch is entry.patch]:
+        del slot.patches[key]
+    for name, act in list(slot.acts.items()):
+        act.remove(module, entry.delta)
+        if not act.members:
+            del slot.acts[name]
+    if not slot.acts:
+        close_slot(module)

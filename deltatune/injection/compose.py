@@ -1,0 +1,246 @@
+"""Compositions: several deltas, of any kinds, acting together as one named thing.
+
+    sequential          F_n(... F_1(f) ...)
+    parallel            y + sum_i (F_i(f, x) - y)
+    weighted            y + sum_i w_i (F_i(f, x) - y)
+    gated               y + sum_i g_i(y) (F_i(f, x) - y),  g(y) = sigmoid(y U + c), trained
+
+Context kinds concatenate in order whatever ``how`` says; weight kinds chain or add differences; selections always add
+differences. Deltas attached one after the other act sequentially without being composed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import CheckpointError, InvalidValue, Unsupported
+from deltatune.injection.delta import Delta
+from deltatune.injection.ledger import Ledger, ledger_of
+from deltatune.injection.outputs import Gate, OutputAct
+from deltatune.injection.slot import How, Slot, Term, slot_of
+
+
+class Composition:
+    """Handle on deltas that act together; made by ``compose`` and ``load``.
+
+    Attributes:
+        name: its name on this backbone.
+        how: sequential, parallel, weighted or gated.
+        weights: one per member; ones unless ``weighted``.
+        enabled: it acts.
+    """
+
+    def __init__(self, name: str, backbone: nn.Module, members: tuple[str, ...], how: How, weights: tuple[float, ...]) -> None:
+        self.name = name
+        self.backbone = backbone
+        self.members = members
+        self.how: How = how
+        self.weights = weights
+        self.enabled = False
+
+    def __repr__(self) -> str:
+        return f"Composition({self.name!r}, {self.how}, {list(self.members)})"
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger it is entered in.
+
+        Raises:
+            Unsupported: it was dissolved.
+        """
+        ledger = ledger_of(self.backbone)
+        if ledger is None or ledger.compositions.get(self.name) is not self:
+            raise Unsupported(f"Composition `{self.name}` was dissolved. Compose its deltas again.")
+        return ledger
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """Its members, in order."""
+        return [self.ledger.delta(name) for name in self.members]
+
+    @property
+    def term(self) -> Term:
+        """Its entry among what acts."""
+        return Term(self.how, self.members, self.weights, self.name if self.how == "gated" else None)
+
+    def gates(self) -> dict[str, Gate]:
+        """Path of the module -> the gate there; empty unless gated."""
+        found: dict[str, Gate] = {}
+        for path, slot in self._slots():
+            if self.name in slot.gates:
+                gate = slot.gates[self.name]
+                assert isinstance(gate, Gate)
+                found[path] = gate
+        return found
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The gates' parameters, then the members' ones under the members' names."""
+        for path, gate in self.gates().items():
+            for name, parameter in gate.named_parameters():
+                yield f"gate.{path}.{name}", parameter
+        for delta in self.deltas:
+            for name, parameter in delta.named_parameters():
+                yield f"{delta.name}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every Parameter of the gates and of the members."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The gates' tensors; the members have their own."""
+        return {f"{path}.{name}": tensor.detach() for path, gate in self.gates().items() for name, tensor in gate.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of ``state_dict``.
+
+        Raises:
+            CheckpointError: they are not those of this composition's gates.
+        """
+        own = self.state_dict()
+        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+            raise CheckpointError(
+                f"The tensors do not fit the gates of composition `{self.name}`: found {sorted(state)}, needed {sorted(own)}."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def enable(self) -> None:
+        """Let the members act together."""
+        if self.enabled:
+            return
+        ledger = self.ledger
+        self.enabled = True
+        ledger.terms.append(self.term)
+        self._follow(True)
+
+    def disable(self) -> None:
+        """Let all members rest."""
+        if not self.enabled:
+            return
+        ledger = self.ledger
+        self.enabled = False
+        ledger.terms = [term for term in ledger.terms if term != self.term]
+        self._follow(False)
+
+    def dissolve(self) -> None:
+        """Forget the composition; its members stay attached, and act one after the other if it was enabled."""
+        ledger = self.ledger
+        enabled = self.enabled
+        self.disable()
+        for _, slot in self._slots():
+            if self.name in slot.gates:
+                del slot.gates[self.name]
+        deltas = self.deltas
+        del ledger.compositions[self.name]
+        if enabled:
+            for delta in deltas:
+                delta.enable()
+
+    def _follow(self, enabled: bool) -> None:
+        self.ledger.arrange(self.members)
+        for delta in self.deltas:
+            delta.enabled = enabled
+            delta.refresh_gradients()
+        for gate in self.gates().values():
+            gate.requires_grad_(enabled)
+
+    def _slots(self) -> Iterator[tuple[str, Slot]]:
+        """The slots of modules on which a member acts, once each, with the module's path."""
+        seen: set[int] = set()
+        for delta in self.deltas:
+            for entry in delta.entries:
+                slot = slot_of(entry.site.module)
+                if slot is not None and id(slot) not in seen:
+                    seen.add(id(slot))
+                    yield entry.site.module_path, slot
+
+
+def compose(
+    backbone: nn.Module,
+    members: Sequence[str | Delta],
+    how: How = "sequential",
+    *,
+    weights: Sequence[float] | None = None,
+    name: str | None = None,
+) -> Composition:
+    """Make attached deltas act together.
+
+    Args:
+        backbone: where they are attached.
+        members: their names, or the deltas, in order.
+        how: ``sequential``, ``parallel``, ``weighted`` or ``gated``; see the module's formulas.
+        weights: one per member, for ``weighted``.
+        name: how the composition is called; the members' names joined by ``+`` are not a name, so ``a-b`` if left out.
+
+    Returns:
+        The composition, enabled.
+
+    Raises:
+        UnknownName: a member is not attached.
+        InvalidValue: members, weights or names that do not fit.
+        Unsupported: a member is merged or composed already, or cannot be gated.
+
+    Example:
+        >>> from deltatune.injection.attach import attach, detach
+        >>> from deltatune.methods import IA3, LoRA
+        >>> mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> a = attach(mlp, LoRA(rank=2), where="0", name="a")
+        >>> b = attach(mlp, IA3(), where=["0", "2"], name="b")
+        >>> compose(mlp, ["a", "b"], how="weighted", weights=[0.7, 0.3])
+        Composition('a-b', weighted, ['a', 'b'])
+    """
+    names = tuple(member.name if isinstance(member, Delta) else member for member in members)
+    ledger = ledger_of(backbone)
+    if ledger is None:
+        raise Unsupported(f"Cannot compose {list(names)}: nothing is attached to this backbone. Attach or load the deltas first.")
+    deltas = [ledger.delta(member) for member in names]
+    name = "-".join(names) if name is None else name
+    _check(ledger, names, deltas, how, weights, name)
+    for delta in deltas:
+        delta.disable()
+    composition = Composition(name, backbone, names, how, tuple(weights) if weights is not None else (1.0,) * len(names))
+    ledger.compositions[name] = composition
+    try:
+        if how == "gated":
+            _add_gates(composition)
+        composition.enable()
+    except BaseException:
+        composition.enabled = True
+        composition.dissolve()
+        raise
+    return composition
+
+
+def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How, weights: Sequence[float] | None, name: str) -> None:
+    if how not in get_args(How):
+        raise InvalidValue(f"compose was asked for how={how!r}; it is one of {', '.join(f'`{known}`' for known in get_args(How))}.")
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise InvalidValue(f"compose was given {list(names)}; it takes at least two different deltas.")
+    if (weights is not None) != (how == "weighted") or (weights is not None and len(weights) != len(names)):
+        raise InvalidValue(
+            f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; `weighted` takes one weight a member, the others none."
+        )
+    if name in ledger.compositions or name in ledger.deltas:
+        raise InvalidValue(f"Something called `{name}` is attached already. Give the composition another name=.")
+    for delta in deltas:
+        delta._check_alone("compose")
+        delta._check_unmerged("compose")
+
+
+def _add_gates(composition: Composition) -> None:
+    for _, slot in composition._slots():
+        acts = [act for act in slot.acts.values() if isinstance(act, OutputAct)]
+        for act in acts:
+            present = [member for member in composition.members if member in act.members]
+            if present:
+                site = replace(act.members[present[0]][0].site, rows=None)
+                if site.channel_axis != -1:
+                    raise Unsupported(f"`{site.path}` is a convolution; gates weigh tokens. Compose with how='weighted'.")
+                slot.gates[composition.name] = Gate(site.out_features, len(present), site.device)

@@ -1,0 +1,296 @@
+"""A delta: what one ``attach`` put on a backbone, named, trainable, and saved as one artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import CheckpointError, Unsupported
+from deltatune.injection.ledger import Ledger, ledger_of
+from deltatune.injection.selections import Choice, SelectionAct
+from deltatune.injection.slot import Term, slot_of
+from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch, WeightPatch
+from deltatune.structure.site import Site
+
+
+@dataclass
+class Entry:
+    """One patch of a delta at its place.
+
+    Attributes:
+        delta: name of the delta.
+        site: where it sits.
+        patch: what sits there.
+        hosts: the modules whose slots run it: the site's, and every other owner's of a tied parameter.
+        head: it trains a freshly initialised task head, which is stored by value.
+        flags: which of the patch's parameters train, by name.
+    """
+
+    delta: str
+    site: Site
+    patch: Patch
+    hosts: tuple[nn.Module, ...]
+    head: bool
+    flags: dict[str, bool]
+
+    @property
+    def key(self) -> str:
+        """Stable name in delta files: the site's key, or the parameter's path with its rows."""
+        if isinstance(self.patch, WeightPatch | SelectionPatch):
+            path = ".".join(part for part in (self.site.module_path, self.patch.parameter) if part)
+            return path if self.site.rows is None else f"{path}:{self.site.leaf}"
+        return self.site.key
+
+    @property
+    def listens(self) -> bool:
+        """The patch runs in the forward of its host."""
+        return not isinstance(self.patch, SelectionPatch)
+
+    @property
+    def choice(self) -> Choice:
+        """Of a selection: the deltas that share its parameter."""
+        assert isinstance(self.patch, SelectionPatch)
+        slot = slot_of(self.hosts[0])
+        assert slot is not None
+        act = slot.acts["SelectionAct"]
+        assert isinstance(act, SelectionAct)
+        return act.choices[self.patch.parameter]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Of a selection or weight patch: the backbone's Parameter."""
+        assert isinstance(self.patch, SelectionPatch | WeightPatch)
+        return self.site.module.get_parameter(self.patch.parameter)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Size of a delta, in the letters of the survey.
+
+    Attributes:
+        N: parameters of the backbone.
+        M: parameters of the adapted model.
+        delta: trained parameters, |delta|.
+        ratio: |delta| / N.
+        size_bytes: the stored tensors.
+    """
+
+    N: int
+    M: int
+    delta: int
+    ratio: float
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.delta:,} of {self.N:,} parameters ({self.ratio:.3%}), {self.size_bytes:,} bytes"
+
+
+class Delta:
+    """Handle on what was attached; made by ``attach`` and ``load``.
+
+    Attributes:
+        name: its name on this backbone.
+        method: its recipe.
+        backbone: the model it sits on.
+        entries: its patches at their places.
+        enabled: it acts.
+        trainable: its parameters want gradients while it is enabled.
+        merged: it is folded into the backbone's weights.
+    """
+
+    def __init__(self, name: str, method: Method, backbone: nn.Module, entries: list[Entry], shared: nn.Module | None = None) -> None:
+        self.name = name
+        self.method = method
+        self.backbone = backbone
+        self.entries = entries
+        self.shared_flags = {} if shared is None else {name: parameter.requires_grad for name, parameter in shared.named_parameters()}
+        self.enabled = False
+        self.trainable = True
+        self.merged = False
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else "enabled" if self.enabled else "disabled"
+        return f"Delta({self.name!r}, {self.method}, {len(self.entries)} sites, {state})"
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger it is entered in.
+
+        Raises:
+            Unsupported: it was detached.
+        """
+        ledger = ledger_of(self.backbone)
+        if ledger is None or ledger.deltas.get(self.name) is not self:
+            raise Unsupported(f"Delta `{self.name}` was detached from its backbone. Attach or load it again.")
+        return ledger
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """State common to its sites, if the method has any."""
+        modules = self.ledger.shared
+        return modules[self.name] if self.name in modules else None
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Its patches, in the order of the sites, heads last."""
+        return [entry.patch for entry in self.entries]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every Parameter it owns or selects, read anew at each call, under its name in delta files."""
+        shared = self.shared
+        if shared is not None:
+            for name, parameter in shared.named_parameters():
+                yield f"shared.{name}", parameter
+        for entry in self.entries:
+            if isinstance(entry.patch, SelectionPatch):
+                yield entry.key, entry.parameter
+            for name, parameter in entry.patch.named_parameters():
+                yield f"{entry.key}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every Parameter it owns or selects."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that train when the delta is enabled and not frozen."""
+        return {name: parameter for name, parameter in self.named_parameters() if self._trains(name)}
+
+    def _trains(self, name: str) -> bool:
+        return self._flags().get(name, True)
+
+    def _flags(self) -> dict[str, bool]:
+        flags: dict[str, bool] = {}
+        for entry in self.entries:
+            flags |= {f"{entry.key}.{name}": flag for name, flag in entry.flags.items()}
+        return flags | {f"shared.{name}": flag for name, flag in self.shared_flags.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything the delta is made of; selections by value."""
+        state: dict[str, Tensor] = {}
+        if self.shared is not None:
+            state |= {f"shared.{name}": tensor.detach() for name, tensor in self.shared.state_dict().items()}
+        for entry in self.entries:
+            if isinstance(entry.patch, SelectionPatch):
+                state[entry.key] = entry.choice.value(self.name, entry.parameter).detach()
+            state |= {f"{entry.key}.{name}": tensor.detach() for name, tensor in entry.patch.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of ``state_dict``; nothing is changed unless all of them fit.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or misshapen.
+        """
+        self._reform(state)
+        own = self.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        misshapen = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+        faults = [
+            f"{word}: {', '.join(f'`{name}`' for name in names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
+            for word, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+            if names
+        ]
+        if faults:
+            raise CheckpointError(
+                f"The tensors do not fit delta `{self.name}` ({self.method}): {'; '.join(faults)}. Use the state of the same method and sites."
+            )
+        with torch.no_grad():
+            for entry in self.entries:
+                if isinstance(entry.patch, SelectionPatch):
+                    entry.choice.assign(self.name, state[entry.key], entry.parameter)
+                part = {name: state[f"{entry.key}.{name}"] for name in entry.patch.state_dict()}
+                entry.patch.load_state_dict(part)
+            if self.shared is not None:
+                self.shared.load_state_dict({name: state[f"shared.{name}"] for name in self.shared.state_dict()})
+
+    def _reform(self, state: Mapping[str, Tensor]) -> None:
+        modules = [(entry.key, entry.patch) for entry in self.entries] + ([("shared", self.shared)] if self.shared is not None else [])
+        for key, module in modules:
+            if isinstance(module, Reforming):
+                module.reform({name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")})
+
+    def budget(self) -> Budget:
+        """N, M, |delta|, their ratio, and bytes of the stored tensors."""
+        selected = {id(entry.parameter) for entry in self.entries if isinstance(entry.patch, SelectionPatch)}
+        own = {id(parameter) for delta in self.ledger.deltas.values() for entry in delta.entries for parameter in entry.patch.parameters()}
+        own |= {id(parameter) for parameter in self.ledger.parameters()}
+        n = sum(parameter.numel() for parameter in self.backbone.parameters() if id(parameter) not in own)
+        trained = self.trained_parameters().values()
+        added = sum(parameter.numel() for parameter in trained if id(parameter) not in selected)
+        size = sum(parameter.numel() for parameter in trained)
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        return Budget(N=n, M=n + added, delta=size, ratio=size / n, size_bytes=stored)
+
+    def enable(self) -> None:
+        """Let it act, behind what acts already; its parameters want gradients again."""
+        if self.enabled:
+            return
+        self._check_alone("enable")
+        self.enabled = True
+        self.ledger.terms.append(Term("sequential", (self.name,), (1.0,)))
+        self.ledger.arrange([self.name])
+        self.refresh_gradients()
+
+    def disable(self) -> None:
+        """Let it rest: the backbone computes as without it, and its parameters want no gradients."""
+        if not self.enabled:
+            return
+        self._check_alone("disable")
+        self._check_unmerged("disable")
+        self.enabled = False
+        self.ledger.terms = [term for term in self.ledger.terms if term.members != (self.name,)]
+        self.ledger.arrange([self.name])
+        self.refresh_gradients()
+
+    def freeze(self) -> None:
+        """It acts but does not train."""
+        self.trainable = False
+        self.refresh_gradients()
+
+    def unfreeze(self) -> None:
+        """It trains again."""
+        self.trainable = True
+        self.refresh_gradients()
+
+    def refresh_gradients(self) -> None:
+        """Set ``requires_grad`` from what is enabled, frozen and live."""
+        wanted = self.enabled and self.trainable and not self.merged
+        for entry in self.entries:
+            if isinstance(entry.patch, SelectionPatch):
+                live = entry.choice.live
+                owner = self.ledger.deltas.get(live) if live is not None else None
+                entry.parameter.requires_grad_(owner is not None and owner.enabled and owner.trainable and not owner.merged)
+            for name, parameter in entry.patch.named_parameters():
+                parameter.requires_grad_(wanted and entry.flags.get(name, True))
+        if self.shared is not None:
+            for name, parameter in self.shared.named_parameters():
+                parameter.requires_grad_(wanted and self.shared_flags.get(name, True))
+
+    def penalty(self) -> Tensor:
+        """The method's own term in the loss; zero for most."""
+        if isinstance(self.method, Penalised):
+            return self.method.penalty(self.patches)
+        return torch.zeros(())
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer over the parameters that train."""
+        parameters = self.trained_parameters()
+        if isinstance(self.method, Grouped):
+            return self.method.parameter_groups(parameters, lr)
+        return [{"params": list(parameters.values()), "lr": lr}]
+
+    def _check_alone(self, verb: str) -> None:
+        for composition in self.ledger.compositions.values():
+            if self.name in composition.members:
+                raise Unsupported(
+                    f"Delta `{self.name}` acts within the composition `{composition.name}`. {verb.capitalize()} that, or dissolve it first."
+                )
+
+    def _check_unmerged(self, verb: str) -> None:
+        if self.merged:
+            raise Unsupported(f"Cannot {verb} delta `{self.name}` while it is merged into the weights. Call dt.unmerge(delta) first.")

@@ -1,0 +1,221 @@
+"""The ledger: what is attached to one backbone, kept in the backbone itself.
+
+It is the root's child ``deltatune``. A deep copy or pickle of the backbone carries it, so there is no global table of
+deltas, and everything that must be known once per backbone is known here: the index of sites, what was frozen before,
+which deltas act in which order, and the guard of weight swaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from deltatune.errors import Idle, InvalidValue, UnknownName, Unsupported, nearest
+from deltatune.injection.freeze import freeze, thaw
+from deltatune.injection.slot import CHILD, Slot, Term, slot_of
+from deltatune.injection.weights import Guard
+from deltatune.methods.kinds import Stochastic
+from deltatune.structure.index import Index, index
+
+if TYPE_CHECKING:
+    from deltatune.injection.compose import Composition
+    from deltatune.injection.delta import Delta, Entry
+    from deltatune.injection.merge import Kept
+
+
+class Ledger(nn.Module):
+    """Everything attached to one backbone.
+
+    Attributes:
+        slot: the root module's own slot, where the root itself is a site.
+        shared: state common to the sites of a delta, under the delta's name.
+        deltas: the attached deltas, in order.
+        compositions: the named compositions of them.
+        terms: what acts now, in order; merged deltas act through the weights.
+        kept: parameters as they were before something was merged into them.
+        frozen: ``requires_grad`` of each parameter before the first attach.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.slot: Slot | None = None
+        self.shared = nn.ModuleDict()
+        self.deltas: dict[str, Delta] = {}
+        self.compositions: dict[str, Composition] = {}
+        self.terms: list[Term] = []
+        self.kept: list[Kept] = []
+        self.guard = Guard()
+        self.frozen = freeze(backbone)
+        self._index: Index | None = None
+        self._watched: list[Entry] = []
+        self._stochastic: list[Stochastic] = []
+        self._handles: list[RemovableHandle] = []
+
+    def forward(self, x: Any) -> Any:
+        """Identity: a root that is a container and walks its children passes through."""
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
+
+    def index(self, backbone: nn.Module) -> Index:
+        """The backbone's sites, walked once."""
+        if self._index is None:
+            self._index = index(backbone)
+        return self._index
+
+    def forget_index(self) -> None:
+        """Walk anew at the next use: a module was replaced, as by resizing the vocabulary."""
+        self._index = None
+
+    def listen(self, backbone: nn.Module) -> None:
+        """Watch the forwards of the root."""
+        self._handles = [
+            backbone.register_forward_pre_hook(self.before),
+            backbone.register_forward_hook(self.after),
+        ]
+
+    def unlisten(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def watch(self, entries: Iterable[Entry]) -> None:
+        """Take in the entries of a new delta."""
+        for entry in entries:
+            if entry.listens:
+                self._watched.append(entry)
+            if isinstance(entry.patch, Stochastic):
+                self._stochastic.append(entry.patch)
+
+    def unwatch(self, entries: Iterable[Entry]) -> None:
+        """Forget the entries of a delta."""
+        gone = {id(entry.patch) for entry in entries}
+        self._watched = [entry for entry in self._watched if id(entry.patch) not in gone]
+        self._stochastic = [patch for patch in self._stochastic if id(patch) not in gone]
+
+    def before(self, backbone: nn.Module, args: Any) -> None:
+        """Pre-hook of the root: random draws, once per forward."""
+        if backbone.training:
+            for patch in self._stochastic:
+                patch.draw()
+
+    def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        """Post-hook of the root: every patch must sit where the forward comes by.
+
+        Raises:
+            Idle: an active patch's host was never called.
+        """
+        if not self._watched or torch.compiler.is_compiling():
+            return
+        acting = {name for term in self.terms for name in term.members}
+        idle = [entry for entry in self._watched if not _has_fired(entry)]
+        reached = {entry.site.role for entry in self._watched if _has_fired(entry)}
+        self._watched = idle
+        # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own
+        silent = [
+            entry
+            for entry in idle
+            if entry.delta in acting
+            and not (backbone.training and entry.site.role is not None and entry.site.role in reached)
+            and "experts" not in (entry.site.role or "")
+        ]
+        if silent:
+            paths = ", ".join(f"`{entry.key}`" for entry in silent[:3])
+            raise Idle(
+                f"Delta `{silent[0].delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
+                f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
+                "(dt.find_sites lists them), or detach the delta."
+            )
+
+    def arrange(self, deltas: Iterable[str]) -> None:
+        """Bring the slots that these deltas touch in line with ``terms``."""
+        terms = [term for term in self.terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
+        slots: dict[int, tuple[nn.Module, Slot]] = {}
+        for name in deltas:
+            for entry in self.deltas[name].entries:
+                for module in entry.hosts:
+                    slot = slot_of(module)
+                    if slot is not None:
+                        slots[id(slot)] = (module, slot)
+        for module, slot in slots.values():
+            for act in slot.acts.values():
+                act.arrange(module, terms, slot.gates)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
+        super()._apply(fn, recurse)
+        for kept in self.kept:
+            kept.original = fn(kept.original)
+        return self
+
+    def delta(self, name: str) -> Delta:
+        """The delta of that name.
+
+        Raises:
+            UnknownName: none is attached under it.
+        """
+        if name not in self.deltas:
+            raise UnknownName(f"No delta called `{name}` is attached to this backbone. {nearest(name, self.deltas)}")
+        return self.deltas[name]
+
+
+def _has_fired(entry: Entry) -> bool:
+    slots = [slot_of(module) for module in entry.hosts]
+    return all(slot is None or slot.fired.ever for slot in slots)
+
+
+def ledger_of(backbone: nn.Module) -> Ledger | None:
+    """The backbone's ledger, or None where nothing is attached."""
+    child = backbone._modules.get(CHILD)
+    return child if isinstance(child, Ledger) else None
+
+
+def open_ledger(backbone: nn.Module) -> Ledger:
+    """The backbone's ledger; the first call freezes the backbone and remembers what was frozen before.
+
+    Raises:
+        Unsupported: deltas are attached to a module above or below this one.
+        InvalidValue: the backbone has a child of its own called ``deltatune``.
+    """
+    ledger = ledger_of(backbone)
+    if ledger is not None:
+        return ledger
+    _check_root(backbone)
+    ledger = Ledger(backbone)
+    ledger.train(backbone.training)
+    backbone.add_module(CHILD, ledger)
+    ledger.listen(backbone)
+    return ledger
+
+
+def _check_root(backbone: nn.Module) -> None:
+    for path, module in backbone.named_modules():
+        child = module._modules.get(CHILD)
+        if isinstance(child, Ledger | Slot):
+            where = "above it" if isinstance(child, Slot) and not path else f"at `{path}` inside it"
+            raise Unsupported(
+                f"This {type(backbone).__name__} cannot take a delta: deltas are attached already to a module {where}. "
+                "Attach all deltas to one and the same module, or detach those first."
+            )
+        if child is not None and not path:
+            raise InvalidValue(f"{type(backbone).__name__} has a child called `{CHILD}` that is not ours. Rename it before attaching.")
+    wrapped = {"DistributedDataParallel", "FullyShardedDataParallel"} & {cls.__name__ for cls in type(backbone).__mro__}
+    if wrapped:
+        raise Unsupported(
+            f"The backbone is wrapped in {wrapped.pop()} already, which would miss the delta's parameters. Attach first, then wrap."
+        )
+
+
+def close_ledger(backbone: nn.Module) -> None:
+    """Remove the ledger of a backbone with no delta left, and restore what was frozen before."""
+    ledger = ledger_of(backbone)
+    if ledger is None or ledger.deltas:
+        return
+    ledger.unlisten()
+    del backbone._modules[CHILD]
+    thaw(backbone, ledger.frozen)

@@ -1,0 +1,301 @@
+"""Merge a delta into the backbone's weights, checked; unmerge restores the exact bits.
+
+The weights before the first merge are kept, and each change of what is merged is computed from them anew, so deltas
+can be unmerged in any order. A tied weight is one Parameter, so it is merged once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.errors import Unsupported
+from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.ledger import Ledger
+from deltatune.injection.outputs import put_rows
+from deltatune.injection.slot import Member, slot_of
+from deltatune.injection.weights import run_weight
+from deltatune.methods.kinds import Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
+
+PROBES = 8
+
+
+@dataclass
+class Kept:
+    """A parameter of the backbone as it was before anything was merged into it."""
+
+    module: nn.Module
+    name: str
+    original: Tensor
+
+
+def merge(delta: Delta, *, keep: bool = False) -> int:
+    """Fold a delta into the weights, so that the backbone computes it at no cost: W' = W + s B A, for LoRA.
+
+    Args:
+        delta: an enabled delta whose kinds can merge: weight and selection kinds, and output kinds on linear maps.
+        keep: for good: the weights stay as they are then, and the delta is gone.
+
+    Returns:
+        Bytes kept for ``unmerge``; 0 with ``keep``.
+
+    Raises:
+        Unsupported: a patch cannot be expressed as a weight, does not commute with one that acts inside it, or the
+            merged weight fails its check; nothing is changed then.
+    """
+    ledger = delta.ledger
+    delta._check_alone("merge")
+    if delta.merged:
+        raise Unsupported(f"Delta `{delta.name}` is merged already. Unmerge it before merging it again.")
+    if not delta.enabled:
+        raise Unsupported(f"Delta `{delta.name}` is disabled, so there is nothing to merge. Enable it first.")
+    for entry in delta.entries:
+        _check(ledger, entry)
+    kept = _keep(ledger, delta)
+    delta.merged = True
+    try:
+        _write(ledger, delta)
+    except BaseException:
+        delta.merged = False
+        _write(ledger, delta, check=False)
+        raise
+    ledger.arrange([delta.name])
+    delta.refresh_gradients()
+    if keep:
+        _make_permanent(ledger, delta)
+        return 0
+    return kept
+
+
+def unmerge(delta: Delta) -> None:
+    """Take a delta out of the weights again; the last one restores their exact bits.
+
+    Raises:
+        Unsupported: it is not merged, or one that does not commute with it is merged on top.
+    """
+    ledger = delta.ledger
+    if not delta.merged:
+        raise Unsupported(f"Delta `{delta.name}` is not merged. Merge it first.")
+    for entry in delta.entries:
+        _check_on_top(ledger, entry)
+    delta.merged = False
+    _write(ledger, delta, check=False)
+    ledger.arrange([delta.name])
+    delta.refresh_gradients()
+
+
+def _targets(entry: Entry) -> list[tuple[nn.Module, str]]:
+    """The parameters a merge of this entry writes."""
+    module = entry.site.module
+    if isinstance(entry.patch, SelectionPatch):
+        return []
+    if isinstance(entry.patch, WeightPatch):
+        owner, _, name = entry.patch.parameter.rpartition(".")
+        return [(module.get_submodule(owner), name)]
+    return [(module, name) for name in ("weight", "bias") if module._parameters.get(name) is not None]
+
+
+def _check(ledger: Ledger, entry: Entry) -> None:
+    patch, module = entry.patch, entry.site.module
+    if isinstance(patch, SelectionPatch):
+        return
+    if isinstance(patch, OutputPatch | InputPatch):
+        flat = entry.site.is_linear or (
+            isinstance(patch, OutputPatch) and isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        )
+        if not isinstance(patch, Mergeable) or not flat:
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` is no change of a weight. "
+                "Keep it attached, or train a method that merges, such as LoRA or (IA)^3."
+            )
+        if entry.site.tied:
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be merged: it acts on `{entry.key}` alone, but that weight is tied to other modules."
+            )
+    elif not isinstance(patch, WeightPatch):
+        raise Unsupported(
+            f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` adds virtual positions, not weights. Keep it attached."
+        )
+    for owner, name in _targets(entry):
+        theta = owner.get_parameter(name)
+        if theta.is_meta or not theta.is_floating_point() or type(theta.data) is not Tensor:
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. Load the backbone in full precision."
+            )
+    for inner in _others(ledger, entry, before=True, merged=False):
+        if not _commute(inner, patch):
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be merged first: {type(inner).__name__} acts inside it at `{entry.key}` and the two do not commute. "
+                "Merge in the order in which they act."
+            )
+
+
+def _check_on_top(ledger: Ledger, entry: Entry) -> None:
+    for outer in _others(ledger, entry, before=False, merged=True):
+        if not _commute(outer, entry.patch):
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be unmerged first: {type(outer).__name__} is merged on top of it at `{entry.key}` and the two do not commute. "
+                "Unmerge in the reverse order."
+            )
+
+
+def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list[Patch]:
+    """Patches of other acting deltas at the same module that come before (or after) this one, merged or not."""
+    order = [name for term in ledger.terms for name in term.members]
+    rank = order.index(entry.delta)
+    slot = slot_of(entry.site.module)
+    assert slot is not None
+    found = []
+    for act in slot.acts.values():
+        for name, members in act.members.items():
+            other = ledger.deltas[name]
+            if name == entry.delta or name not in order or other.merged != merged:
+                continue
+            for member in members:
+                inner = order.index(name) < rank
+                if isinstance(member.patch, WeightPatch) != isinstance(entry.patch, WeightPatch):
+                    inner = isinstance(member.patch, WeightPatch)  # weights are read inside the module
+                if inner == before and isinstance(member.patch, OutputPatch | InputPatch | WeightPatch):
+                    found.append(member.patch)
+    return found
+
+
+def _commute(a: Patch, b: Patch) -> bool:
+    return isinstance(a, Commuting) and isinstance(b, Commuting) and a.commutes == b.commutes
+
+
+def _keep(ledger: Ledger, delta: Delta) -> int:
+    """Remember the bits of every parameter this delta will change; returns how many bytes that took."""
+    size = 0
+    for entry in delta.entries:
+        for owner, name in _targets(entry):
+            theta = owner.get_parameter(name)
+            if not any(kept.module is owner and kept.name == name for kept in ledger.kept):
+                ledger.kept.append(Kept(owner, name, theta.detach().clone()))
+            size += theta.numel() * theta.element_size()
+    return size
+
+
+def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> None:
+    """Compute every parameter this delta touches from its kept bits and all merged deltas, and write them at once."""
+    targets = {(id(owner), name): (owner, name) for entry in delta.entries for owner, name in _targets(entry)}
+    values = {key: _kept(ledger, *target).original for key, target in targets.items()}
+    changed: set[tuple[int, str]] = set()
+    merged = [ledger.deltas[name] for term in ledger.terms for name in term.members if ledger.deltas[name].merged]
+    entries = [entry for other in merged for entry in other.entries]
+    for entry in sorted(entries, key=lambda entry: not isinstance(entry.patch, WeightPatch)):  # weights act inside the module
+        own = {field: (id(owner), field) for owner, field in _targets(entry)}
+        if own and all(key in values for key in own.values()):
+            _fold(entry, values, own, check=check)
+            changed |= set(own.values())
+    with torch.no_grad():
+        for key, (owner, name) in targets.items():
+            owner.get_parameter(name).copy_(values[key])
+    ledger.kept = [kept for kept in ledger.kept if (id(kept.module), kept.name) not in targets or (id(kept.module), kept.name) in changed]
+
+
+def _kept(ledger: Ledger, owner: nn.Module, name: str) -> Kept:
+    return next(kept for kept in ledger.kept if kept.module is owner and kept.name == name)
+
+
+@torch.no_grad()
+def _fold(entry: Entry, values: dict[tuple[int, str], Tensor], own: dict[str, tuple[int, str]], *, check: bool) -> None:
+    """Replace values[...] of one entry's parameters by their merged form, computed in float32 and rounded once."""
+    patch = entry.patch
+    training = patch.training
+    patch.eval()
+    try:
+        if isinstance(patch, WeightPatch):
+            (key,) = own.values()
+            theta = values[key]
+            merged = run_weight(Member(entry.delta, entry.site, patch), theta.float() if theta.dtype != torch.float64 else theta).to(
+                theta.dtype
+            )
+            if check:
+                _check_close(entry, merged, run_weight(Member(entry.delta, entry.site, patch), theta.double()), 1.0)
+            values[key] = merged
+        else:
+            weight, bias = values[own["weight"]], values[own["bias"]] if "bias" in own else None
+            new_weight, new_bias = _merge_linear(entry, weight, bias)
+            if check:
+                _probe(entry, weight, bias, new_weight, new_bias)
+            values[own["weight"]] = new_weight
+            if new_bias is not None:
+                values[own["bias"]] = new_bias
+    finally:
+        patch.train(training)
+
+
+def _merge_linear(entry: Entry, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One output or input patch folded into (weight, bias) as stored, on its rows only."""
+    site, patch = entry.site, entry.patch
+    assert isinstance(patch, Mergeable)
+    flat = weight.mT if site.transposed else weight
+    part, part_bias = site.rows_of(flat, 0), None if bias is None else site.rows_of(bias, 0)
+    matrix = part.float().reshape(part.shape[0], -1) if not isinstance(site.module, nn.Embedding) else part.float()
+    new, new_bias = patch.merge(matrix, None if part_bias is None else part_bias.float())
+    new = new.reshape(part.shape).to(weight.dtype)
+    if site.rows is not None:
+        new = put_rows(flat, site.rows, new, 0)
+    if new_bias is not None and bias is not None:
+        new_bias = new_bias.to(bias.dtype)
+        new_bias = new_bias if site.rows is None else put_rows(bias, site.rows, new_bias, 0)
+    return (new.mT if site.transposed else new), new_bias
+
+
+def _probe(entry: Entry, weight: Tensor, bias: Tensor | None, new_weight: Tensor, new_bias: Tensor | None) -> None:
+    """Random inputs through the merged map and through the patched one must agree to rounding."""
+    site, patch = entry.site, entry.patch
+    generator = torch.Generator().manual_seed(0)
+    flat, new = (weight.mT, new_weight.mT) if site.transposed else (weight, new_weight)
+    flat, new = site.rows_of(flat, 0).float(), site.rows_of(new, 0).float()
+    b = None if bias is None else site.rows_of(bias, 0).float()
+    new_b = None if new_bias is None else site.rows_of(new_bias, 0).float()
+    if isinstance(site.module, nn.Embedding):
+        ids = torch.randint(flat.shape[0], (PROBES,), generator=generator).to(flat.device)
+        scale = float(getattr(site.module, "embed_scale", 1.0))
+        _check_close(entry, scale * new[ids], patch(ids, scale * flat[ids]), 1.0, dtype=weight.dtype)
+        return
+    flat, new = flat.reshape(flat.shape[0], -1), new.reshape(new.shape[0], -1)
+    x = torch.randn(PROBES, flat.shape[1], generator=generator).to(flat.device)
+    expected = F.linear(patch(x), flat, b) if isinstance(patch, InputPatch) else patch(x, F.linear(x, flat, b))
+    _check_close(entry, F.linear(x, new, new_b), expected, flat.shape[1] ** 0.5, dtype=weight.dtype)
+
+
+def _check_close(entry: Entry, found: Tensor, expected: Tensor, growth: float, *, dtype: torch.dtype | None = None) -> None:
+    eps = torch.finfo(dtype or found.dtype).eps
+    scale = float(expected.abs().max()) + 1.0
+    error = float((found.double() - expected.double()).abs().max())
+    if not error <= 64 * eps * growth * scale:
+        raise Unsupported(
+            f"Merging delta `{entry.delta}` at `{entry.key}` was checked and failed: the merged weight is off by {error:.2e}, "
+            f"where rounding explains {64 * eps * growth * scale:.2e}. The weights are as they were. Are all of the delta's tensors finite?"
+        )
+
+
+def _make_permanent(ledger: Ledger, delta: Delta) -> None:
+    """Forget the bits before the merge, and the delta with them."""
+    from deltatune.injection.attach import detach  # attaching knows how to take apart
+
+    targets = {(id(owner), name) for entry in delta.entries for owner, name in _targets(entry)}
+    shared = [
+        other.name
+        for other in ledger.deltas.values()
+        if other is not delta
+        and other.merged
+        and targets & {(id(owner), name) for entry in other.entries for owner, name in _targets(entry)}
+    ]
+    if shared:
+        unmerge(delta)
+        raise Unsupported(
+            f"Delta `{delta.name}` cannot be merged for good while `{shared[0]}` is merged into the same weights. Unmerge that first."
+        )
+    ledger.kept = [kept for kept in ledger.kept if (id(kept.module), kept.name) not in targets]
+    for entry in delta.entries:
+        if isinstance(entry.patch, SelectionPatch):
+            entry.choice.make_original(delta.name, entry.parameter)
+    delta.merged = False
+    detach(delta)

@@ -1,0 +1,13 @@
+"""WHAT is attached: one file, one paper, one frozen dataclass, found here by its name."""
+
+from deltatune.methods.addition.adapter import Adapter as Adapter
+from deltatune.methods.addition.ia3 import IA3 as IA3
+from deltatune.methods.addition.prefix_tuning import PrefixTuning as PrefixTuning
+from deltatune.methods.addition.prompt_tuning import PromptTuning as PromptTuning
+from deltatune.methods.kinds import Method as Method
+from deltatune.methods.kinds import methods as methods
+from deltatune.methods.reparameterization.lora import LoRA as LoRA
+from deltatune.methods.specification.bitfit import BitFit as BitFit
+from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
+from deltatune.methods.specification.full import FullFineTuning as FullFineTuning
+from deltatune.methods.specification.linear_probe import LinearProbe as LinearProbe
