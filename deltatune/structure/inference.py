@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -49,14 +49,18 @@ DOWN = frozenset(
 )
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|multihead_attn|src_attn|enc_attn", re.IGNORECASE)
 READOUT = frozenset({"classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj"})
+POOLERS = frozenset({"pooler", "sequence_summary"})
 LINEAR_READOUT = frozenset({"fc", "head"})
 LM_HEAD = frozenset({"lm_head", "embed_out", "output_projection"})
 POSITION = re.compile(r"pos(ition)?|wpe", re.IGNORECASE)
 NO_TOKEN = re.compile(r"type|segment|relative|rel_|bias|lang", re.IGNORECASE)
 
 INTERLEAVED = frozenset({"query_key_value"})
-UNKNOWN_LAYOUT = re.compile(r"CodeGen|GPTBigCode|Lightning|Disentangled")
-"""Classes whose fused projection has the name of another layout; no roles rather than wrong ones."""
+INTERLEAVED_CLASSES = re.compile(r"GPTBigCode")
+UNKNOWN_LAYOUT = re.compile(r"CodeGen|Lightning|Disentangled")
+"""Classes whose fused projection has the name of another layout: interleaved all the same, or no roles rather than wrong ones."""
+LAYER_LISTS = frozenset({"layers", "layer", "h", "block", "blocks"})
+FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn?|feed_?forward|experts?|moe|shared_experts?)([._]|$)", re.IGNORECASE)
 
 Modules = Mapping[str, nn.Module]
 
@@ -74,10 +78,12 @@ def infer(modules: Modules, anatomy: Anatomy) -> None:
             anatomy.add(output, f"{_kind(attention, layer, modules)}.output")
     _name_attentions(attentions, layers, modules, anatomy)
     for layer in layers:
-        _feed_forward(layer, modules, anatomy)
+        _feed_forward(layer, attentions, modules, anatomy)
+    _output_embeddings(modules, anatomy)
     for path, module in modules.items():
         _single(path, module, layers, modules, anatomy)
     _stacks(layers, modules, anatomy)
+    _poolers(modules, anatomy)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -183,7 +189,7 @@ def _layout(name: str, projection: nn.Module, parent: nn.Module, heads: Heads | 
         return None
     if grouped:
         return "grouped"
-    return "interleaved" if name in INTERLEAVED else "equal"
+    return "interleaved" if name in INTERLEAVED or INTERLEAVED_CLASSES.search(type(parent).__name__) else "equal"
 
 
 def _output(attention: str, layer: str | None, modules: Modules, anatomy: Anatomy) -> str | None:
@@ -231,10 +237,18 @@ def _layers(attentions: list[str], modules: Modules, anatomy: Anatomy) -> list[s
         chosen = whole or next(iter(numbered), None)
         if chosen is not None:
             lists[_parent(chosen)] = None
-    layers = [_join(path, name) for path in lists for name in modules[path]._modules if _join(path, name) in modules]
-    for layer in layers:
+    for path in modules:  # layers without an attention that is told by its projections: state spaces, latent attention, convolutions
+        if isinstance(modules[path], nn.ModuleList) and _name(path) in LAYER_LISTS and not _overlaps(path, lists):
+            lists[path] = None
+    layers = {_join(path, name) for path in lists for name in modules[path]._modules if _join(path, name) in modules}
+    for layer in (ordered := [path for path in modules if path in layers]):
         anatomy.add(layer, "layer")
-    return [path for path in modules if path in set(layers)]
+    return ordered
+
+
+def _overlaps(path: str, lists: Iterable[str]) -> bool:
+    """Whether one of ``lists`` lies in ``path`` or around it."""
+    return any(f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}.") for other in lists)
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -262,15 +276,16 @@ def _enclosing(path: str, layers: list[str]) -> str | None:
     return next((outer for outer in _ancestors(path) if outer in known), None)
 
 
-def _feed_forward(layer: str, modules: Modules, anatomy: Anatomy) -> None:
+def _feed_forward(layer: str, attentions: list[str], modules: Modules, anatomy: Anatomy) -> None:
     """Enter gate, up and down of one layer, and of its experts."""
     linears = [path for path in _below(layer, modules) if is_linear(modules[path]) and path not in anatomy.assignments]
-    linears = [path for path in linears if not _in_attention(path, layer, modules, anatomy)]
+    linears = [path for path in linears if not _in_attention(path, layer, anatomy) and not _is_router(path, modules)]
+    if not any(f"{path}.".startswith(f"{layer}.") for path in attentions):
+        linears = [path for path in linears if FEED_FORWARD.search(path.removeprefix(layer))]
+    by_shape = not any(_named(path, linears) for path in linears)
     for path in linears:
-        if _is_router(path, modules):
-            continue
         group = "experts" if re.search(r"\.experts?\.", path.removeprefix(layer)) else "feed_forward"
-        roles = _feed_forward_roles(path, linears, modules)
+        roles = _feed_forward_roles(path, linears, modules, by_shape)
         if len(roles) == 1:
             anatomy.add(path, f"{group}.{roles[0]}")
         elif roles:
@@ -280,7 +295,7 @@ def _feed_forward(layer: str, modules: Modules, anatomy: Anatomy) -> None:
         _experts(path, modules[path], anatomy)
 
 
-def _in_attention(path: str, layer: str, modules: Modules, anatomy: Anatomy) -> bool:
+def _in_attention(path: str, layer: str, anatomy: Anatomy) -> bool:
     """Whether ``path`` lies below an attention module of the layer (extra projections of an attention, ``out_proj``)."""
     for outer in _ancestors(path):
         if outer == layer:
@@ -297,23 +312,28 @@ def _is_router(path: str, modules: Modules) -> bool:
     return chooses or "router" in path.split(".") or _out(modules[path]) == 1
 
 
-def _feed_forward_roles(path: str, linears: list[str], modules: Modules) -> tuple[str, ...]:
-    """The roles of one linear map of a feed-forward: by its name, or its parent's; else by its shape."""
+def _named(path: str, linears: list[str]) -> str | None:
+    """``gate``, ``up`` or ``down``, if the name of the linear map, or of its parent, says so."""
     name = _name(path).lower()
-    siblings = {_name(other).lower(): other for other in linears if _parent(other) == _parent(path)}
     if name in ("w1", "w2", "w3"):
-        return (({"w1": "gate", "w2": "down", "w3": "up"} if "w3" in siblings else {"w1": "up", "w2": "down"})[name],)
+        gated = any(_parent(other) == _parent(path) and _name(other).lower() == "w3" for other in linears)
+        return {"w1": "gate" if gated else "up", "w2": "down", "w3": "up"}[name]
     if name == "dense":
-        name = {"intermediate": "up", "output": "down"}.get(_name(_parent(path)).lower(), name)
-    down = next((modules[other] for sibling, other in siblings.items() if sibling in DOWN), None)
-    if down is not None and name not in DOWN and _out(modules[path]) == 2 * _in(down):
+        return {"intermediate": "up", "output": "down"}.get(_name(_parent(path)).lower())
+    return next((role for role, names in (("gate", GATE), ("up", UP), ("down", DOWN)) if name in names), None)
+
+
+def _feed_forward_roles(path: str, linears: list[str], modules: Modules, by_shape: bool) -> tuple[str, ...]:
+    """The roles of one linear map of a feed-forward: by its name, by its partner's width, or by its shape where nothing is named."""
+    named, wide = _named(path, linears), _out(modules[path])
+    partners = [other for other in linears if _parent(other) == _parent(path) and _named(other, linears) == "down"]
+    if named != "down" and any(wide == 2 * _in(modules[other]) for other in partners):
         return "gate", "up"
-    for role, names in (("gate", GATE), ("up", UP), ("down", DOWN)):
-        if name in names:
-            return (role,)
-    if _out(modules[path]) == _in(modules[path]):
+    if named is not None:
+        return (named,)
+    if not by_shape or wide == _in(modules[path]):
         return ()
-    return ("up",) if _out(modules[path]) > _in(modules[path]) else ("down",)
+    return ("up",) if wide > _in(modules[path]) else ("down",)
 
 
 def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -394,6 +414,30 @@ def _stacks(layers: list[str], modules: Modules, anatomy: Anatomy) -> None:
             continue
         anatomy.add(entry, "stack")
         anatomy.stacks.append(StackPaths(entry, layer_list, embeddings[0], _inner(entry, layer_list, modules)))
+
+
+def _output_embeddings(modules: Modules, anatomy: Anatomy) -> None:
+    """Enter the language-model heads that the models themselves name as such."""
+    heads: set[int] = set()
+    for module in modules.values():
+        named = getattr(module, "get_output_embeddings", None)
+        head = named() if callable(named) else None
+        if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding):
+            heads.add(id(head))
+    for path, module in modules.items():
+        if id(module) in heads and not anatomy.assignments.get(path):
+            anatomy.add(path, "lm_head")
+
+
+def _poolers(modules: Modules, anatomy: Anatomy) -> None:
+    """Enter poolers that belong to a task head because they lie outside the stack (DeBERTa)."""
+    stacks = [stack.entry for stack in anatomy.stacks]
+    if not stacks or not anatomy.paths("readout"):
+        return
+    for path, module in modules.items():
+        inside = any(not entry or f"{path}.".startswith(f"{entry}.") for entry in stacks)
+        if _name(path) in POOLERS and not inside and has_parameters(module):
+            anatomy.add(path, "readout")
 
 
 def _takes_tokens(module: nn.Module) -> bool:

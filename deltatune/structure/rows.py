@@ -16,7 +16,7 @@ from deltatune.errors import Unsupported
 from deltatune.structure.site import Rows
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "num_query_heads")
-_GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_value_groups_heads")
+_GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,12 @@ class Site:
         widths = (("in_features", "out_features"), ("nx", "nf"))
         return any(isinstance(getattr(self.module, a, None), int) and isinstance(getattr(self.module, b, None), int) for a, b in widths)
 
+    @property
+    def has_matrix(self) -> bool:
+        """The site has a weight of at least two axes: a linear map, a convolution, an embedding, raw experts."""
+        tensor = self.weight if self.parameter is not None else getattr(self.module, "weight", None)
+        return self.is_linear or (isinstance(tensor, Tensor) and tensor.ndim >= 2)
+
     def part(self, theta: Tensor) -> Tensor:
         """The rows of ``theta`` that belong to the role; all of it where the site has no rows."""
         return self.rows_of(theta, self.rows_axis(theta))

@@ -32,6 +32,7 @@ class Branch:
         shapes: own parameter -> shape.
         trainable: how many of the parameters at and below it train.
         total: how many there are, a tied one counted where it is met first.
+        tied: its weight belongs to another module too.
         deltas: names of the deltas that sit on the module.
         children: what lies below.
     """
@@ -43,6 +44,7 @@ class Branch:
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     trainable: int = 0
     total: int = 0
+    tied: bool = False
     deltas: tuple[str, ...] = ()
     children: tuple[Branch, ...] = ()
 
@@ -56,6 +58,7 @@ class Branch:
             "shapes": {name: list(shape) for name, shape in self.shapes},
             "trainable": self.trainable,
             "total": self.total,
+            "tied": self.tied,
             "deltas": list(self.deltas),
         }
         return own | {"children": [child.as_dict() for child in self.children]}
@@ -72,12 +75,13 @@ def outline(backbone: nn.Module, index: Index | None = None) -> Branch:
     for site in index:
         if site.role is not None:
             roles.setdefault(site.module_path, []).append(site.role)
-    return _branch("", "", backbone, roles, set())
+    tied = {site.path for site in index if site.tied}
+    return _branch("", "", backbone, roles, tied, set())
 
 
-def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[str]], seen: set[int]) -> Branch:
+def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[str]], tied: set[str], seen: set[int]) -> Branch:
     children = [
-        _branch(child_name, f"{path}.{child_name}" if path else child_name, child, roles, seen)
+        _branch(child_name, f"{path}.{child_name}" if path else child_name, child, roles, tied, seen)
         for child_name, child in module._modules.items()
         if child is not None and child_name != DELTA_CHILD
     ]
@@ -91,6 +95,7 @@ def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[st
         shapes=tuple((key, tuple(parameter.shape)) for key, parameter in own.items()),
         trainable=sum(parameter.numel() for parameter in fresh if parameter.requires_grad) + sum(c.trainable * c.repeats for c in children),
         total=sum(parameter.numel() for parameter in fresh) + sum(child.total * child.repeats for child in children),
+        tied=path in tied,
         deltas=_deltas(module),
         children=tuple(_fold(children)),
     )
@@ -98,8 +103,8 @@ def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[st
 
 def _deltas(module: nn.Module) -> tuple[str, ...]:
     """Names of the deltas that hold patches in the module's slot."""
-    slot = module._modules.get(DELTA_CHILD)
-    patches = getattr(slot, "patches", None)
+    child = module._modules.get(DELTA_CHILD)
+    patches = getattr(getattr(child, "slot", child), "patches", None)  # the root's slot lies in the ledger
     return tuple(dict.fromkeys(name.partition("/")[0] for name in patches)) if isinstance(patches, nn.ModuleDict) else ()
 
 
@@ -143,7 +148,12 @@ def _label(branch: Branch) -> str:
     if branch.repeats > 1:
         words.append(f"x{branch.repeats}")
     shapes = [("" if name == "weight" else f"{name} ") + "x".join(map(str, shape)) for name, shape in branch.shapes if name != "bias"]
-    words += [*shapes, f"[cyan]{', '.join(branch.roles)}[/]" if branch.roles else "", *(f"[magenta]+{name}[/]" for name in branch.deltas)]
+    words += [
+        *shapes,
+        "[yellow]tied[/]" if branch.tied else "",
+        f"[cyan]{', '.join(branch.roles)}[/]" if branch.roles else "",
+        *(f"[magenta]+{name}[/]" for name in branch.deltas),
+    ]
     if branch.total:
         share = f"{branch.trainable:,} of {branch.total:,}"
         words.append("[dim]frozen[/]" if not branch.trainable else "[green]trains[/]" if branch.trainable == branch.total else share)

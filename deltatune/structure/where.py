@@ -45,10 +45,12 @@ class Matches:
     Attributes:
         sites: the sites.
         counts: entry, with its braces written out -> how many sites it hit; for an exclusion, how many it removed.
+        hits: entry -> the sites it hit, before exclusions.
     """
 
     sites: tuple[Site, ...]
     counts: dict[str, int] = field(default_factory=dict)
+    hits: dict[str, tuple[Site, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -91,19 +93,21 @@ def find_sites(backbone: nn.Module, where: Where | None = None, layers: Layers |
     entries = [entry for written in _as_list(where) for entry in _entries(written)]
     chosen: dict[int, Site] = {}
     counts: dict[str, int] = {}
+    by_entry: dict[str, tuple[Site, ...]] = {}
     for entry in _positive(entries):
         hits = entry.hits(index)
         kept = [site for site in hits if wanted is None or site in wanted]
         if not kept and not entry.optional:
             raise _outside(entry, hits, wanted) if hits and wanted else _nothing(entry, index)
         counts[entry.text] = len(kept)
+        by_entry[entry.text] = tuple(kept)
         chosen |= {id(site): site for site in kept}
     for entry in entries:
         if entry.excludes:
             counts[entry.text] = _exclude(entry, chosen, index)
     if not chosen:
         raise NoSite(f"`where={where!r}` leaves no site of {type(backbone).__name__}. dt.find_sites(backbone) lists all sites.")
-    return Matches(tuple(site for site in index if id(site) in chosen), counts)
+    return Matches(tuple(site for site in index if id(site) in chosen), counts, by_entry)
 
 
 @dataclass(frozen=True)
