@@ -1,0 +1,90 @@
+"""Shifts the positions of text behind virtual keys, at the module that receives the position ids.
+
+A prefix of P tokens takes the positions 0 to P-1, so the text's ids grow by P where they become embeddings or rotations:
+exact with left padding too, where shifting at the root is not, because each architecture counts its ids in its own way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltatune.errors import InvalidValue, Unsupported
+
+
+class Long(Protocol):
+    """Something with a number of virtual tokens."""
+
+    length: int
+
+
+class Shift:
+    """Adds the length of the longest prefix among some attentions to the position ids of one module.
+
+    Args:
+        module: an embedding of positions, or a rotary embedding.
+        path: where it is, for errors.
+
+    Raises:
+        Unsupported: it receives no position ids.
+    """
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self.path = path
+        self.acts: list[Long] = []
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._is_table = type(module).forward is nn.Embedding.forward
+        if not self._is_table and not {"position_ids", "past_key_values_length"} & set(self._names):
+            raise Unsupported(
+                f"A prefix must shift the positions at `{path}` ({type(module).__name__}), but that module receives no position ids: "
+                f"it takes {', '.join(self._names)}. Choose another method for this backbone, such as LoRA."
+            )
+        self._handle: RemovableHandle | None = None
+
+    def listen(self, module: nn.Module) -> None:
+        """Register the hook."""
+        self._handle = module.register_forward_pre_hook(self.before, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook back."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Pre-hook: the same call with the ids shifted.
+
+        Raises:
+            InvalidValue: the table of positions ends before the last shifted one.
+        """
+        length = max((act.length for act in self.acts), default=0)
+        if not length:
+            return None
+        if self._is_table:
+            return (self._shifted(module, args[0], length), *args[1:]), kwargs
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        if given.get("position_ids") is not None:
+            return (), given | {"position_ids": self._shifted(module, given["position_ids"], length)}
+        past = given.get("past_key_values_length", 0) + length
+        self._check(module, given[self._names[0]].shape[1] + past - 1)
+        return (), given | {"past_key_values_length": past}
+
+    def _shifted(self, module: nn.Module, ids: Tensor, length: int) -> Tensor:
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            self._check(module, int(ids.max()) + length)
+        else:
+            self._check(module, ids.shape[-1] + length - 1)
+        return ids + length
+
+    def _check(self, module: nn.Module, last: int) -> None:
+        """Not asked of a rotary embedding, which has no table; an accelerator is not synchronised for it, only lengths are compared."""
+        table = getattr(module, "weight", None)
+        if table is not None and last + getattr(module, "offset", 0) >= table.shape[0]:
+            raise InvalidValue(
+                f"The text and its virtual tokens reach position {last}, but `{self.path}` ({type(module).__name__}) has "
+                f"{table.shape[0] - getattr(module, 'offset', 0)} positions. Truncate the text, or use fewer virtual tokens."
+            )

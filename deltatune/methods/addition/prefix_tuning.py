@@ -1,0 +1,157 @@
+"""Prefix tuning: virtual keys and values in every attention (Li and Liang 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.errors import Unsupported
+from deltatune.methods.checks import positive
+from deltatune.methods.kinds import Family, Kind, Method, Patch, PrefixPatch, methods
+from deltatune.structure.rows import heads_of
+from deltatune.structure.site import Site
+
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "head_width")
+_WIDTH = ("embed_dim", "hidden_size", "all_head_size", "inner_dim", "dim", "d_model")
+
+
+@methods.register("prefix-tuning")
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """K <- [P_k; K], V <- [P_v; V] with P_k, P_v: (key_value_heads, num_virtual_tokens, head_dim) of their own in every attention.
+
+    Trains E and the MLP that makes [P_k; P_v] = tanh(E W_1 + c_1) W_2 + c_2, with E and W_1 shared by all sites and
+    one W_2 per site, because P itself is hard to optimise; ``export`` keeps P alone. Without ``reparameterization`` it
+    trains P.
+
+    Args:
+        num_virtual_tokens: l.
+        reparameterization: train through the MLP.
+        mid_dim: width of E and of the MLP's hidden layer.
+        init_std: standard deviation of a fresh P without reparameterization.
+
+    Raises:
+        InvalidValue: a field out of its range.
+    """
+
+    family: ClassVar[Family] = "addition"
+    sub_family: ClassVar[str] = "soft prompt"
+    kind: ClassVar[Kind] = "context"
+    where: ClassVar[tuple[str, ...]] = ("attention",)
+    identity: ClassVar[bool] = False
+    source: ClassVar[str] = "arXiv:2101.00190"
+
+    num_virtual_tokens: int = 20
+    reparameterization: bool = True
+    mid_dim: int = 512
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive(self, "num_virtual_tokens", "mid_dim", "init_std")
+
+    def share(self, sites: Sequence[Site]) -> nn.Module | None:
+        """E, W_1 and c_1; None without reparameterization."""
+        return SharedLayer(self) if self.reparameterization else None
+
+    def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
+        """One prefix an attention."""
+        heads, head_dim = key_value_shape(site)
+        return [Prefix(heads, head_dim, self, shared if isinstance(shared, SharedLayer) else None)]
+
+    def export(self, patches: Sequence[Patch], shared: nn.Module | None) -> None:
+        """Replace the MLP by the P it makes."""
+        for patch in patches:
+            if isinstance(patch, Prefix):
+                patch.export()
+        if isinstance(shared, SharedLayer):
+            shared._parameters.clear()
+
+    def is_exported(self, patches: Sequence[Patch]) -> bool:
+        """Every patch holds its P."""
+        return all(patch.shared is None for patch in patches if isinstance(patch, Prefix))
+
+
+class SharedLayer(nn.Module):
+    """H = tanh(E W_1^T + c_1), (num_virtual_tokens, mid_dim), one for all sites."""
+
+    def __init__(self, method: PrefixTuning) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(method.mid_dim)
+        self.E = nn.Parameter(torch.randn(method.num_virtual_tokens, method.mid_dim))
+        self.W_1 = nn.Parameter(torch.empty(method.mid_dim, method.mid_dim).uniform_(-bound, bound))
+        self.c_1 = nn.Parameter(torch.zeros(method.mid_dim))
+
+    def forward(self) -> Tensor:
+        """H."""
+        return torch.tanh(F.linear(self.E, self.W_1, self.c_1))
+
+
+class Prefix(PrefixPatch):
+    """P_k and P_v of one attention, held as they are or made from the shared layer."""
+
+    def __init__(self, heads: int, head_dim: int, method: PrefixTuning, shared: SharedLayer | None) -> None:
+        super().__init__()
+        self.shape = (heads, method.num_virtual_tokens, head_dim)
+        self._shared = (shared,)  # in a tuple, so that it is no child: the delta owns it
+        if shared is None:
+            self.P_k = nn.Parameter(torch.randn(self.shape) * method.init_std)
+            self.P_v = nn.Parameter(torch.randn(self.shape) * method.init_std)
+        else:
+            bound = 1 / math.sqrt(method.mid_dim)
+            self.W_2 = nn.Parameter(torch.empty(2 * heads * head_dim, method.mid_dim).uniform_(-bound, bound))
+            self.c_2 = nn.Parameter(torch.zeros(2 * heads * head_dim))
+
+    @property
+    def shared(self) -> SharedLayer | None:
+        """The layer it is made from; None once it holds its P."""
+        return self._shared[0]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (key_value_heads, num_virtual_tokens, head_dim)."""
+        if self.shared is None:
+            return self.P_k, self.P_v
+        heads, length, head_dim = self.shape
+        made = F.linear(self.shared(), self.W_2, self.c_2).view(length, 2, heads, head_dim)
+        return made[:, 0].transpose(0, 1), made[:, 1].transpose(0, 1)
+
+    def export(self) -> None:
+        """Hold P instead of what makes it."""
+        if self.shared is None:
+            return
+        with torch.no_grad():
+            made = self()
+        self._shared = (None,)
+        self._parameters.clear()
+        self.P_k, self.P_v = (nn.Parameter(part.contiguous()) for part in made)
+
+
+def key_value_shape(site: Site) -> tuple[int, int]:
+    """Heads of the keys and values of an attention (fewer than the queries' where they are grouped), and their width.
+
+    Raises:
+        Unsupported: neither the attention nor its config tells.
+    """
+    heads = heads_of(site.module)
+    sources = (site.module, getattr(site.module, "config", None))
+    widths = (_positive(source, name) for source in sources for name in _HEAD_DIM)
+    head_dim = next((width for width in widths if width), 0)
+    if not head_dim and heads is not None:
+        totals = (_positive(source, name) for source in sources for name in _WIDTH)
+        head_dim = next((total for total in totals if total), 0) // heads.query
+    if heads is None or not head_dim:
+        raise Unsupported(
+            f"A prefix was asked for at `{site.path}` ({type(site.module).__name__}), which does not tell how many heads it has and how "
+            "wide they are. Choose the attention modules (role `attention`), or another method for this backbone."
+        )
+    return heads.groups, head_dim
+
+
+def _positive(source: object, name: str) -> int:
+    value = getattr(source, name, None)
+    return value if isinstance(value, int) and value > 0 else 0
