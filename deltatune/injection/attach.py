@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite, UnknownName, Unsupported
-from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.delta import Delta, Entry, Host
 from deltatune.injection.ledger import Ledger, close_ledger, ledger_of, open_ledger
 from deltatune.injection.outputs import OutputAct
 from deltatune.injection.prefix import PrefixAct
@@ -22,7 +23,7 @@ from deltatune.methods.kinds import InputPatch, Method, OutputPatch, Patch, Pref
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
-from deltatune.structure.where import Where, find_sites
+from deltatune.structure.where import Matches, Where, find_sites
 
 ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
     (SelectionPatch, SelectionAct),
@@ -85,25 +86,26 @@ def attach(
     ledger = open_ledger(backbone)
     try:
         name = _name(ledger, method, name)
-        sites = _sites(ledger.index(backbone), backbone, method, where, layers)
-        return place(backbone, method, sites, name, _heads(ledger.index(backbone)) if head else [])
+        index = ledger.index(backbone)
+        matches = find_sites(backbone, list(method.where) if where is None else where, layers, index)
+        return place(backbone, method, matches.sites, name, _heads(index) if head else [], matches)
     except BaseException:
         if fresh:
             close_ledger(backbone)
         raise
 
 
-def place(backbone: nn.Module, method: Method, sites: Sequence[Site], name: str, heads: Sequence[Site]) -> Delta:
+def place(
+    backbone: nn.Module, method: Method, sites: Sequence[Site], name: str, heads: Sequence[Site], matches: Matches | None = None
+) -> Delta:
     """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
     ledger = open_ledger(backbone)
     shared = method.share(sites) if isinstance(method, Sharing) else None
     entries = _entries(ledger.index(backbone), method, sites, shared, name)
-    if not entries:
-        shown = ", ".join(f"`{site.key}`" for site in sites[:3])
-        raise NoSite(f"{method} has nothing to do at the {len(sites)} sites it was given ({shown}, ...). Choose sites it can take.")
+    _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method)
     taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
     entries += [
-        Entry(name, site, SelectionPatch(parameter), (site.module,), True, {})
+        Entry(name, site, SelectionPatch(parameter), (Host(site.module),), True, {})
         for site in heads
         for parameter, tensor in site.module.named_parameters()
         if id(tensor) not in taken
@@ -202,23 +204,23 @@ def _classes() -> set[type[Method]]:
     return {registered[name] for name in registered}
 
 
-def _sites(index: Index, backbone: nn.Module, method: Method, where: Where | None, layers: Any) -> list[Site]:
-    if where is not None:
-        return list(find_sites(backbone, where, layers=layers, index=index))
-    present: list[str] = []
-    for entry in method.where:
-        if entry.endswith("?"):
-            try:
-                find_sites(backbone, entry[:-1], layers=layers, index=index)
-            except NoSite:
-                continue
-        present.append(entry.removesuffix("?"))
-    if not present:
-        raise NoSite(
-            f"None of {method}'s default roles ({', '.join(f'`{entry[:-1]}`' for entry in method.where)}) is in {type(backbone).__name__}. "
-            "Say where= yourself; dt.find_sites(backbone) lists the sites."
-        )
-    return list(find_sites(backbone, present, layers=layers, index=index))
+def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> None:
+    """Each entry of ``where`` must have led to a patch, not just to a site.
+
+    Raises:
+        NoSite: the method has nothing to do at any site of one entry.
+    """
+    built = {entry.site.path for entry in entries}
+    for text, sites in matches.hits.items():
+        if sites and not any(site.path in built or _below(site, built) for site in sites):
+            shown = ", ".join(f"`{site.key or '(the backbone)'}`" for site in sites[:3])
+            raise NoSite(
+                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{', ...' if len(sites) > 3 else ''}). Choose sites it can take."
+            )
+
+
+def _below(site: Site, built: set[str]) -> bool:
+    return any(f"{site.path}.{name}" in built for name in site.parameters)
 
 
 def _heads(index: Index) -> list[Site]:
@@ -233,10 +235,10 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
     entries: list[Entry] = []
     taken: set[tuple[int, str]] = set()
     heads = {id(module) for head in _heads(index) for module in head.module.modules()}
-    for site in sorted(sites, key=lambda site: (not site.reached, site.rows is not None)):
+    for site in _read_sites(index, sites):
         for patch in method.build(site, shared):
             target: object = site.module
-            hosts: tuple[nn.Module, ...] = (site.module,)
+            hosts: tuple[Host, ...] = (Host(site.module),)
             if isinstance(patch, WeightPatch | SelectionPatch):
                 target = site.module.get_parameter(patch.parameter)
             rows = "" if site.rows is None else site.key
@@ -244,8 +246,7 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
                 continue
             if isinstance(patch, WeightPatch):
                 hosts = _hosts(index, site, patch)
-            if not isinstance(patch, SelectionPatch) and not site.reached:
-                raise Unsupported(_unreached(site))
+            _check_place(site, patch)
             patch.to(site.device)
             patch.train(site.module.training)
             flags = {key: parameter.requires_grad for key, parameter in patch.named_parameters()}
@@ -260,25 +261,57 @@ def _target(entry: Entry) -> tuple[int, str]:
     return id(patched), "" if entry.site.rows is None else entry.site.key
 
 
-def _unreached(site: Site) -> str:
+def _read_sites(index: Index, sites: Sequence[Site]) -> list[Site]:
+    """The sites, with a module that is never called replaced by its parameters, hosted by the module around it.
+
+    ``nn.MultiheadAttention`` reads the tensors of its ``out_proj`` without calling it, so it hosts them.
+    """
+    found: list[Site] = []
+    rehosted: list[Site] = []
+    for site in sites:
+        parent, _, name = site.path.rpartition(".")
+        if site.reached or not site.parameters or parent not in index:
+            found.append(site)
+            continue
+        host = index[parent].module
+        rehosted += [
+            replace(site, path=f"{site.path}.{own}", module=host, parameter=f"{name}.{own}", reached=True) for own in site.parameters
+        ]
+    return sorted([*found, *rehosted], key=lambda site: site.rows is not None)
+
+
+def _check_place(site: Site, patch: Patch) -> None:
+    """Refuse a patch that would never run, or would run on something else.
+
+    Raises:
+        Unsupported: the site is never called, or an output-kind patch is asked for at a parameter.
+    """
     kind = type(site.module).__name__
-    return (
-        f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, without calling it. "
-        "Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
-    )
+    if not isinstance(patch, SelectionPatch) and not site.reached:
+        raise Unsupported(
+            f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, without calling it. "
+            "Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
+        )
+    whole = site.leaf == "output"  # an attention returns what its output projection returns
+    if site.parameter is not None and (isinstance(patch, InputPatch) or (isinstance(patch, OutputPatch) and not whole)):
+        raise Unsupported(
+            f"{type(patch).__name__} cannot sit at `{site.key}`: {kind} reads this parameter itself, so there is no module whose input or output it could edit. "
+            "Use a method that changes weights there, such as LoRA or DiffPruning."
+        )
 
 
-def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[nn.Module, ...]:
-    """The modules that read the parameter: the site's, and the other owners of a tied one."""
+def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[Host, ...]:
+    """Where the parameter is read: at the site, and at the other owners of a tied one."""
     parameter = site.module.get_parameter(patch.parameter)
-    others = [owner for owner, _, _ in index.owners(parameter)]
     own = site.module.get_submodule(patch.parameter.rpartition(".")[0]) if "." in patch.parameter else site.module
-    return (site.module, *(owner for owner in dict.fromkeys(others) if owner is not own))
+    others = [Host(owner, name) for owner, name, _ in index.owners(parameter) if owner is not own]
+    return (Host(site.module, patch.parameter), *others)
 
 
 def _install(ledger: Ledger, entry: Entry) -> None:
     act_type = next(act for kind, act in ACTS if isinstance(entry.patch, kind))
-    for k, module in enumerate(entry.hosts):
+    for k, host in enumerate(entry.hosts):
+        module = host.module
         slot = open_slot(module)
         act = slot.acts.get(act_type.__name__)
         if act is None:
@@ -288,7 +321,7 @@ def _install(ledger: Ledger, entry: Entry) -> None:
             slot.acts = dict(sorted({**slot.acts, act_type.__name__: act}.items(), key=lambda item: ORDER.index(item[0])))
         if k == 0:
             slot.patches[_free_key(slot, entry.delta)] = entry.patch
-        act.add(module, Member(entry.delta, entry.site, entry.patch))
+        act.add(module, Member(entry.delta, entry.site, entry.patch, host.parameter))
         slot.listen(module)
 
 
@@ -304,8 +337,8 @@ def _remove(delta: Delta) -> None:
     ledger.arrange([delta.name])
     ledger.unwatch(delta.entries)
     for entry in delta.entries:
-        for module in entry.hosts:
-            _clear(module, entry)
+        for host in entry.hosts:
+            _clear(host.module, entry)
     del ledger.deltas[delta.name]
     if delta.name in ledger.shared:
         del ledger.shared[delta.name]

@@ -17,6 +17,14 @@ from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming
 from deltatune.structure.site import Site
 
 
+@dataclass(frozen=True)
+class Host:
+    """A module whose slot runs a patch, and what the patched parameter is called below it (weight kind only)."""
+
+    module: nn.Module
+    parameter: str = ""
+
+
 @dataclass
 class Entry:
     """One patch of a delta at its place.
@@ -25,7 +33,7 @@ class Entry:
         delta: name of the delta.
         site: where it sits.
         patch: what sits there.
-        hosts: the modules whose slots run it: the site's, and every other owner's of a tied parameter.
+        hosts: where it runs: at the site, and at every other owner of a tied parameter.
         head: it trains a freshly initialised task head, which is stored by value.
         flags: which of the patch's parameters train, by name.
     """
@@ -33,7 +41,7 @@ class Entry:
     delta: str
     site: Site
     patch: Patch
-    hosts: tuple[nn.Module, ...]
+    hosts: tuple[Host, ...]
     head: bool
     flags: dict[str, bool]
 
@@ -54,7 +62,7 @@ class Entry:
     def choice(self) -> Choice:
         """Of a selection: the deltas that share its parameter."""
         assert isinstance(self.patch, SelectionPatch)
-        slot = slot_of(self.hosts[0])
+        slot = slot_of(self.hosts[0].module)
         assert slot is not None
         act = slot.acts["SelectionAct"]
         assert isinstance(act, SelectionAct)

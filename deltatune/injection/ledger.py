@@ -135,17 +135,18 @@ class Ledger(nn.Module):
 
     def arrange(self, deltas: Iterable[str]) -> None:
         """Bring the slots that these deltas touch in line with ``terms``."""
-        terms = [term for term in self.terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
+        # a merged delta acts through the weights; a selection is in them anyway
+        unmerged = [term for term in self.terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
         slots: dict[int, tuple[nn.Module, Slot]] = {}
         for name in deltas:
             for entry in self.deltas[name].entries:
-                for module in entry.hosts:
-                    slot = slot_of(module)
+                for host in entry.hosts:
+                    slot = slot_of(host.module)
                     if slot is not None:
-                        slots[id(slot)] = (module, slot)
+                        slots[id(slot)] = (host.module, slot)
         for module, slot in slots.values():
             for act in slot.acts.values():
-                act.arrange(module, terms, slot.gates)
+                act.arrange(module, unmerged if act.listens else self.terms, slot.gates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
         super()._apply(fn, recurse)
@@ -165,8 +166,8 @@ class Ledger(nn.Module):
 
 
 def _has_fired(entry: Entry) -> bool:
-    slots = [slot_of(module) for module in entry.hosts]
-    return all(slot is None or slot.fired.ever for slot in slots)
+    slots = [slot_of(host.module) for host in entry.hosts]
+    return any(slot is None or slot.fired.ever for slot in slots)  # of tied owners, one reader is enough
 
 
 def ledger_of(backbone: nn.Module) -> Ledger | None:

@@ -45,11 +45,12 @@ class Term:
 
 @dataclass
 class Member:
-    """One patch of one delta on the slot's module."""
+    """One patch of one delta on the slot's module; of the weight kind, with the parameter's path below that module."""
 
     delta: str
     site: Site
     patch: Patch
+    parameter: str = ""
 
 
 class Act(ABC):
@@ -193,7 +194,7 @@ def open_slot(module: nn.Module) -> Slot:
     if child is None:
         module.add_module(CHILD, slot)
     elif hasattr(child, "slot"):
-        child.add_module("slot", slot)
+        child.slot = slot
     else:
         raise InvalidValue(
             f"{type(module).__name__} has a child called `{CHILD}` that is not ours ({type(child).__name__}). Rename it before attaching."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deltatune.errors import Busy, Unsupported
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, Member, Term
-from deltatune.methods.kinds import Stochastic, WeightPatch
+from deltatune.methods.kinds import Stochastic
 
 
 class Guard:
@@ -124,7 +124,7 @@ class WeightAct(Act):
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""
-        names = list(dict.fromkeys(_parameter(member) for group in self.members.values() for member in group))
+        names = list(dict.fromkeys(member.parameter for group in self.members.values() for member in group))
         folds = {}
         for name in names:
             fold = self.folds.get(name) or Fold(name)
@@ -137,7 +137,7 @@ class WeightAct(Act):
     def _entry(self, term: Term, name: str) -> tuple[str, tuple[tuple[Member, ...], ...], tuple[float, ...]] | None:
         groups, weights = [], []
         for delta, weight in zip(term.members, term.weights, strict=True):
-            members = tuple(member for member in self.members.get(delta, ()) if _parameter(member) == name)
+            members = tuple(member for member in self.members.get(delta, ()) if member.parameter == name)
             if members:
                 groups.append(members)
                 weights.append(weight)
@@ -182,9 +182,3 @@ class WeightAct(Act):
         while self._swapped:
             owner, name, theta = self._swapped.pop()
             owner._parameters[name] = theta  # type: ignore[assignment]
-
-
-def _parameter(member: Member) -> str:
-    patch = member.patch
-    assert isinstance(patch, WeightPatch)
-    return patch.parameter

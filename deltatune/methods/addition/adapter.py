@@ -50,7 +50,9 @@ class Adapter(Method):
         one_of(self, "activation", tuple(ACTIVATIONS))
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
-        """One adapter a site."""
+        """One adapter a site that has a matrix, as wide as what the site returns."""
+        if not site.has_matrix:
+            return []
         return [Bottleneck(site.out_features, self)]
 
 

@@ -31,7 +31,9 @@ class IA3(Method):
     source: ClassVar[str] = "arXiv:2205.05638"
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
-        """One vector a site."""
+        """One vector a site that has a matrix."""
+        if not site.has_matrix:
+            return []
         if site.leaf == "down":
             return [ScaledInput(site.in_features)]
         return [ScaledOutput(site.out_features)]

@@ -55,7 +55,9 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
-        """One patch a site."""
+        """One patch a site that has a matrix."""
+        if not site.has_matrix:
+            return []
         if isinstance(site.module, nn.Embedding) and not site.tied:
             return [LoRAEmbedding(site.module, self)]
         if site.parameter is None and not site.tied and site.is_linear:

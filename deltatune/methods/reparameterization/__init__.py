@@ -1,0 +1,1 @@
+"""Methods that train functions of fewer parameters (the survey's reparameterization-based family)."""

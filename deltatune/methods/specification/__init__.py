@@ -1,0 +1,1 @@
+"""Methods that choose existing parameters (the survey's specification-based family), and the baselines."""
