@@ -214,8 +214,9 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
     for text, sites in matches.hits.items():
         if sites and not any(site.path in built or _below(site, built) for site in sites):
             shown = ", ".join(f"`{site.key or '(the backbone)'}`" for site in sites[:3])
+            more = ", ..." if len(sites) > 3 else ""
             raise NoSite(
-                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{', ...' if len(sites) > 3 else ''}). Choose sites it can take."
+                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{more}). Choose sites it can take."
             )
 
 
@@ -289,14 +290,14 @@ def _check_place(site: Site, patch: Patch) -> None:
     kind = type(site.module).__name__
     if not isinstance(patch, SelectionPatch) and not site.reached:
         raise Unsupported(
-            f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, without calling it. "
-            "Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
+            f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, "
+            "without calling it. Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
         )
     whole = site.leaf == "output"  # an attention returns what its output projection returns
     if site.parameter is not None and (isinstance(patch, InputPatch) or (isinstance(patch, OutputPatch) and not whole)):
         raise Unsupported(
-            f"{type(patch).__name__} cannot sit at `{site.key}`: {kind} reads this parameter itself, so there is no module whose input or output it could edit. "
-            "Use a method that changes weights there, such as LoRA or DiffPruning."
+            f"{type(patch).__name__} cannot sit at `{site.key}`: {kind} reads this parameter itself, so there is no module "
+            "whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
         )
 
 

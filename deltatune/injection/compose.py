@@ -225,7 +225,8 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
         raise InvalidValue(f"compose was given {list(names)}; it takes at least two different deltas.")
     if (weights is not None) != (how == "weighted") or (weights is not None and len(weights) != len(names)):
         raise InvalidValue(
-            f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; `weighted` takes one weight a member, the others none."
+            f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; "
+            "`weighted` takes one weight a member, the others none."
         )
     if name in ledger.compositions or name in ledger.deltas:
         raise InvalidValue(f"Something called `{name}` is attached already. Give the composition another name=.")

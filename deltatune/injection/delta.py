@@ -139,8 +139,7 @@ class Delta:
     @property
     def shared(self) -> nn.Module | None:
         """State common to its sites, if the method has any."""
-        modules = self.ledger.shared
-        return modules[self.name] if self.name in modules else None
+        return self.ledger.shared._modules.get(self.name)
 
     @property
     def patches(self) -> list[Patch]:
@@ -205,7 +204,8 @@ class Delta:
         ]
         if faults:
             raise CheckpointError(
-                f"The tensors do not fit delta `{self.name}` ({self.method}): {'; '.join(faults)}. Use the state of the same method and sites."
+                f"The tensors do not fit delta `{self.name}` ({self.method}): {'; '.join(faults)}. "
+                "Use the state of the same method and sites."
             )
         with torch.no_grad():
             for entry in self.entries:

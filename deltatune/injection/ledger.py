@@ -149,7 +149,7 @@ class Ledger(nn.Module):
                 act.arrange(module, unmerged if act.listens else self.terms, slot.gates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for kept in self.kept:
             kept.original = fn(kept.original)
         return self

@@ -117,19 +117,21 @@ def _check(ledger: Ledger, entry: Entry) -> None:
             )
     elif not isinstance(patch, WeightPatch):
         raise Unsupported(
-            f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` adds virtual positions, not weights. Keep it attached."
+            f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` adds virtual positions, "
+            "not weights. Keep it attached."
         )
     for owner, name in _targets(entry):
         theta = owner.get_parameter(name)
         if theta.is_meta or not theta.is_floating_point() or type(theta.data) is not Tensor:
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. Load the backbone in full precision."
+                f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. "
+                "Load the backbone in full precision."
             )
     for inner in _others(ledger, entry, before=True, merged=False):
         if not _commute(inner, patch):
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be merged first: {type(inner).__name__} acts inside it at `{entry.key}` and the two do not commute. "
-                "Merge in the order in which they act."
+                f"Delta `{entry.delta}` cannot be merged first: {type(inner).__name__} acts inside it at `{entry.key}` "
+                "and the two do not commute. Merge in the order in which they act."
             )
 
 
@@ -137,8 +139,8 @@ def _check_on_top(ledger: Ledger, entry: Entry) -> None:
     for outer in _others(ledger, entry, before=False, merged=True):
         if not _commute(outer, entry.patch):
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be unmerged first: {type(outer).__name__} is merged on top of it at `{entry.key}` and the two do not commute. "
-                "Unmerge in the reverse order."
+                f"Delta `{entry.delta}` cannot be unmerged first: {type(outer).__name__} is merged on top of it at `{entry.key}` "
+                "and the two do not commute. Unmerge in the reverse order."
             )
 
 
@@ -148,7 +150,7 @@ def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list
     rank = order.index(entry.delta)
     slot = slot_of(entry.site.module)
     assert slot is not None
-    found = []
+    found: list[Patch] = []
     for act in slot.acts.values():
         for name, members in act.members.items():
             other = ledger.deltas[name]

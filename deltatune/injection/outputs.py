@@ -168,10 +168,7 @@ def run_output(member: Member, x: Tensor, y: Tensor) -> Tensor:
     if axis != -1:
         y = y.movedim(axis, -1)
     rows = member.site.rows
-    if rows is None:
-        y = member.patch(x, y)
-    else:
-        y = put_rows(y, rows, member.patch(x, member.site.rows_of(y, -1)))
+    y = member.patch(x, y) if rows is None else put_rows(y, rows, member.patch(x, member.site.rows_of(y, -1)))
     return y if axis == -1 else y.movedim(-1, axis)
 
 

@@ -153,7 +153,7 @@ class Slot(nn.Module):
         return _unwind(list(self.acts.values()), module, args, kwargs, output)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for act in self.acts.values():
             act.apply(fn)
         return self

@@ -112,13 +112,20 @@ class GatedDifference(WeightPatch):
     """
 
     commutes = "add"
+    w: nn.Parameter
+    alpha: nn.Parameter
+    noise: Tensor
+    noise_g: Tensor
+    mask: Tensor
+    index: Tensor
+    values: nn.Parameter
 
     def __init__(self, parameter: str, theta: Tensor, method: DiffPruning) -> None:
         super().__init__()
         self.parameter = parameter
         self.form = "gated"
-        self.w: nn.Parameter | None = nn.Parameter(torch.zeros(theta.shape))
-        self.alpha: nn.Parameter | None = nn.Parameter(torch.full(theta.shape, method.alpha_init))
+        self.w = nn.Parameter(torch.zeros(theta.shape))
+        self.alpha = nn.Parameter(torch.full(theta.shape, method.alpha_init))
         self.alpha_g = nn.Parameter(torch.full((1,), method.alpha_init)) if method.structured else None
         self.register_buffer("noise", torch.full(theta.shape, 0.5), persistent=False)
         self.register_buffer("noise_g", torch.full((1,), 0.5), persistent=False)
@@ -138,7 +145,7 @@ class GatedDifference(WeightPatch):
         return z if self.alpha_g is None else z * self._hard_concrete(self.alpha_g, self.noise_g)
 
     def _hard_concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
-        draw = torch.log(u) - torch.log(1 - u) if self.training else 0.0
+        draw = torch.log(u) - torch.log(1 - u) if self.training else torch.zeros_like(alpha)
         s = torch.sigmoid(draw + alpha)
         return torch.clamp(s * (RIGHT - LEFT) + LEFT, 0, 1)
 
@@ -195,9 +202,9 @@ class GatedDifference(WeightPatch):
         self.form = "masked"
 
     def _become_sparse(self, entries: int) -> None:
-        device = self.values.device if self.form == "sparse" else self.w.device
-        self.w = self.alpha = self.alpha_g = None
-        self.noise = self.noise_g = self.mask = None
+        device = next(self.parameters()).device
+        for name in [*self._parameters, *self._buffers]:
+            delattr(self, name)
         self.register_buffer("index", torch.zeros(entries, dtype=torch.int64, device=device))
         self.values = nn.Parameter(torch.zeros(entries, device=device))
         self.form = "sparse"
@@ -210,5 +217,5 @@ def prune(differences: Sequence[GatedDifference], density: float) -> None:
     magnitude = torch.cat([patch.difference().abs().reshape(-1) for patch in differences])
     kept = torch.zeros_like(magnitude, dtype=torch.bool)
     kept[magnitude.argsort(descending=True, stable=True)[:budget]] = True
-    for patch, part in zip(differences, kept.split(sizes), strict=True):
+    for patch, part in zip(differences, torch.split(kept, sizes), strict=True):
         patch.fix_mask(part.view(patch.w.shape))
