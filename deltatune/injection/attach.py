@@ -116,7 +116,7 @@ def place(
     ledger.deltas[name] = delta
     try:
         for entry in entries:
-            _install(ledger, entry)
+            _install(backbone, ledger, entry)
         ledger.watch(entries)
         delta.enable()
     except BaseException:
@@ -247,7 +247,10 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
                 continue
             if isinstance(patch, WeightPatch):
                 hosts = _hosts(index, site, patch)
-            _check_place(site, patch)
+            act = _act_of(patch)
+            if act.listens:
+                _check_reached(site)
+            act.check(index, site, patch)
             patch.to(site.device)
             patch.train(site.module.training)
             flags = {key: parameter.requires_grad for key, parameter in patch.named_parameters()}
@@ -281,24 +284,21 @@ def _read_sites(index: Index, sites: Sequence[Site]) -> list[Site]:
     return sorted([*found, *rehosted], key=lambda site: site.rows is not None)
 
 
-def _check_place(site: Site, patch: Patch) -> None:
-    """Refuse a patch that would never run, or would run on something else.
+def _check_reached(site: Site) -> None:
+    """Refuse a module that is never called.
 
     Raises:
-        Unsupported: the site is never called, or an output-kind patch is asked for at a parameter.
+        Unsupported: a patch there would never run.
     """
-    kind = type(site.module).__name__
-    if not isinstance(patch, SelectionPatch) and not site.reached:
+    if not site.reached:
         raise Unsupported(
-            f"A patch at `{site.path}` ({kind}) would never run: PyTorch walks this container's children, or reads its parameters, "
-            "without calling it. Choose the modules inside it, or the role that its caller gives it (dt.find_sites lists both)."
+            f"A patch at `{site.path}` ({type(site.module).__name__}) would never run: PyTorch walks this container's children, or reads "
+            "its parameters, without calling it. Choose the modules inside it, or a role its caller gives it; dt.find_sites lists both."
         )
-    whole = site.leaf == "output"  # an attention returns what its output projection returns
-    if site.parameter is not None and (isinstance(patch, InputPatch) or (isinstance(patch, OutputPatch) and not whole)):
-        raise Unsupported(
-            f"{type(patch).__name__} cannot sit at `{site.key}`: {kind} reads this parameter itself, so there is no module "
-            "whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
-        )
+
+
+def _act_of(patch: Patch) -> type[Act]:
+    return next(act for kind, act in ACTS if isinstance(patch, kind))
 
 
 def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[Host, ...]:
@@ -309,20 +309,21 @@ def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[Host, ...]:
     return (Host(site.module, patch.parameter), *others)
 
 
-def _install(ledger: Ledger, entry: Entry) -> None:
-    act_type = next(act for kind, act in ACTS if isinstance(entry.patch, kind))
+def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
+    kind = _act_of(entry.patch)
     for k, host in enumerate(entry.hosts):
         module = host.module
         slot = open_slot(module)
-        act = slot.acts.get(act_type.__name__)
+        act = slot.acts.get(kind.__name__)
+        fresh = act is None
         if act is None:
-            act = act_type(module)
-            if isinstance(act, WeightAct):
-                act.guard = ledger.guard
-            slot.acts = dict(sorted({**slot.acts, act_type.__name__: act}.items(), key=lambda item: ORDER.index(item[0])))
+            act = kind(module)
+            slot.acts = dict(sorted({**slot.acts, kind.__name__: act}.items(), key=lambda item: ORDER.index(item[0])))
         if k == 0:
             slot.patches[_free_key(slot, entry.delta)] = entry.patch
         act.add(module, Member(entry.delta, entry.site, entry.patch, host.parameter))
+        if fresh:
+            act.join(ledger.around, backbone, ledger.index(backbone), entry.site)
         slot.listen(module)
 
 
@@ -339,13 +340,13 @@ def _remove(delta: Delta) -> None:
     ledger.unwatch(delta.entries)
     for entry in delta.entries:
         for host in entry.hosts:
-            _clear(host.module, entry)
+            _clear(ledger, host.module, entry)
     del ledger.deltas[delta.name]
     if delta.name in ledger.shared:
         del ledger.shared[delta.name]
 
 
-def _clear(module: nn.Module, entry: Entry) -> None:
+def _clear(ledger: Ledger, module: nn.Module, entry: Entry) -> None:
     slot = slot_of(module)
     if slot is None:
         return
@@ -355,5 +356,6 @@ def _clear(module: nn.Module, entry: Entry) -> None:
         act.remove(module, entry.delta)
         if not act.members:
             del slot.acts[name]
+            act.leave(ledger.around)
     if not slot.acts:
         close_slot(module)

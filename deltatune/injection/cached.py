@@ -1,7 +1,13 @@
-"""Prompts and key-value caches: how many tokens a cache holds, room for virtual ones, and masks over both."""
+"""Prompts and key-value caches: how many tokens a cache holds, room for virtual ones, and the masks ``generate`` makes ahead.
+
+For a cache of fixed size ``generate`` makes the mask (batch, 1, queries, keys) before the stack is called and before the
+prompt is known, so it is wrong for the stack. The padding is read from the first of these masks and kept with the
+cache, and the stack makes its own masks from there.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,82 +18,104 @@ from deltatune.errors import Unsupported
 _STORED = "deltatune_prompt"
 
 
+@dataclass
+class Stored:
+    """What a cache knows about the prompt in it.
+
+    Attributes:
+        length: number of virtual tokens.
+        mask: (batch, keys) of 0 and 1 over the first step's tokens, virtual ones included; None if all are visible.
+    """
+
+    length: int
+    mask: Tensor | None = None
+
+
+def stored(cache: Any) -> Stored:
+    """What the cache knows about its prompt."""
+    return getattr(cache, _STORED, None) or Stored(0)
+
+
+def store(cache: Any, length: int, mask: Tensor | None = None) -> None:
+    """Note the prompt on the cache."""
+    setattr(cache, _STORED, Stored(length, mask))
+
+
 def seen_tokens(cache: Any) -> int:
     """Number of tokens in the cache, virtual ones included; 0 without a cache.
 
-    Raises:
-        Unsupported: a static cache was reset and is filled again within compiled code, where its length cannot be read.
+    Within compiled code the length of a static cache cannot be read, and any other number than 0 means that a prompt is in it.
     """
     if cache is None:
         return 0
     length = cache.get_seq_length()
-    if isinstance(length, Tensor):
-        if torch.compiler.is_compiling():
-            return 1 if stored_prompt(cache) else 0
-        return int(length)
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return stored(cache).length
     return int(length)
 
 
-def stored_prompt(cache: Any) -> int:
-    """Number of virtual tokens the cache was filled with."""
-    return getattr(cache, _STORED, 0)
-
-
-def remember(cache: Any, length: int) -> None:
-    """Note the number of virtual tokens on the cache."""
-    setattr(cache, _STORED, length)
-
-
-def enlarge(cache: Any, length: int) -> None:
+def enlarge(cache: Any, length: int, window: int | None) -> None:
     """Make room for the virtual tokens in a static cache; others grow by themselves.
 
+    Args:
+        cache: an empty cache.
+        length: number of virtual tokens.
+        window: how many tokens a layer with a sliding window keeps at most.
+
     Raises:
-        Unsupported: it has allocated its tensors already, or holds a window only.
+        Unsupported: it has allocated its tensors already, without that room.
     """
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         if getattr(layer, "max_cache_len", None) is None:
             continue
-        if layer.is_sliding:
-            raise Unsupported(
-                "A prompt was asked to enter a static cache with sliding windows, whose masks are made before the prompt is known. "
-                "Use a dynamic cache: leave cache_implementation out."
-            )
         if not layer.is_initialized:
-            layer.max_cache_len += length
-        elif stored_prompt(cache) != length:
+            enlarged = layer.max_cache_len + length
+            layer.max_cache_len = min(enlarged, window) if layer.is_sliding and window else enlarged
+        elif stored(cache).length != length:
             raise Unsupported(
                 f"A prompt of {length} virtual tokens was asked to enter a static cache that was allocated without room for them. "
                 "Give a fresh cache, or let generate() make it."
             )
 
 
-def widen(mask: Any, length: int, cache: Any) -> Tensor:
-    """The mask with ``length`` visible columns in front, and rows for the virtual queries where they are among the queries.
+def first_mask(mask: Any, cache: Any, queries: int) -> Tensor | None:
+    """The mask of the text's tokens at the first step: (batch, queries) of 0 and 1, or None where all are visible.
 
     Args:
-        mask: (batch, keys) of 0 and 1; or (batch, 1, queries, keys), boolean or additive, as ``generate`` makes it for static caches.
-        length: number of virtual tokens.
-        cache: the cache the keys are in; its ``seen_tokens`` tell the first step from later ones.
+        mask: that; or what ``generate`` made for a cache of fixed size: boolean or additive, or one for each sort of layer.
+        cache: the cache it was made for.
+        queries: number of tokens the stack is given.
 
     Raises:
         Unsupported: any other mask.
     """
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or not getattr(cache, "is_compileable", False):
+    if isinstance(mask, dict):
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    if not is_made_ahead(mask, cache):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise Unsupported(
             f"A prompt was asked to extend an attention mask it cannot read ({shape}). Give a mask of 0 and 1, (batch, seq), or none."
         )
-    visible = mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(())
-    columns = visible.expand(*mask.shape[:-1], length)
-    if not seen_tokens(cache):
-        hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
-        rows = mask.new_full((*mask.shape[:2], length, length + mask.shape[-1]), hidden)
-        upper = torch.ones(length, length + mask.shape[-1], dtype=torch.bool, device=mask.device).tril()
-        return torch.cat([torch.where(upper, visible, rows), torch.cat([columns, mask], dim=-1)], dim=-2)
-    # generate() counts columns as text where it had a padding mask, which ends before the query's own column, and as
-    # text and prompt where it had none
-    queries = torch.arange(mask.shape[-2], device=mask.device) + cache.get_seq_length()
-    own = mask.gather(-1, queries.view(1, 1, -1, 1).expand(*mask.shape[:2], -1, 1))
-    return torch.where(own == visible, mask, torch.cat([columns, mask[..., :-length]], dim=-1))
+    visible: Tensor = mask == 0 if mask.is_floating_point() else mask
+    return visible[:, 0, :, :queries].any(1).long()
+
+
+def later_mask(cache: Any, queries: int) -> Tensor | None:
+    """The mask at a later step, in place of one that ``generate`` made: the first step's, and ones for what came since."""
+    first = stored(cache).mask
+    if first is None:
+        return None
+    seen = cache.get_seq_length()
+    if isinstance(seen, Tensor):  # what is not filled yet is hidden by causality
+        keys = max(layer.max_cache_len for layer in getattr(cache, "self_attention_cache", cache).layers)
+    else:
+        keys = seen + queries
+    return torch.cat([first, first.new_ones(first.shape[0], keys - first.shape[1])], dim=1)
+
+
+def is_made_ahead(mask: Any, cache: Any) -> bool:
+    """Whether ``generate`` made the mask for a cache of fixed size."""
+    whole = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    return whole and bool(getattr(cache, "is_compileable", False))

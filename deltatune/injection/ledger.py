@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from deltatune.errors import Idle, InvalidValue, UnknownName, Unsupported, nearest
 from deltatune.injection.freeze import freeze, thaw
 from deltatune.injection.slot import CHILD, Slot, Term, slot_of
-from deltatune.injection.weights import Guard
 from deltatune.methods.kinds import Stochastic
 from deltatune.structure.index import Index, index
 
@@ -37,6 +36,7 @@ class Ledger(nn.Module):
         compositions: the named compositions of them.
         terms: what acts now, in order; merged deltas act through the weights.
         kept: parameters as they were before something was merged into them.
+        around: what acts keep once per backbone.
         frozen: ``requires_grad`` of each parameter before the first attach.
     """
 
@@ -48,7 +48,7 @@ class Ledger(nn.Module):
         self.compositions: dict[str, Composition] = {}
         self.terms: list[Term] = []
         self.kept: list[Kept] = []
-        self.guard = Guard()
+        self.around: dict[str, Any] = {}
         self.frozen = freeze(backbone)
         self._index: Index | None = None
         self._watched: list[Entry] = []

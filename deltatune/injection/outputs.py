@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.errors import Unsupported
 from deltatune.injection.slot import Act, Member, Term, first_input, replace_input
-from deltatune.methods.kinds import InputPatch, OutputPatch
-from deltatune.structure.site import Rows
+from deltatune.methods.kinds import InputPatch, OutputPatch, Patch
+from deltatune.structure.index import Index
+from deltatune.structure.site import Rows, Site
 
 Inner = Callable[[Tensor], Tensor]
 
@@ -103,6 +105,15 @@ class OutputAct(Act):
         self._edits_input = False
         self._reads_input = False
         self._seen: dict[int, list[Tensor]] = {}
+
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse parameters: they have no input and no output; but an attention returns what its output projection returns."""
+        if site.parameter is not None and (isinstance(patch, InputPatch) or site.leaf != "output"):
+            raise Unsupported(
+                f"{type(patch).__name__} cannot sit at `{site.key}`: {type(site.module).__name__} reads this parameter itself, so there is "
+                "no module whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
+            )
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""

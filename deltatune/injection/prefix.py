@@ -22,7 +22,7 @@ from deltatune.errors import Unsupported
 from deltatune.injection.attention import MARK, PAST, has_variant, is_on_interface, register
 from deltatune.injection.positions import Shift
 from deltatune.injection.slot import Act, Term, forget_compiled, slot_of
-from deltatune.methods.kinds import PrefixPatch
+from deltatune.methods.kinds import Patch, PrefixPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
@@ -44,6 +44,22 @@ class PrefixAct(Act):
         self.length = 0
         self.switch: Switch | None = None
         self.relative: Any = None
+
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse an attention that a prefix cannot enter."""
+        check_prefix(site)
+
+    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+        """Enter the backbone's switch, made with the first prefix."""
+        if "switch" not in around:
+            around["switch"] = Switch(backbone, index)
+        around["switch"].join(site)
+
+    def leave(self, around: dict[str, Any]) -> None:
+        """Leave the switch, which undoes everything with the last prefix."""
+        if around["switch"].leave():
+            del around["switch"]
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """Concatenate the prefixes in the order of the terms."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,61 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue, Unsupported
-from deltatune.injection.cached import enlarge, remember, seen_tokens, stored_prompt, widen
-from deltatune.injection.slot import Act, Term, slot_of
-from deltatune.methods.kinds import PromptPatch
+from deltatune.injection.cached import enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
+from deltatune.injection.slot import Act, Term
+from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
+
+
+@dataclass
+class Layout:
+    """Where the virtual tokens stand in each row: [padding; P; text].
+
+    Behind the padding on the left, so that nothing comes between P and the text: windows and relative positions count
+    what is there, masked or not.
+
+    Attributes:
+        virtual: number of virtual tokens.
+        total: virtual tokens and the caller's; 0 until something was joined.
+        padding: (batch, 1), tokens of padding on the left of each row; None where no row has any.
+    """
+
+    virtual: int
+    padding: Tensor | None
+    total: int = 0
+
+    @classmethod
+    def of(cls, virtual: int, mask: Tensor | None) -> Layout:
+        """The layout for a mask (batch, keys) of 0 and 1."""
+        if mask is None:
+            return cls(virtual, None)
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        known = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would cost a synchronisation
+        return cls(virtual, None if known and not padding.any() else padding)
+
+    def join(self, virtual: Tensor, text: Tensor, dim: int = 1) -> Tensor:
+        """(..., virtual, ...) and (..., text, ...) -> (..., virtual + text, ...) along ``dim``."""
+        joined = torch.cat([virtual, text], dim=dim)
+        self.total = joined.shape[dim]
+        if self.padding is None:
+            return joined
+        place = torch.arange(self.total, device=joined.device)[None]
+        order = torch.where(place < self.padding + self.virtual, place - self.padding, place)
+        order = torch.where(place < self.padding, place + self.virtual, order)  # (batch, virtual + text)
+        return torch.take_along_dim(joined, order[..., None] if joined.ndim == 3 and dim == 1 else order, dim=dim)
+
+    def join_mask(self, mask: Tensor) -> Tensor:
+        """The mask (batch, keys) with the virtual tokens visible."""
+        return self.join(mask.new_ones(mask.shape[0], self.virtual), mask)
+
+    def cut(self, joined: Tensor) -> Tensor:
+        """(batch, virtual + text, hidden) -> (batch, text, hidden)."""
+        if self.padding is None:
+            return joined[:, self.virtual :]
+        place = torch.arange(joined.shape[1] - self.virtual, device=joined.device)[None]
+        place = torch.where(place < self.padding, place, place + self.virtual)
+        return torch.take_along_dim(joined, place[..., None], dim=1)
 
 
 class PromptAct(Act):
@@ -41,10 +92,16 @@ class PromptAct(Act):
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._tables: list[tuple[str, nn.Embedding]] = []
         self._handle: RemovableHandle | None = None
-        self._cut: dict[int, tuple[int, int]] = {}
+        self._layouts: dict[int, Layout] = {}
 
-    def join(self, index: Index, module: nn.Module) -> None:
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse a module that is no text stack."""
+        check_prompt(site, index)
+
+    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
         """Learn what the stack is made of; hook the module that ends its token sequence, where that is not the stack itself."""
+        module = site.module
         stack = next(stack for stack in index.stacks if stack.site.module is module)
         self._tables = [(site.path, site.module) for site in stack.positions if isinstance(site.module, nn.Embedding)]
         if stack.inner is not module and self._handle is None:
@@ -78,13 +135,19 @@ class PromptAct(Act):
             self._check_cache(cache)
         if not self.length:
             return args, kwargs
-        if not seen:
-            return (), self._first(module, call, cache)
-        if (mask := call.get("attention_mask")) is not None:
-            call["attention_mask"] = widen(mask, self.length, cache)
-        if (positions := call.get("position_ids")) is not None:
+        return (), self._later(call, cache) if seen else self._first(module, call, cache)
+
+    def _later(self, call: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """The call with the P in the cache reckoned with."""
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if is_made_ahead(mask, cache):
+            tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+            call["attention_mask"] = later_mask(cache, tokens.shape[1])
+        elif mask is not None:
+            call["attention_mask"] = Layout.of(self.length, mask).join_mask(mask)
+        if positions is not None:
             call["position_ids"] = positions + self.length
-        return (), call
+        return call
 
     def _first(self, module: nn.Module, call: dict[str, Any], cache: Any) -> dict[str, Any]:
         """The call with P in front of its tokens."""
@@ -92,42 +155,40 @@ class PromptAct(Act):
         ids = call.get("input_ids")
         embeds: Tensor = call["inputs_embeds"] if ids is None else module.get_input_embeddings()(ids)  # type: ignore[operator]
         if embeds.ndim != 3:
-            raise Unsupported(
-                f"A prompt was asked to join inputs of shape {tuple(embeds.shape)}. Give the stack one sequence a row."
-            )
+            raise Unsupported(f"A prompt was asked to join inputs of shape {tuple(embeds.shape)}. Give the stack one sequence a row.")
         batch, length, _ = embeds.shape
         self._check_positions(length)
+        mask = first_mask(call.get("attention_mask"), cache, length)
+        layout = Layout.of(self.length, mask)
         P = torch.cat([patch() for patch in self.patches])  # (virtual, hidden)
-        embeds = torch.cat([P.to(embeds)[None].expand(batch, -1, -1), embeds], dim=1)
+        embeds = layout.join(P.to(embeds)[None].expand(batch, -1, -1), embeds)
         call |= {"input_ids": None, "inputs_embeds": embeds}
+        if mask is not None:
+            mask = layout.join_mask(mask)
+        if "attention_mask" in call:
+            call["attention_mask"] = mask
         if "position_ids" in self._names:
-            call["position_ids"] = self._positions(call.get("position_ids"), ids, embeds)
+            call["position_ids"] = self._positions(call.get("position_ids"), ids, embeds, layout)
         if (types := call.get("token_type_ids")) is not None:
-            call["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], self.length), types], dim=1)
-        if (mask := call.get("attention_mask")) is not None:
-            call["attention_mask"] = widen(mask, self.length, cache)
+            call["token_type_ids"] = layout.join(types.new_zeros(types.shape[0], self.length), types)
         if cache is not None:
-            enlarge(cache, self.length)
-            remember(cache, self.length)
-        self._cut[_thread()] = (self.length, self.length + length)
+            enlarge(cache, self.length, getattr(module.config, "sliding_window", None))
+            store(cache, self.length, mask)
+        self._layouts[_thread()] = layout
         return call
 
-    def _positions(self, positions: Tensor | None, ids: Tensor | None, embeds: Tensor) -> Tensor | None:
+    def _positions(self, positions: Tensor | None, ids: Tensor | None, embeds: Tensor, layout: Layout) -> Tensor | None:
         """Positions of [P; X]: P first, X shifted; None where the stack counts them itself, and rightly."""
         start = self._start()
         if positions is None:
             if not start or ids is None:
                 return None
-            # RoBERTa counts real tokens, but only if it sees the ids: padding keeps the position ``start - 1``
-            real = ids.ne(start - 1)
-            return torch.cat(
-                [self._virtual(embeds, start).expand(ids.shape[0], -1), (real.cumsum(1) + self.length) * real + start - 1], dim=1
-            )
-        virtual = self._virtual(embeds, start).to(positions.dtype)
-        return torch.cat([virtual.expand(*positions.shape[:-1], -1), positions + self.length], dim=-1)
-
-    def _virtual(self, embeds: Tensor, start: int) -> Tensor:
-        return torch.arange(start, start + self.length, device=embeds.device)
+            real = ids.ne(start - 1)  # RoBERTa counts real tokens, but only if it sees the ids; padding stays at ``start - 1``
+            text = (real.cumsum(1) + self.length) * real + start - 1
+        else:
+            text = positions + self.length
+        virtual = torch.arange(start, start + self.length, dtype=text.dtype, device=text.device)
+        return layout.join(virtual.expand(*text.shape[:-1], -1), text, dim=-1)
 
     def _start(self) -> int:
         """The first position of a text: 0, or behind the position that is kept for padding."""
@@ -136,25 +197,25 @@ class PromptAct(Act):
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Post-hook of the inner module: cut the virtual tokens off before anything reads single positions."""
-        cut = self._cut.get(_thread())
-        return output if cut is None else strip(output, *cut)
+        layout = self._layouts.get(_thread())
+        return output if layout is None else strip(output, layout)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Cut the virtual tokens off the last hidden state and the hidden states; attentions keep their columns."""
-        cut = self._cut.pop(_thread(), None)
-        if cut is None or output is None:
+        layout = self._layouts.pop(_thread(), None)
+        if layout is None or output is None:
             return output
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         for value in values:
             if hasattr(value, "get_seq_length"):
-                remember(value, self.length)
-        return strip(output, *cut)
+                store(value, self.length, stored(value).mask)
+        return strip(output, layout)
 
     def _check_cache(self, cache: Any) -> None:
-        stored = stored_prompt(cache)
-        if stored != self.length:
+        filled = stored(cache).length
+        if filled != self.length:
             raise InvalidValue(
-                f"The key-value cache was filled with {stored} virtual tokens in front, but {self.length} act now. "
+                f"The key-value cache was filled with {filled} virtual tokens in front, but {self.length} act now. "
                 "Start with an empty cache after attaching, detaching, enabling or disabling a prompt."
             )
 
@@ -179,14 +240,14 @@ class PromptAct(Act):
             )
 
 
-def strip(output: Any, virtual: int, total: int) -> Any:
-    """An output without its first ``virtual`` positions, in every (batch, total, hidden) it holds."""
+def strip(output: Any, layout: Layout) -> Any:
+    """An output without its virtual positions, in every (batch, virtual + text, hidden) it holds."""
     if isinstance(output, Tensor):
-        return output[:, virtual:] if output.ndim == 3 and output.shape[1] == total else output
+        return layout.cut(output) if output.ndim == 3 and output.shape[1] == layout.total else output
     if hasattr(output, "items"):  # transformers' ModelOutput
-        return type(output)(**{name: strip(value, virtual, total) for name, value in output.items()})
+        return type(output)(**{name: strip(value, layout) for name, value in output.items()})
     if isinstance(output, tuple):
-        return tuple(strip(value, virtual, total) for value in output)
+        return tuple(strip(value, layout) for value in output)
     return output
 
 
@@ -208,14 +269,6 @@ def check_prompt(site: Site, index: Index) -> None:
             f"A prompt was asked for at `{site.path}` ({kind}), whose tokens cannot be given as embeddings alone. "
             "Choose another method for this backbone, such as PrefixTuning or LoRA."
         )
-
-
-def join_prompt(index: Index, site: Site) -> None:
-    """Tell the act of a stack what the stack is made of."""
-    slot = slot_of(site.module)
-    act = slot.acts["PromptAct"] if slot is not None else None
-    assert isinstance(act, PromptAct)
-    act.join(index, site.module)
 
 
 def _thread() -> int:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue
 from deltatune.methods.kinds import Patch
+from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
 How = Literal["sequential", "parallel", "weighted", "gated"]
@@ -65,6 +66,27 @@ class Act(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.members: dict[str, list[Member]] = {}
 
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse a patch that could not act at ``site``, before anything is touched.
+
+        Raises:
+            Unsupported: it would never run, or run on something else.
+        """
+
+    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+        """Called once, when the act has its first member.
+
+        Args:
+            around: what acts keep once per backbone, under names of their own.
+            backbone: the root.
+            index: its sites.
+            site: the first member's.
+        """
+
+    def leave(self, around: dict[str, Any]) -> None:
+        """Called once, when the act has lost its last member."""
+
     def add(self, module: nn.Module, member: Member) -> None:
         """Take in a patch; it acts once ``arrange`` names its delta."""
         self.members.setdefault(member.delta, []).append(member)
@@ -85,7 +107,7 @@ class Act(ABC):
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Run behind it; ``output`` is None when the forward raised."""
 
-    def apply(self, function: Any) -> None:  # noqa: B027 - only acts with tensors outside the module tree have work here
+    def apply(self, function: Any) -> None:
         """Move the tensors that are neither parameters nor buffers, as ``nn.Module._apply`` moves those."""
 
 

@@ -20,6 +20,8 @@ from deltatune.errors import Busy, Unsupported
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, Member, Term
 from deltatune.methods.kinds import Stochastic
+from deltatune.structure.index import Index
+from deltatune.structure.site import Site
 
 
 class Guard:
@@ -117,10 +119,14 @@ class WeightAct(Act):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.guard = Guard()  # the backbone's own one is set by the ledger
+        self.guard = Guard()
         self.folds: dict[str, Fold] = {}
         self._swapped: list[tuple[nn.Module, str, Tensor]] = []
         self._holder: int | None = None
+
+    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+        """Share one guard with the other hosts of the backbone."""
+        self.guard = around.setdefault("guard", self.guard)
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""

@@ -162,8 +162,8 @@ class Method(ABC):
 class Sharing(Protocol):
     """A method with state common to all its sites."""
 
-    def share(self, sites: Sequence[Site]) -> nn.Module:
-        """The shared state, registered once in the delta."""
+    def share(self, sites: Sequence[Site]) -> nn.Module | None:
+        """The shared state, registered once in the delta; None where the fields ask for none."""
 
 
 @runtime_checkable
