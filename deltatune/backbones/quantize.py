@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -50,16 +51,11 @@ def _nf4(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
         from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError as cause:
         raise require_extra("bitsandbytes", "quantize") from cause
+    empty: Any = Linear4bit  # bitsandbytes has no types
     for path, linear in linears.items():
         weight = linear.weight
-        packed = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=weight.dtype,
-            quant_type="nf4",
-            device="meta",
-        )
+        sizes: tuple[Any, Any] = (linear.in_features, linear.out_features)
+        packed = empty(*sizes, bias=linear.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         packed.weight = Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=packed)
         packed.bias = linear.bias
         model.set_submodule(path, packed.to(weight.device))

