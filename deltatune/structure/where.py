@@ -9,7 +9,7 @@ r"""The ``where`` language: which sites of a backbone, said by role, path, glob,
 | ``re:.*\.(fc1|fc2)`` | a regular expression that matches a whole path |
 | ``lambda site: ...`` | any function of a Site |
 | ``!lm_head`` | without these, and without what lies below them |
-| ``cross_attention?`` | may be absent |
+| ``cross_attention?``, ``!decoder.stack?`` | may be absent |
 
 A fused projection that is hit as a whole is not hit again in its parts.
 """
@@ -227,7 +227,7 @@ def _wholes(sites: list[Site]) -> list[Site]:
 def _exclude(entry: _Entry, chosen: dict[int, Site], index: Index) -> int:
     """Remove what ``entry`` hits, and what lies below it, from ``chosen``."""
     hits = entry.hits(index)
-    if not hits:
+    if not hits and not entry.optional:
         raise _nothing(entry, index)
     keys = {site.key for site in hits}
     roots = tuple(f"{site.path}." for site in hits if site.rows is None and site.path)
@@ -282,7 +282,7 @@ class _Layers:
 def _numbers(layers: Layers) -> list[int]:
     if isinstance(layers, str):
         return [int(layers)]
-    numbers = [layers] if isinstance(layers, int) else list(layers)
+    numbers = [layers] if isinstance(layers, int) or not isinstance(layers, Iterable) else list(layers)
     if not numbers or any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
         raise InvalidValue(f'`layers={layers!r}` cannot be read. Write a range, a list of numbers, a number, "top:3" or "bottom:2".')
     return numbers
@@ -306,10 +306,17 @@ def _nothing(entry: _Entry, index: Index) -> NoSite:
         listing = f"{_sites(inside)} {'has' if inside == 1 else 'have'} role `{group}`; list them with dt.find_sites(backbone)."
     else:
         listing = "List the sites with dt.find_sites(backbone)."
-    known = {role for role in roles if role.count(".") == entry.pattern.count(".")} or roles
-    names = {_tail(site.key, entry.pattern.count(".") + 1) for site in index if has_weights(site) and site.key}
-    hint = nearest(entry.pattern, known | names)
+    components = entry.pattern.count(".") + 1
+    names = {_tail(site.key, components) for site in index if has_weights(site) and site.key}
+    hint = nearest(entry.pattern, {role for role in roles if role.count(".") < components} | names)
+    if not hint.startswith("Did you mean"):
+        hint = f"It has the roles {_listed(roles)}." if roles else f"It has no roles; its paths are {_listed(names)}."
     return NoSite(f"No site of {kind} matches `{entry.text}`. {hint} {listing}")
+
+
+def _listed(names: set[str], most: int = 12) -> str:
+    shown = ", ".join(f"`{name}`" for name in sorted(names)[:most])
+    return f"{shown}{', ...' if len(names) > most else ''}"
 
 
 def _tail(path: str, components: int) -> str:

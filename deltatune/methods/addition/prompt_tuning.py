@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import InvalidValue
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, PromptPatch, methods
 from deltatune.structure.site import Site
@@ -59,6 +59,11 @@ class PromptTuning(Method):
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One prompt a text stack."""
         stack: Any = site.module
+        if not hasattr(stack, "get_input_embeddings"):
+            raise Unsupported(
+                f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
+                "Choose a text stack (role `stack`), or another method."
+            )
         return [Prompt(self._fresh(stack.get_input_embeddings()))]
 
     @torch.no_grad()
