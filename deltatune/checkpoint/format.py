@@ -1,0 +1,338 @@
+"""Save and load: a delta or a composition as a folder of ``delta.json`` and ``delta.safetensors``.
+
+The same delta gives the same bytes whenever and wherever it is saved. A load checks record, tensors and backbone before it
+attaches anything, and takes back what it attached if the tensors do not fit after all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.checkpoint.fingerprint import fingerprint
+from deltatune.checkpoint.folder import replacing, settle
+from deltatune.checkpoint.loading import Allowed, load_composition, load_delta
+from deltatune.checkpoint.record import MEMBERS, RECORD, TENSORS, About, Origin, Record, Stored, read_record
+from deltatune.checkpoint.tensors import named, not_finite, write_tensors
+from deltatune.errors import CheckpointError
+from deltatune.injection.compose import Composition
+from deltatune.injection.delta import Delta, Entry
+from deltatune.methods.kinds import Exported, SelectionPatch, methods
+from deltatune.structure.anatomy import modules_of
+
+OURS = (RECORD, TENSORS, MEMBERS)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def save(
+    delta: Delta | Composition,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    unfinished: bool = False,
+    allow_nonfinite: bool = False,
+    backbone_id: str | None = None,
+    where: Any = None,
+    layers: Any = None,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    template: Any = None,
+    metric: str | None = None,
+    score: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+    training: Mapping[str, Any] | None = None,
+    data: Any = None,
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a delta or a composition as a folder, whole or not at all.
+
+    Args:
+        delta: an attached delta, or a composition with its members.
+        folder: where to; its parents are made.
+        overwrite: replace what a folder holds of a delta; its other files stay.
+        unfinished: it is the state of a run that goes on, so training-time parameters belong in it.
+        allow_nonfinite: save NaN and infinity.
+        backbone_id: alias, hub id or folder that opens the backbone again; a hub id in its config if left out.
+        where: as ``attach`` was given it. This and all that follows is kept as information; see ``About``.
+        layers: as ``attach`` was given it.
+        task: name of the task.
+        labels: names of the labels, in the order of the head's outputs.
+        template: how the task's rows become text.
+        metric: name of the metric that counts.
+        score: its value.
+        metrics: all values.
+        training: settings of the run; no times and no paths, or the file differs from run to run.
+        data: fingerprint of the training data.
+        versions: library -> version, of the training.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written; nothing is left half-written.
+        CheckpointError: a tensor is not finite.
+        Unsupported: the delta was detached, or a tensor is sharded or quantised.
+        InvalidValue: something that is no JSON.
+
+    Example:
+        >>> import tempfile
+        >>> from deltatune.injection.attach import attach
+        >>> from deltatune.methods import LoRA
+        >>> delta = attach(nn.Sequential(nn.Linear(4, 2)), LoRA(rank=1), where="0", name="tiny")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     sorted(path.name for path in save(delta, f"{place}/tiny").iterdir())
+        ['delta.json', 'delta.safetensors']
+    """
+    about = About(
+        where=where,
+        layers=layers,
+        task=task,
+        labels=None if labels is None else tuple(labels),
+        template=template,
+        metric=metric,
+        score=score,
+        metrics=None if metrics is None else dict(metrics),
+        training=None if training is None else dict(training),
+        data=data,
+        versions=None if versions is None else dict(versions),
+    )
+    origin = _origin(delta, backbone_id)
+    parts = [_part(member, origin, unfinished, allow_nonfinite) for member in (delta.deltas if isinstance(delta, Composition) else [delta])]
+    with replacing(folder, overwrite=overwrite, ours=OURS) as fresh:
+        if isinstance(delta, Composition):
+            _write_composition(delta, parts, Record(delta.name, origin, about), fresh)
+        else:
+            [(record, tensors)] = parts
+            _write(replace(record, about=about), tensors, fresh)
+    return Path(folder)
+
+
+def load(
+    backbone: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    enable: bool = True,
+    allow_foreign: bool = False,
+    allow_vocabulary: bool = False,
+    allow_missing: bool = False,
+    allow_unexpected: bool = False,
+    allow_misshapen: bool = False,
+    allow_nonfinite: bool = False,
+    allow_unknown: bool = False,
+) -> Delta | Composition:
+    """Attach what a folder holds, at exactly the sites it was saved from.
+
+    Args:
+        backbone: the backbone the delta was trained on, a fresh instance or one with other deltas.
+        folder: what ``save`` wrote.
+        name: how it is called here; as it was called if left out.
+        enable: let it act; else it rests.
+        allow_foreign: take another backbone than the one it was trained on.
+        allow_vocabulary: take a backbone with another number of vocabulary rows.
+        allow_missing: leave tensors fresh that the file lacks.
+        allow_unexpected: leave out tensors of the file that have no place.
+        allow_misshapen: leave tensors fresh that have another shape in the file, such as a head for other labels.
+        allow_nonfinite: load NaN and infinity.
+        allow_unknown: leave out keys and fields this version does not know.
+
+    Returns:
+        The delta, or the composition.
+
+    Raises:
+        CheckpointError: the folder is missing, truncated, edited, of a newer format, or does not fit; the tensors are
+            named, and the backbone is as it was.
+        ForeignBackbone: it was trained on another backbone; what differs is named.
+        InvalidValue: the name is taken.
+
+    Example:
+        >>> import tempfile
+        >>> from deltatune.injection.attach import attach, detach
+        >>> from deltatune.methods import LoRA
+        >>> mlp = nn.Sequential(nn.Linear(4, 2))
+        >>> delta = attach(mlp, LoRA(rank=1), where="0", name="tiny")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     _ = save(delta, f"{place}/tiny")
+        ...     detach(delta)
+        ...     load(mlp, f"{place}/tiny").name
+        'tiny'
+    """
+    allowed = Allowed(
+        foreign=allow_foreign,
+        vocabulary=allow_vocabulary,
+        missing=allow_missing,
+        unexpected=allow_unexpected,
+        misshapen=allow_misshapen,
+        nonfinite=allow_nonfinite,
+        unknown=allow_unknown,
+    )
+    record = read(folder, allow_unknown=allow_unknown)
+    put = load_composition if record.is_composition else load_delta
+    with torch.random.fork_rng(devices=[]):  # fresh patches draw numbers, which the file replaces
+        loaded = put(backbone, Path(folder), record, record.name if name is None else name, allowed)
+    if not enable:
+        loaded.disable()
+    return loaded
+
+
+def read(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> Record:
+    """What a folder says about the delta it holds; no tensor is read.
+
+    Raises:
+        CheckpointError: there is no delta, or its record was truncated or edited, or is of a newer format.
+    """
+    folder = Path(folder)
+    try:
+        settle(folder)
+        found = (folder / RECORD).exists()
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"`{folder}` cannot be read: {cause}. Check the path.") from cause
+    if not found:
+        inside = [path.parent.name for path in folder.glob(f"*/{RECORD}")] if folder.is_dir() else []
+        hint = f"Did you mean {named(f'{folder}/{name}' for name in sorted(inside))}?" if inside else "Give a folder that dt.save wrote."
+        raise CheckpointError(f"There is no delta in `{folder}`: it has no `{RECORD}`. {hint}")
+    record = read_record(folder / RECORD, allow_unknown=allow_unknown)
+    if not record.is_composition:
+        return record
+    return replace(record, member_records=tuple(_member(folder, name, digest, allow_unknown) for name, digest in record.members))
+
+
+def _member(folder: Path, name: str, digest: str, allow_unknown: bool) -> Record:
+    """The record of a composition's member, as it was when the composition was saved."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise CheckpointError(f"`{folder / RECORD}` names the member `{name}`, which names no delta. Copy or save the composition again.")
+    file = folder / MEMBERS / name / RECORD
+    if file.parent.is_symlink() or file.parent.parent.is_symlink():
+        raise CheckpointError(
+            f"`{file.parent}` is a link; delta files are read from regular folders only. Copy its content into the folder."
+        )
+    record = read_record(file, allow_unknown=allow_unknown)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != digest or record.is_composition:
+        raise CheckpointError(f"`{file}` is not the member that `{folder / RECORD}` was saved with. Copy or save the composition again.")
+    return record
+
+
+def _part(delta: Delta, origin: Origin, unfinished: bool, allow_nonfinite: bool) -> tuple[Record, dict[str, Tensor]]:
+    """Record and tensors of one delta; nothing is written yet."""
+    tensors, differences, values = _stored(delta)
+    broken = not_finite(tensors)
+    if broken and not allow_nonfinite:
+        raise CheckpointError(
+            f"Delta `{delta.name}` holds NaN or infinity in {named(broken)}: the training diverged. Lower the learning rate, "
+            "or pass allow_nonfinite=True to save it as it is."
+        )
+    method = delta.method
+    exported = method.is_exported(delta.patches) if isinstance(method, Exported) else None
+    if exported is False and not unfinished:
+        warnings.warn(
+            f"Delta `{delta.name}` is saved with its training-time parameters, so that training can go on. "
+            "Call its method's export first for a smaller file, or pass unfinished=True.",
+            stacklevel=3,
+        )
+    sites, heads = _places(delta)
+    record = Record(
+        name=delta.name,
+        origin=replace(origin, num_labels=origin.num_labels if any(entry.head for entry in delta.entries) else None),
+        about=About(),
+        stored=Stored("", tuple(sorted(differences)), tuple(sorted(values))),
+        method=methods.name_of(type(method)),
+        fields={field.name: getattr(method, field.name) for field in fields(method)},
+        sites=sites,
+        heads=heads,
+        exported=exported,
+    )
+    return record, tensors
+
+
+def _stored(delta: Delta) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors as they go into the file; the selections among them by difference, and by value.
+
+    A head and a vocabulary hold rows that are fresh in each instance of the backbone, so they go by value.
+    """
+    tensors = delta.state_dict()
+    differences, values = [], []
+    for entry in delta.entries:
+        if not isinstance(entry.patch, SelectionPatch):
+            continue
+        value, original = tensors[entry.key], entry.choice.original
+        change = value - original
+        if not _is_fresh(entry) and value.dtype == torch.float32 and _same_bits(original + change, value):
+            tensors[entry.key] = change
+            differences.append(entry.key)
+        else:
+            values.append(entry.key)
+    return tensors, differences, values
+
+
+def _is_fresh(entry: Entry) -> bool:
+    return entry.head or entry.site.leaf in ("embedding", "lm_head")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def _places(delta: Delta) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys of the sites the method builds for, and of the heads that train in full.
+
+    Only heads: then the method may have built for them, and ``place`` is given them as both.
+    """
+    trained = [entry for entry in delta.entries if entry.head and isinstance(entry.patch, SelectionPatch)]
+    covered = {id(entry.parameter) for entry in trained}
+    heads: dict[str, str] = {}
+    for entry in sorted(trained, key=lambda entry: len(entry.site.path)):
+        own = {id(parameter) for module in modules_of(entry.site.module).values() for parameter in module._parameters.values()}
+        if own - {id(None)} <= covered and not _is_within(entry, heads):
+            heads[entry.site.path] = entry.site.key
+    built = [entry for entry in delta.entries if entry not in trained or not _is_within(entry, heads)]
+    sites = tuple(dict.fromkeys(entry.site.key for entry in built))
+    return sites or tuple(heads.values()), tuple(heads.values())
+
+
+def _is_within(entry: Entry, paths: Iterable[str]) -> bool:
+    return any(f"{entry.site.path}.".startswith(f"{path}.") for path in paths)
+
+
+def _origin(delta: Delta | Composition, backbone_id: str | None) -> Origin:
+    """Where the delta comes from."""
+    backbone = delta.backbone
+    config = getattr(backbone, "config", None)
+    hub_id = str(getattr(config, "name_or_path", ""))
+    if backbone_id is None and HUB_ID.fullmatch(hub_id):
+        backbone_id = hub_id
+    labels = getattr(config, "num_labels", None)
+    return Origin(backbone_id, dtype_of(backbone), labels if isinstance(labels, int) else None, fingerprint(backbone))
+
+
+def dtype_of(backbone: nn.Module) -> str:
+    """Type of the backbone's first floating-point parameter of its own."""
+    own = (parameter for module in modules_of(backbone).values() for parameter in module._parameters.values() if parameter is not None)
+    return next((str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.is_floating_point()), "float32")
+
+
+def _write(record: Record, tensors: Mapping[str, Tensor], folder: Path) -> str:
+    """Both files of one delta; returns the SHA-256 of the record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert record.stored is not None
+    stored = replace(record.stored, sha256=write_tensors(folder / TENSORS, tensors))
+    content = replace(record, stored=stored).to_bytes()
+    (folder / RECORD).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_composition(composition: Composition, parts: list[tuple[Record, dict[str, Tensor]]], record: Record, folder: Path) -> None:
+    """The members below ``members``, and on top how they act together, with the tensors of the gates."""
+    members = tuple((part.name, _write(part, tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
+    gates = composition.state_dict()
+    stored = Stored(write_tensors(folder / TENSORS, gates)) if gates else None
+    whole = replace(record, stored=stored, how=composition.how, weights=composition.weights, members=members)
+    (folder / RECORD).write_bytes(whole.to_bytes())

@@ -1,0 +1,247 @@
+"""How a read record becomes an attached delta: everything is checked first, and what does not fit after all is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.checkpoint.fingerprint import differences, fingerprint
+from deltatune.checkpoint.record import MEMBERS, TENSORS, Record
+from deltatune.checkpoint.tensors import named, not_finite, read_tensors
+from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, nearest
+from deltatune.injection.attach import NAME, detach, place
+from deltatune.injection.compose import Composition, compose
+from deltatune.injection.delta import Delta
+from deltatune.injection.ledger import ledger_of
+from deltatune.injection.slot import How
+from deltatune.methods.kinds import Method, Reforming, SelectionPatch, Sharing
+from deltatune.structure.anatomy import modules_of
+from deltatune.structure.index import Index, index
+from deltatune.structure.site import Site
+
+GROWTH, FLOOR = 64, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a load takes though it does not fit; see ``load``."""
+
+    foreign: bool = False
+    vocabulary: bool = False
+    missing: bool = False
+    unexpected: bool = False
+    misshapen: bool = False
+    nonfinite: bool = False
+    unknown: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked delta, ready to be placed."""
+
+    record: Record
+    name: str
+    method: Method
+    sites: tuple[Site, ...]
+    heads: tuple[Site, ...]
+    tensors: dict[str, Tensor]
+
+
+def load_delta(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Delta:
+    """Check one delta's files against the backbone, and attach it."""
+    _check_name(backbone, name)
+    sites = _index(backbone)
+    _check_origin(backbone, sites, record, allowed)
+    return _attach(backbone, _plan(backbone, sites, folder, record, name, allowed), allowed)
+
+
+def load_composition(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Composition:
+    """Check all members and the gates, attach the members, and compose them.
+
+    A member keeps its name; where that is taken it is called after the composition, too.
+    """
+    _check_name(backbone, name)
+    sites = _index(backbone)
+    _check_origin(backbone, sites, record, allowed)
+    taken = _taken(backbone) | {name}
+    plans = []
+    for member in record.member_records:
+        called = member.name if member.name not in taken else f"{name}-{member.name}"
+        _check_name(backbone, called)
+        plans.append(_plan(backbone, sites, folder / MEMBERS / member.name, member, called, allowed))
+        taken.add(called)
+    gates = {} if record.stored is None else _tensors(folder, record, allowed)
+    placed: list[Delta] = []
+    try:
+        for plan in plans:
+            placed.append(_attach(backbone, plan, allowed))
+        weights = record.weights if record.how == "weighted" else None
+        composition = compose(backbone, placed, how=cast(How, record.how), weights=weights, name=name)
+        try:
+            composition.load_state_dict(gates)
+        except BaseException:
+            composition.dissolve()
+            raise
+    except BaseException:
+        for delta in reversed(placed):
+            detach(delta)
+        raise
+    return composition
+
+
+def _check_name(backbone: nn.Module, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, and pass it as name=.")
+    if name in _taken(backbone):
+        raise InvalidValue(f"Something called `{name}` is attached already. Load it under another name=, or detach that first.")
+
+
+def _taken(backbone: nn.Module) -> set[str]:
+    ledger = ledger_of(backbone)
+    return set() if ledger is None else ledger.deltas.keys() | ledger.compositions.keys()
+
+
+def _index(backbone: nn.Module) -> Index:
+    ledger = ledger_of(backbone)
+    return index(backbone) if ledger is None else ledger.index(backbone)
+
+
+def _check_origin(backbone: nn.Module, sites: Index, record: Record, allowed: Allowed) -> None:
+    if allowed.foreign:
+        return
+    found = differences(record.origin.fingerprint, fingerprint(backbone, sites), allow_vocabulary=allowed.vocabulary)
+    if found:
+        trained = record.origin.fingerprint.class_name + (f" `{record.origin.id}`" if record.origin.id else "")
+        raise ForeignBackbone(
+            f"`{record.name}` was trained on another backbone ({trained}) than this {type(backbone).__name__}: {'; '.join(found)}. "
+            "Load the backbone it was trained on, or pass allow_foreign=True."
+        )
+
+
+def _plan(backbone: nn.Module, sites: Index, folder: Path, record: Record, name: str, allowed: Allowed) -> Plan:
+    """Everything that can be checked without touching the backbone."""
+    method = record.build_method(allow_unknown=allowed.unknown)
+    tensors = _tensors(folder, record, allowed)
+    assert record.stored is not None
+    absent = sorted((set(record.stored.differences) | set(record.stored.values)) - tensors.keys())
+    if absent and not allowed.missing:
+        raise CheckpointError(f"`{folder}` lacks the tensors {named(absent)} that its record names. Copy or save the delta again.")
+    plan = Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
+    _check_size(backbone, plan)
+    return plan
+
+
+def _tensors(folder: Path, record: Record, allowed: Allowed) -> dict[str, Tensor]:
+    assert record.stored is not None
+    tensors = read_tensors(folder / TENSORS, record.stored.sha256)
+    broken = not_finite(tensors)
+    if broken and not allowed.nonfinite:
+        raise CheckpointError(f"`{folder / TENSORS}` holds NaN or infinity in {named(broken)}. Train again, or pass allow_nonfinite=True.")
+    return tensors
+
+
+def _sites(known: Index, record: Record, keys: tuple[str, ...]) -> tuple[Site, ...]:
+    absent = [key for key in keys if key not in known]
+    if absent:
+        raise CheckpointError(
+            f"`{record.name}` sits at {named(absent)}, and this {type(known.backbone).__name__} has no such site. "
+            f"{nearest(absent[0], [site.key for site in known])} Load the backbone it was trained on."
+        )
+    return tuple(known[key] for key in keys)
+
+
+def _check_size(backbone: nn.Module, plan: Plan) -> None:
+    """Build the patches without memory first: an edited field could ask for any amount of it."""
+    with torch.device("meta"):
+        try:
+            shared = plan.method.share(plan.sites) if isinstance(plan.method, Sharing) else None
+            patches = [patch for site in plan.sites for patch in plan.method.build(site, shared)]
+        except (RuntimeError, TypeError, ValueError, OverflowError, LookupError, AttributeError) as cause:
+            raise CheckpointError(
+                f"`{plan.record.name}` ({plan.method}) cannot be built: {cause}. Its record was edited; save it again."
+            ) from cause
+    built = [module for module in (*patches, shared) if module is not None]
+    asked = sum(_bytes(tensor) for module in built for tensor in (*module.parameters(), *module.buffers()))
+    own = sum(_bytes(parameter) for module in modules_of(backbone).values() for parameter in module.parameters(recurse=False))
+    limit = FLOOR + GROWTH * (own + sum(map(_bytes, plan.tensors.values())))
+    if asked > limit:
+        raise CheckpointError(
+            f"`{plan.record.name}` ({plan.method}) asks for {asked:,} bytes, far more than its file and this backbone explain ({limit:,}). "
+            "Its record was edited; save it again."
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
+    delta = place(backbone, plan.method, plan.sites, plan.name, plan.heads)
+    try:
+        _take_types(delta, plan.tensors)
+        _fill(delta, _fitted(delta, _values(delta, plan), allowed))
+    except BaseException:
+        detach(delta)
+        raise
+    return delta
+
+
+def _values(delta: Delta, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of the file with theta = theta_0 + difference written out."""
+    assert plan.record.stored is not None
+    by_difference = set(plan.record.stored.differences)
+    state = dict(plan.tensors)
+    for entry in delta.entries:
+        if isinstance(entry.patch, SelectionPatch) and entry.key in by_difference and entry.key in state:
+            original, change = entry.choice.original, state[entry.key]
+            if change.shape == original.shape:
+                state[entry.key] = original + change.to(original.device)
+    return state
+
+
+def _fitted(delta: Delta, state: Mapping[str, Tensor], allowed: Allowed) -> dict[str, Tensor]:
+    """The state with what is allowed to be missing, unexpected or misshapen made to fit."""
+    if not (allowed.missing or allowed.unexpected or allowed.misshapen):
+        return dict(state)
+    own = delta.state_dict()
+    reforming = [entry.key for entry in delta.entries if isinstance(entry.patch, Reforming)]
+    fitted = {}
+    for name, tensor in state.items():
+        flexible = any(name.startswith(f"{key}.") for key in reforming) or name.startswith("shared.")
+        if name not in own and not flexible and allowed.unexpected:
+            continue
+        misshapen = name in own and own[name].shape != tensor.shape and not flexible
+        fitted[name] = own[name] if misshapen and allowed.misshapen else tensor
+    if allowed.missing:
+        fitted = {**{name: tensor for name, tensor in own.items() if not any(name.startswith(f"{key}.") for key in reforming)}, **fitted}
+    return fitted
+
+
+def _take_types(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
+    """Patches are built in fp32; give each parameter the type it was saved in."""
+    for entry in delta.entries:
+        for name, parameter in entry.patch.named_parameters():
+            saved = tensors.get(f"{entry.key}.{name}")
+            if saved is not None and saved.is_floating_point() and saved.dtype != parameter.dtype:
+                parameter.data = parameter.data.to(saved.dtype)
+
+
+def _fill(delta: Delta, state: Mapping[str, Tensor]) -> None:
+    """Take over the tensors.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    try:
+        delta.load_state_dict(state)
+    except DeltaError as cause:
+        raise CheckpointError(
+            f"{cause} load(..., allow_missing=True, allow_unexpected=True, allow_misshapen=True) each let one kind pass."
+        ) from cause
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as cause:
+        raise CheckpointError(f"The tensors do not fit delta `{delta.name}` ({delta.method}): {cause}. Save it again.") from cause
