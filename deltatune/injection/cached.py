@@ -78,6 +78,12 @@ def enlarge(cache: Any, length: int, window: int | None) -> None:
             )
 
 
+def capacity(cache: Any) -> int | None:
+    """How many tokens a static cache holds; None where it grows, or keeps a window only."""
+    layers = [] if cache is None else getattr(cache, "self_attention_cache", cache).layers
+    return max((layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len") and not layer.is_sliding), default=None)
+
+
 def first_mask(mask: Any, cache: Any, queries: int) -> Tensor | None:
     """The mask of the text's tokens at the first step: (batch, queries) of 0 and 1, or None where all are visible.
 
@@ -107,11 +113,7 @@ def later_mask(cache: Any, queries: int) -> Tensor | None:
     first = stored(cache).mask
     if first is None:
         return None
-    seen = cache.get_seq_length()
-    if isinstance(seen, Tensor):  # what is not filled yet is hidden by causality
-        keys = max(layer.max_cache_len for layer in getattr(cache, "self_attention_cache", cache).layers)
-    else:
-        keys = seen + queries
+    keys = capacity(cache) or cache.get_seq_length() + queries  # what is not filled yet is hidden by causality
     return torch.cat([first, first.new_ones(first.shape[0], keys - first.shape[1])], dim=1)
 
 

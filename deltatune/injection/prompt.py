@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue, Unsupported
-from deltatune.injection.cached import enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
+from deltatune.injection.cached import capacity, enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
 from deltatune.injection.slot import Act, Term
 from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
@@ -144,7 +144,7 @@ class PromptAct(Act):
             tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
             call["attention_mask"] = later_mask(cache, tokens.shape[1])
         elif mask is not None:
-            call["attention_mask"] = Layout.of(self.length, mask).join_mask(mask)
+            call["attention_mask"] = Layout.of(self.length, mask).join_mask(mask)[:, : capacity(cache)]
         if positions is not None:
             call["position_ids"] = positions + self.length
         return call
