@@ -188,14 +188,13 @@ def disabled(backbone: nn.Module) -> Iterator[None]:
 
 
 def _name(ledger: Ledger, method: Method, name: str | None) -> str:
-    taken = ledger.deltas.keys() | ledger.compositions.keys()
     if name is None:
         stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
         stem = stem.replace("-", "_")
-        return stem if stem not in taken else next(f"{stem}_{n}" for n in range(2, len(taken) + 3) if f"{stem}_{n}" not in taken)
+        return next(free for free in (stem, *(f"{stem}_{n}" for n in range(2, len(ledger.deltas) + 3))) if not ledger.knows(free))
     if not NAME.fullmatch(name):
         raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`.")
-    if name in taken:
+    if ledger.knows(name):
         raise InvalidValue(f"A delta called `{name}` is attached already. Choose another name, or detach it first.")
     return name
 

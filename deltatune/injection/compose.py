@@ -228,7 +228,7 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
             f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; "
             "`weighted` takes one weight a member, the others none."
         )
-    if name in ledger.compositions or name in ledger.deltas:
+    if ledger.knows(name):
         raise InvalidValue(f"Something called `{name}` is attached already. Give the composition another name=.")
     for delta in deltas:
         delta._check_alone("compose")

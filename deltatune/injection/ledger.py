@@ -154,6 +154,10 @@ class Ledger(nn.Module):
             kept.original = fn(kept.original)
         return self
 
+    def knows(self, name: str) -> bool:
+        """Whether a delta or composition is called so."""
+        return name in self.deltas or name in self.compositions
+
     def delta(self, name: str) -> Delta:
         """The delta of that name.
 
