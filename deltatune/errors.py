@@ -59,11 +59,14 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
 
     >>> nearest("lroa", ["lora", "bitfit"])
     'Did you mean `lora`?'
+    >>> nearest("BitFit", ["lora", "bitfit"])
+    'Did you mean `bitfit`?'
     >>> nearest("xyz", ["lora", "bitfit"])
     'Known: `bitfit`, `lora`.'
     """
     options = sorted(set(known))
-    close = difflib.get_close_matches(name, options, n=most, cutoff=0.5)
+    lowered = {option.lower(): option for option in options}
+    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.5)]
     if close:
         return "Did you mean " + " or ".join(f"`{option}`" for option in close) + "?"
     shown = ", ".join(f"`{option}`" for option in options[:12])
