@@ -172,6 +172,14 @@ def test_gate_and_up_of_a_fused_feed_forward(name: str) -> None:
     assert_linear_in_up(module, (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)),), gate, up)
 
 
+def test_gate_and_up_of_a_gated_t5() -> None:
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 99}
+    model = transformers.T5Model(transformers.T5Config(**size, feed_forward_proj="gated-gelu")).eval()
+    gate, up = (find_sites(model, f"encoder.feed_forward.{leaf}")[0] for leaf in ("gate", "up"))
+    module = model.get_submodule(up.path.rpartition(".")[0])
+    assert_linear_in_up(module, (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)),), gate, up)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_gate_and_up_of_fused_experts(name: str) -> None:
     model, _ = MODELS[name]()
@@ -189,7 +197,7 @@ def assert_linear_in_up(module: nn.Module, args: tuple[Tensor, ...], gate: Site,
         doubled = {}
         for site in (gate, up):
             kept = site.weight.clone()
-            site.weight[..., site.rows, :] *= 2
+            site.weight[..., slice(None) if site.rows is None else site.rows, :] *= 2
             doubled[site.leaf] = module(*args)
             site.weight.copy_(kept)
     torch.testing.assert_close(doubled["up"], 2 * plain)

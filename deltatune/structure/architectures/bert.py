@@ -22,9 +22,9 @@ ARCHITECTURE = Architecture(
         "cross_attention.output": "encoder.layer.{layer}.crossattention.output.dense",
         "feed_forward.up": "encoder.layer.{layer}.intermediate.dense",
         "feed_forward.down": "encoder.layer.{layer}.output.dense",
-        "norm": ("LayerNorm",),
+        "norm": "LayerNorm",
         "lm_head": "cls.predictions.decoder",
-        "readout": ("classifier", "qa_outputs", "cls.seq_relationship"),
+        "readout": ("classifier", "qa_outputs"),
     },
     stacks=(StackPattern(layers="encoder.layer", embedding="embeddings.word_embeddings", inner="encoder"),),
 )

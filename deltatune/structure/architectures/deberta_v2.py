@@ -21,7 +21,7 @@ ARCHITECTURE = Architecture(
         "attention.output": "encoder.layer.{layer}.attention.output.dense",
         "feed_forward.up": "encoder.layer.{layer}.intermediate.dense",
         "feed_forward.down": "encoder.layer.{layer}.output.dense",
-        "norm": ("LayerNorm",),
+        "norm": "LayerNorm",
         "lm_head": "cls.predictions.decoder",
         "readout": ("classifier", "qa_outputs", "pooler"),
     },
