@@ -61,7 +61,7 @@ class Shift:
         Raises:
             InvalidValue: the table of positions ends before the last shifted one.
         """
-        length = max((act.length for act in self.acts), default=0)
+        length = max([0, *(act.length for act in self.acts)])
         if not length:
             return None
         if self._is_table:

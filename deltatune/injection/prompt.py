@@ -192,8 +192,10 @@ class PromptAct(Act):
 
     def _start(self) -> int:
         """The first position of a text: 0, or behind the position that is kept for padding."""
-        padding: list[int] = [index for _, table in self._tables if (index := table.padding_idx) is not None]
-        return padding[0] + 1 if padding else 0
+        for _, table in self._tables:
+            if table.padding_idx is not None:
+                return table.padding_idx + 1
+        return 0
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Post-hook of the inner module: cut the virtual tokens off before anything reads single positions."""
