@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import deltatune
 from tests.project import PACKAGE, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,6 +44,10 @@ def test_pins_lie_in_the_ranges_of_the_metadata() -> None:
     entries = [*PROJECT["dependencies"], *(entry for group in PROJECT["optional-dependencies"].values() for entry in group)]
     outside = [entry for entry in map(Requirement, entries) if pinned[canonicalize_name(entry.name)] not in entry.specifier]
     assert outside == []
+
+
+def test_the_package_and_its_metadata_name_one_version() -> None:
+    assert deltatune.__version__ == PROJECT["version"] == version("deltatune")
 
 
 def test_every_import_of_another_package_is_declared() -> None:
