@@ -86,8 +86,12 @@ def attach(
     ledger = open_ledger(backbone)
     try:
         name = _name(ledger, method, name)
+        asked = list(method.where) if where is None else where
+        matches = find_sites(backbone, asked, layers, ledger.index(backbone))
+        if any(_is_stale(backbone, site) for site in matches):
+            ledger.forget_index()
+            matches = find_sites(backbone, asked, layers, ledger.index(backbone))
         index = ledger.index(backbone)
-        matches = find_sites(backbone, list(method.where) if where is None else where, layers, index)
         return place(backbone, method, matches.sites, name, _heads(index) if head else [], matches)
     except BaseException:
         if fresh:
@@ -199,6 +203,14 @@ def _name(ledger: Ledger, method: Method, name: str | None) -> str:
     return name
 
 
+def _is_stale(backbone: nn.Module, site: Site) -> bool:
+    """The module was replaced since the backbone was indexed, as by resizing the vocabulary."""
+    module: nn.Module | None = backbone
+    for name in site.module_path.split(".") if site.module_path else ():
+        module = None if module is None else module._modules.get(name)
+    return module is not site.module
+
+
 def _classes() -> set[type[Method]]:
     return {registered[name] for name in registered}
 
@@ -209,9 +221,9 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
     Raises:
         NoSite: the method has nothing to do at any site of one entry.
     """
-    built = {entry.site.path for entry in entries}
+    patched = {_target(entry)[0] for entry in entries}
     for text, sites in matches.hits.items():
-        if sites and not any(site.path in built or _below(site, built) for site in sites):
+        if sites and not any(_identities(site) & patched for site in sites):
             shown = ", ".join(f"`{site.key or '(the backbone)'}`" for site in sites[:3])
             more = ", ..." if len(sites) > 3 else ""
             raise NoSite(
@@ -219,8 +231,10 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
             )
 
 
-def _below(site: Site, built: set[str]) -> bool:
-    return any(f"{site.path}.{name}" in built for name in site.parameters)
+def _identities(site: Site) -> set[int]:
+    """The module and the parameters that patches of this site can target; a tied parameter is the same at every owner."""
+    own = {id(site.module.get_parameter(name)) for name in site.parameters}
+    return own if site.parameter is not None else own | {id(site.module)}
 
 
 def _heads(index: Index) -> list[Site]:

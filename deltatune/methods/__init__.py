@@ -11,3 +11,4 @@ from deltatune.methods.specification.bitfit import BitFit as BitFit
 from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
 from deltatune.methods.specification.full import FullFineTuning as FullFineTuning
 from deltatune.methods.specification.linear_probe import LinearProbe as LinearProbe
+from deltatune.methods.specification.trainable_tokens import TrainableTokens as TrainableTokens

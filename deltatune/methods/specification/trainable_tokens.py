@@ -1,0 +1,102 @@
+"""Trainable tokens: some rows of the vocabulary train, such as those added for new words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.errors import InvalidValue
+from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.structure.site import Site
+
+
+@methods.register("trainable-tokens")
+@dataclass(frozen=True)
+class TrainableTokens(Method):
+    """E'[t] = e_t for t in ``token_ids``, E'[t] = E[t] for all others; E: (vocabulary, d), e: (len(token_ids), d).
+
+    Trains the rows e, which start as the backbone's own, so a fresh delta is the identity. Where embedding and output
+    head are tied, both see them. Rows are stored by value: a vocabulary grown anew by ``resize_token_embeddings``
+    has other random rows each time.
+
+    Args:
+        token_ids: the rows that train, each once.
+
+    Raises:
+        InvalidValue: no ids, an id twice, or an id outside the vocabulary.
+    """
+
+    family: ClassVar[Family] = "specification"
+    kind: ClassVar[Kind] = "weight"
+    where: ClassVar[tuple[str, ...]] = ("embedding", "lm_head?")
+    learning_rate: ClassVar[float] = 1e-3
+    source: ClassVar[str] = "PEFT's method of the same name"
+
+    token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(set(self.token_ids)) != len(self.token_ids) or min(self.token_ids) < 0:
+            raise InvalidValue(
+                f"TrainableTokens(token_ids={self.token_ids!r}) was asked for; give at least one id, each once and none negative."
+            )
+
+    def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
+        """The rows of one table."""
+        is_table = isinstance(site.module, nn.Embedding) or site.leaf == "lm_head"
+        if not is_table or site.rows is not None:
+            return []
+        rows = site.weight.shape[0]
+        if max(self.token_ids) >= rows:
+            raise InvalidValue(
+                f"TrainableTokens names token {max(self.token_ids)}, but `{site.path}` has {rows} rows. Resize the vocabulary first."
+            )
+        if isinstance(site.module, nn.Embedding) and not site.tied:
+            return [LookedUpRows(site.module, self.token_ids)]
+        return [ReplacedRows(site.parameter or "weight", site.weight, self.token_ids)]
+
+
+class LookedUpRows(OutputPatch):
+    """The looked-up embeddings with those of the trained tokens put in; the table itself is not copied."""
+
+    position: Tensor
+
+    def __init__(self, table: nn.Embedding, token_ids: Sequence[int]) -> None:
+        super().__init__()
+        ids = torch.tensor(token_ids, device=table.weight.device)
+        position = torch.zeros(table.num_embeddings, dtype=torch.long, device=table.weight.device)
+        position[ids] = torch.arange(1, len(ids) + 1, device=ids.device)
+        self.register_buffer("position", position, persistent=False)  # token -> 1-based row of e, 0 for all others
+        self.e = nn.Parameter(table.weight.detach()[ids].float())
+        self.embed_scale = float(getattr(table, "embed_scale", 1.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Ids (...), embeddings (..., d) -> (..., d)."""
+        row = self.position[x]
+        trained = F.embedding((row - 1).clamp(min=0), self.e) * self.embed_scale
+        return torch.where((row > 0)[..., None], trained.to(y.dtype), y)
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The table with the trained rows in it."""
+        ids = self.position.nonzero().squeeze(1)
+        return weight.index_copy(0, ids, self.e[self.position[ids] - 1].to(weight.dtype)), bias
+
+
+class ReplacedRows(WeightPatch):
+    """theta with the rows of the trained tokens replaced."""
+
+    ids: Tensor
+
+    def __init__(self, parameter: str, theta: Tensor, token_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.parameter = parameter
+        self.register_buffer("ids", torch.tensor(token_ids, device=theta.device), persistent=False)
+        self.e = nn.Parameter(theta.detach()[self.ids].float())
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """(vocabulary, d) -> (vocabulary, d)."""
+        return theta.index_copy(0, self.ids, self.e.to(theta.dtype))
