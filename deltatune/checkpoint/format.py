@@ -30,6 +30,7 @@ from deltatune.methods.kinds import Exported, SelectionPatch, methods
 from deltatune.structure.anatomy import modules_of
 
 OURS = (RECORD, TENSORS, MEMBERS)
+RUN_DELTA = "delta"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -175,10 +176,11 @@ def load(
         nonfinite=allow_nonfinite,
         unknown=allow_unknown,
     )
-    record = read(folder, allow_unknown=allow_unknown)
+    place = locate(folder)
+    record = read(place, allow_unknown=allow_unknown)
     put = load_composition if record.is_composition else load_delta
     with torch.random.fork_rng(devices=[]):  # fresh patches draw numbers, which the file replaces
-        loaded = put(backbone, Path(folder), record, record.name if name is None else name, allowed)
+        loaded = put(backbone, place, record, record.name if name is None else name, allowed)
     if not enable:
         loaded.disable()
     return loaded
@@ -190,20 +192,31 @@ def read(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> Reco
     Raises:
         CheckpointError: there is no delta, or its record was truncated or edited, or is of a newer format.
     """
-    folder = Path(folder)
-    try:
-        settle(folder)
-        found = (folder / RECORD).exists()
-    except (OSError, ValueError) as cause:
-        raise CheckpointError(f"`{folder}` cannot be read: {cause}. Check the path.") from cause
-    if not found:
-        inside = [path.parent.name for path in folder.glob(f"*/{RECORD}")] if folder.is_dir() else []
-        hint = f"Did you mean {named(f'{folder}/{name}' for name in sorted(inside))}?" if inside else "Give a folder that dt.save wrote."
-        raise CheckpointError(f"There is no delta in `{folder}`: it has no `{RECORD}`. {hint}")
-    record = read_record(folder / RECORD, allow_unknown=allow_unknown)
+    place = locate(folder)
+    record = read_record(place / RECORD, allow_unknown=allow_unknown)
     if not record.is_composition:
         return record
-    return replace(record, member_records=tuple(_member(folder, name, digest, allow_unknown) for name, digest in record.members))
+    return replace(record, member_records=tuple(_member(place, name, digest, allow_unknown) for name, digest in record.members))
+
+
+def locate(folder: str | os.PathLike[str]) -> Path:
+    """The folder that holds the record: this one, or ``delta`` in the folder of a run.
+
+    Raises:
+        CheckpointError: neither does.
+    """
+    place = Path(folder).expanduser()
+    try:
+        settle(place)
+        if (place / RECORD).exists():
+            return place
+        if (place / RUN_DELTA / RECORD).exists():
+            return place / RUN_DELTA
+        inside = sorted(str(file.parent) for file in place.glob(f"*/{RECORD}")) if place.is_dir() else []
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"`{folder}` cannot be read: {cause}. Check the path.") from cause
+    hint = f"Deltas are in {named(inside)}." if inside else "Give a folder that dt.save or a run wrote."
+    raise CheckpointError(f"There is no delta in `{folder}`: it has no `{RECORD}`. {hint}")
 
 
 def _member(folder: Path, name: str, digest: str, allow_unknown: bool) -> Record:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from deltatune.checkpoint.bounded import Bounded
 from deltatune.checkpoint.fingerprint import differences, fingerprint
 from deltatune.checkpoint.record import MEMBERS, TENSORS, Record
 from deltatune.checkpoint.tensors import named, not_finite, read_tensors
@@ -17,14 +17,18 @@ from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, Inval
 from deltatune.injection.attach import NAME, detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
-from deltatune.injection.ledger import ledger_of
+from deltatune.injection.ledger import close_ledger, ledger_of
 from deltatune.injection.slot import How
-from deltatune.methods.kinds import Method, Reforming, SelectionPatch, Sharing
+from deltatune.methods.kinds import Method, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
 from deltatune.structure.index import Index, index
 from deltatune.structure.site import Site
 
 GROWTH, FLOOR = 64, 64 * 2**20
+"""What building may take: so many times the backbone and the file (training-time forms are large), and so many bytes more."""
+
+MISBUILT = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What PyTorch raises where a field or a tensor makes no sense."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def load_delta(backbone: nn.Module, folder: Path, record: Record, name: str, all
     _check_name(backbone, name)
     sites = _index(backbone)
     _check_origin(backbone, sites, record, allowed)
-    return _attach(backbone, _plan(backbone, sites, folder, record, name, allowed), allowed)
+    return _attach(backbone, _plan(sites, folder, record, name, allowed), allowed)
 
 
 def load_composition(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Composition:
@@ -73,7 +77,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     for member in record.member_records:
         called = member.name if member.name not in taken else f"{name}-{member.name}"
         _check_name(backbone, called)
-        plans.append(_plan(backbone, sites, folder / MEMBERS / member.name, member, called, allowed))
+        plans.append(_plan(sites, folder / MEMBERS / member.name, member, called, allowed))
         taken.add(called)
     gates = {} if record.stored is None else _tensors(folder, record, allowed)
     placed: list[Delta] = []
@@ -123,7 +127,7 @@ def _check_origin(backbone: nn.Module, sites: Index, record: Record, allowed: Al
         )
 
 
-def _plan(backbone: nn.Module, sites: Index, folder: Path, record: Record, name: str, allowed: Allowed) -> Plan:
+def _plan(sites: Index, folder: Path, record: Record, name: str, allowed: Allowed) -> Plan:
     """Everything that can be checked without touching the backbone."""
     method = record.build_method(allow_unknown=allowed.unknown)
     tensors = _tensors(folder, record, allowed)
@@ -131,9 +135,7 @@ def _plan(backbone: nn.Module, sites: Index, folder: Path, record: Record, name:
     absent = sorted((set(record.stored.differences) | set(record.stored.values)) - tensors.keys())
     if absent and not allowed.missing:
         raise CheckpointError(f"`{folder}` lacks the tensors {named(absent)} that its record names. Copy or save the delta again.")
-    plan = Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
-    _check_size(backbone, plan)
-    return plan
+    return Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
 
 
 def _tensors(folder: Path, record: Record, allowed: Allowed) -> dict[str, Tensor]:
@@ -146,42 +148,29 @@ def _tensors(folder: Path, record: Record, allowed: Allowed) -> dict[str, Tensor
 
 
 def _sites(known: Index, record: Record, keys: tuple[str, ...]) -> tuple[Site, ...]:
-    absent = [key for key in keys if key not in known]
+    found = {key: _site(known, key) for key in keys}
+    absent = [key for key, site in found.items() if site is None]
     if absent:
         raise CheckpointError(
             f"`{record.name}` sits at {named(absent)}, and this {type(known.backbone).__name__} has no such site. "
             f"{nearest(absent[0], [site.key for site in known])} Load the backbone it was trained on."
         )
-    return tuple(known[key] for key in keys)
+    return tuple(dict.fromkeys(site for site in found.values() if site is not None))
 
 
-def _check_size(backbone: nn.Module, plan: Plan) -> None:
-    """Build the patches without memory first: an edited field could ask for any amount of it."""
-    with torch.device("meta"):
-        try:
-            shared = plan.method.share(plan.sites) if isinstance(plan.method, Sharing) else None
-            patches = [patch for site in plan.sites for patch in plan.method.build(site, shared)]
-        except (RuntimeError, TypeError, ValueError, OverflowError, LookupError, AttributeError) as cause:
-            raise CheckpointError(
-                f"`{plan.record.name}` ({plan.method}) cannot be built: {cause}. Its record was edited; save it again."
-            ) from cause
-    built = [module for module in (*patches, shared) if module is not None]
-    asked = sum(_bytes(tensor) for module in built for tensor in (*module.parameters(), *module.buffers()))
-    own = sum(_bytes(parameter) for module in modules_of(backbone).values() for parameter in module.parameters(recurse=False))
-    limit = FLOOR + GROWTH * (own + sum(map(_bytes, plan.tensors.values())))
-    if asked > limit:
-        raise CheckpointError(
-            f"`{plan.record.name}` ({plan.method}) asks for {asked:,} bytes, far more than its file and this backbone explain ({limit:,}). "
-            "Its record was edited; save it again."
-        )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _site(known: Index, key: str) -> Site | None:
+    """The site with this key; for a parameter of a module that is never called, that module, as ``place`` takes it."""
+    if key in known:
+        return known[key]
+    owner, _, parameter = key.rpartition(".")
+    if owner not in known:
+        return None
+    site = known[owner]
+    return None if site.reached or parameter not in site.parameters else site
 
 
 def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
-    delta = place(backbone, plan.method, plan.sites, plan.name, plan.heads)
+    delta = _placed(backbone, plan)
     try:
         _take_types(delta, plan.tensors)
         _fill(delta, _fitted(delta, _values(delta, plan), allowed))
@@ -189,6 +178,27 @@ def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
         detach(delta)
         raise
     return delta
+
+
+def _placed(backbone: nn.Module, plan: Plan) -> Delta:
+    own = sum(_bytes(parameter) for module in modules_of(backbone).values() for parameter in module.parameters(recurse=False))
+    limit = FLOOR + GROWTH * (own + sum(map(_bytes, plan.tensors.values())))
+    fresh = ledger_of(backbone) is None
+    try:
+        with Bounded(limit, f"`{plan.record.name}` ({plan.method})"):
+            return place(backbone, plan.method, plan.sites, plan.name, plan.heads)
+    except BaseException as cause:
+        if fresh:
+            close_ledger(backbone)
+        if isinstance(cause, MISBUILT):
+            raise CheckpointError(
+                f"`{plan.record.name}` ({plan.method}) cannot be built: {cause}. Its record was edited; save it again."
+            ) from cause
+        raise
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _values(delta: Delta, plan: Plan) -> dict[str, Tensor]:
@@ -243,5 +253,5 @@ def _fill(delta: Delta, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{cause} load(..., allow_missing=True, allow_unexpected=True, allow_misshapen=True) each let one kind pass."
         ) from cause
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as cause:
+    except MISBUILT as cause:
         raise CheckpointError(f"The tensors do not fit delta `{delta.name}` ({delta.method}): {cause}. Save it again.") from cause
