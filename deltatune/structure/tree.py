@@ -32,6 +32,7 @@ class Branch:
         shapes: own parameter -> shape.
         trainable: how many of the parameters at and below it train.
         total: how many there are, a tied one counted where it is met first.
+        added: how many trained parameters deltas have added at and below it.
         tied: its weight belongs to another module too.
         deltas: names of the deltas that sit on the module.
         children: what lies below.
@@ -44,6 +45,7 @@ class Branch:
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     trainable: int = 0
     total: int = 0
+    added: int = 0
     tied: bool = False
     deltas: tuple[str, ...] = ()
     children: tuple[Branch, ...] = ()
@@ -58,6 +60,7 @@ class Branch:
             "shapes": {name: list(shape) for name, shape in self.shapes},
             "trainable": self.trainable,
             "total": self.total,
+            "added": self.added,
             "tied": self.tied,
             "deltas": list(self.deltas),
         }
@@ -95,6 +98,7 @@ def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[st
         shapes=tuple((key, tuple(parameter.shape)) for key, parameter in own.items()),
         trainable=sum(parameter.numel() for parameter in fresh if parameter.requires_grad) + sum(c.trainable * c.repeats for c in children),
         total=sum(parameter.numel() for parameter in fresh) + sum(child.total * child.repeats for child in children),
+        added=_added(module) + sum(child.added * child.repeats for child in children),
         tied=path in tied,
         deltas=_deltas(module),
         children=tuple(_fold(children)),
@@ -106,6 +110,12 @@ def _deltas(module: nn.Module) -> tuple[str, ...]:
     child = module._modules.get(DELTA_CHILD)
     patches = getattr(getattr(child, "slot", child), "patches", None)  # the root's slot lies in the ledger
     return tuple(dict.fromkeys(name.partition("/")[0] for name in patches)) if isinstance(patches, nn.ModuleDict) else ()
+
+
+def _added(module: nn.Module) -> int:
+    """Number of parameters in the module's slot, or in the ledger of the root."""
+    child = module._modules.get(DELTA_CHILD)
+    return 0 if child is None else sum(parameter.numel() for parameter in child.parameters() if parameter.requires_grad)
 
 
 def _fold(children: Sequence[Branch]) -> list[Branch]:
@@ -155,6 +165,8 @@ def _label(branch: Branch) -> str:
         *(f"[magenta]+{name}[/]" for name in branch.deltas),
     ]
     if branch.total:
-        share = f"{branch.trainable:,} of {branch.total:,}"
+        share = f"[green]{branch.trainable:,} of {branch.total:,} train[/]"
         words.append("[dim]frozen[/]" if not branch.trainable else "[green]trains[/]" if branch.trainable == branch.total else share)
+    if branch.added and (branch.deltas or not branch.name):
+        words.append(f"[green]{branch.added:,} added[/]")
     return " ".join(word for word in words if word)

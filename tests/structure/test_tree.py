@@ -87,8 +87,8 @@ def test_the_drawing_names_classes_shapes_roles_deltas_and_what_trains() -> None
     console = console_of(width=160, file=io.StringIO())
     console.print(tree(model))
     lines = [line.strip(" │├└─") for line in console.file.getvalue().splitlines()]
-    assert lines[0] == "GPT2LMHeadModel 64 of 20,352"
+    assert lines[0] == "GPT2LMHeadModel 64 of 20,352 train 2 added"
     assert "0 GPT2Block layer frozen" in lines
-    assert "c_attn Conv1D 32x96 attention.query, attention.key, attention.value +sst2 frozen" in lines
+    assert "c_attn Conv1D 32x96 attention.query, attention.key, attention.value +sst2 frozen 2 added" in lines
     assert "ln_1 LayerNorm 32 norm trains" in lines
     assert "lm_head Linear 101x32 tied lm_head" in lines
