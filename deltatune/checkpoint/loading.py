@@ -19,7 +19,7 @@ from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.ledger import close_ledger, ledger_of
 from deltatune.injection.slot import How
-from deltatune.methods.kinds import Method, Reforming, SelectionPatch
+from deltatune.methods.kinds import Exported, Method, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
 from deltatune.structure.index import Index, index
 from deltatune.structure.site import Site
@@ -172,12 +172,21 @@ def _site(known: Index, key: str) -> Site | None:
 def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
     delta = _placed(backbone, plan)
     try:
+        if plan.record.exported:
+            _export(delta)
         _take_types(delta, plan.tensors)
         _fill(delta, _fitted(delta, _values(delta, plan), allowed))
     except BaseException:
         detach(delta)
         raise
     return delta
+
+
+def _export(delta: Delta) -> None:
+    """Bring fresh patches into the exported form; those that reform themselves by the tensors need no help."""
+    if isinstance(delta.method, Exported) and not any(isinstance(patch, Reforming) for patch in delta.patches):
+        delta.method.export(delta.patches, delta.shared)
+        delta.refresh_gradients()
 
 
 def _placed(backbone: nn.Module, plan: Plan) -> Delta:
