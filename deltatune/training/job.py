@@ -1,0 +1,177 @@
+"""From names to what trains: load the backbone and the task, choose the framing, attach the deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from deltatune.backbones import backbone_id, load_backbone, load_config, load_tokenizer
+from deltatune.backbones.catalogue import catalogued
+from deltatune.errors import InvalidValue, Unsupported
+from deltatune.injection.attach import attach, detach
+from deltatune.injection.compose import Composition, compose
+from deltatune.injection.delta import Delta
+from deltatune.methods.kinds import Method
+from deltatune.tasks import Task, TaskData
+from deltatune.tasks.framing import Framing, HeadFraming
+from deltatune.tasks.sampling import subset
+from deltatune.tasks.text2text import TextToTextFraming
+from deltatune.training.objective import Objective, balanced_weights
+from deltatune.training.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deltatune.training.trainer import Material
+
+Kind = Literal["encoder", "decoder", "encoder-decoder"]
+
+
+@dataclass
+class Job:
+    """A run's objects.
+
+    Attributes:
+        backbone: the model, with the deltas attached.
+        tokenizer: its tokenizer.
+        data: the task's rows.
+        framing: how rows are put to the model.
+        deltas: what trains, one a method.
+        saved: what is saved: the delta, or the composition of several.
+        lr: the peak learning rate.
+    """
+
+    backbone: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    data: TaskData
+    framing: Framing
+    deltas: list[Delta]
+    saved: Delta | Composition
+    lr: float
+
+    @property
+    def metric(self) -> str:
+        """The metric that counts."""
+        return self.data.task.metric
+
+    def material(self, settings: Settings) -> Material:
+        """Encoded training rows, validation rows and the loss."""
+        from deltatune.training.trainer import Material
+
+        task, head = self.data.task, isinstance(self.framing, HeadFraming)
+        weights = balanced_weights(task, self.data.train) if settings.class_weights else None
+        decoder = isinstance(self.framing, TextToTextFraming) and not self.framing.encoder_decoder
+        objective = Objective(task, head=head, decoder=decoder, class_weights=weights)
+        validation = subset(task, self.data.validation, settings.eval_rows) if settings.eval_rows else self.data.validation
+        return Material(self.framing, objective, self.framing.encode(self.data.train), validation)
+
+    def dissolve(self) -> None:
+        """Detach what was attached."""
+        if isinstance(self.saved, Composition):
+            self.saved.dissolve()
+        for delta in self.deltas:
+            detach(delta)
+
+
+def make_job(
+    backbone: str | nn.Module,
+    data: TaskData,
+    methods: Sequence[Method],
+    where: Any,
+    layers: Any,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Job:
+    """Load, frame and attach; a model that was given is as it was if anything fails.
+
+    Raises:
+        InvalidValue: labels that do not fit the head, or a tokenizer that cannot be found.
+        Unsupported: a framing that neither the task nor the model has.
+    """
+    torch.manual_seed(settings.seed)
+    if isinstance(backbone, str):
+        tokenizer = tokenizer or load_tokenizer(backbone)
+        framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
+        labels = {"label_names": data.task.labels} if data.task.labels else {"num_labels": 1}
+        options: dict[str, Any] = labels if isinstance(framing, HeadFraming) else {}
+        module = load_backbone(backbone, auto_class=framing.auto_class, quantize=settings.quantize, **options)
+    else:
+        module = backbone
+        tokenizer = tokenizer or load_tokenizer(_name_of(module))
+        framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
+        _check_module(module, framing, settings)
+    torch.manual_seed(settings.seed)  # the patches' weights do not depend on how the backbone came
+    deltas: list[Delta] = []
+    try:
+        for method in methods:
+            deltas.append(attach(module, method, where, layers=layers))
+        saved: Delta | Composition = deltas[0]
+        if len(deltas) > 1:
+            saved = compose(module, [delta.name for delta in deltas], how="sequential")
+    except BaseException:
+        for delta in deltas:
+            detach(delta)
+        raise
+    lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
+    return Job(module, tokenizer, data, framing, deltas, saved, lr)
+
+
+def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Framing:
+    """The framing that was asked for; left to us, a head for encoders and label words for models with a decoder.
+
+    Raises:
+        Unsupported: label words were asked of an encoder.
+    """
+    name = settings.framing
+    if name == "auto":
+        speaks = kind != "encoder" and (task.type == "text2text" or (task.type == "classification" and bool(task.templates)))
+        name = "text2text" if speaks else "head"
+    if name == "head":
+        return HeadFraming(task, tokenizer, settings.max_length)
+    if kind == "encoder":
+        raise Unsupported("The text2text framing was asked for, but an encoder writes no words. Use the head framing.")
+    return TextToTextFraming(task, tokenizer, settings.max_length, template=settings.template, encoder_decoder=kind == "encoder-decoder")
+
+
+def kind_of(backbone: str | nn.Module) -> Kind:
+    """Encoder, decoder or both, from the catalogue, the configuration, or the class."""
+    entry = catalogued(backbone) if isinstance(backbone, str) else None
+    if entry is not None:
+        return entry.kind
+    config: Any = load_config(backbone) if isinstance(backbone, str) else getattr(backbone, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    names = [type(backbone).__name__] if isinstance(backbone, nn.Module) else list(getattr(config, "architectures", None) or [])
+    return "decoder" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) else "encoder"
+
+
+def name_of(backbone: str | nn.Module) -> str:
+    """What a run file and a delta file call the backbone."""
+    return backbone_id(backbone) if isinstance(backbone, str) else str(_path_of(backbone) or type(backbone).__name__)
+
+
+def _path_of(module: nn.Module) -> str:
+    return str(getattr(getattr(module, "config", None), "name_or_path", "") or "")
+
+
+def _name_of(module: nn.Module) -> str:
+    if not _path_of(module):
+        raise InvalidValue(f"This {type(module).__name__} does not say where its tokenizer is. Give it: train(..., tokenizer=tokenizer).")
+    return _path_of(module)
+
+
+def _check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
+    if settings.quantize is not None:
+        raise InvalidValue(f"`quantize={settings.quantize}` needs a backbone by name, but a model was given. Quantise it yourself.")
+    if not isinstance(framing, HeadFraming):
+        return
+    outputs = getattr(getattr(module, "config", None), "num_labels", None)
+    if outputs is not None and outputs != framing.task.outputs:
+        raise InvalidValue(
+            f"The task `{framing.task.name}` has {framing.task.outputs} labels, but the head of this {type(module).__name__} has "
+            f"{outputs} outputs. Load it with num_labels={framing.task.outputs}, or give the backbone by name."
+        )

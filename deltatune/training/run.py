@@ -1,0 +1,256 @@
+"""What a run was asked to do, as a value and as the file ``run.yaml`` that replays it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deltatune.errors import InvalidValue, UnknownName, nearest, require_extra
+from deltatune.methods.kinds import Method, methods
+from deltatune.tasks import Task, TaskData, load_task
+from deltatune.tasks.files import task_from_file
+from deltatune.training.settings import Settings
+
+RUN_FILE = "run.yaml"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A user's own data: one file that becomes a task; see ``tasks.files.task_from_file``.
+
+    Attributes:
+        path: a CSV, JSONL or Parquet file.
+        text: the text column, or two for pairs.
+        label: the label column.
+        type: classification, regression or text2text.
+    """
+
+    path: str
+    text: str | tuple[str, ...] = "text"
+    label: str = "label"
+    type: str = "classification"
+
+    def load(self) -> TaskData:
+        """Read the file."""
+        return task_from_file(self.path, text=self.text, label=self.label, type=self.type)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's result.
+
+    Attributes:
+        backbone: alias, folder or hub id.
+        task: a task's name, or a file of the user's own.
+        methods: one recipe a delta; several are trained together, in order.
+        where: sites as in ``attach``; None takes the methods' default roles.
+        layers: layers as in ``attach``.
+        settings: all knobs.
+        fingerprint: hash of the data; a replay on other data is refused.
+        versions: of Python and the packages underneath, for people.
+    """
+
+    backbone: str
+    task: str | DataFile
+    methods: tuple[Method, ...]
+    where: str | tuple[str, ...] | None = None
+    layers: Any = None
+    settings: Settings = field(default_factory=Settings)
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def to_yaml(self) -> str:
+        """The text of ``run.yaml``."""
+        return str(_yaml().safe_dump(self._plain(), sort_keys=False, allow_unicode=True, width=120))
+
+    def _plain(self) -> dict[str, Any]:
+        recipes = [method_to_dict(method) for method in self.methods]
+        task = {"task": self.task} if isinstance(self.task, str) else {"data": _lists(dataclasses.asdict(self.task))}
+        return {
+            "backbone": self.backbone,
+            **task,
+            "method": recipes[0] if len(recipes) == 1 else recipes,
+            "where": _lists(self.where),
+            "layers": _lists(self.layers),
+            "settings": self.settings.to_dict(),
+            "fingerprint": self.fingerprint,
+            "versions": dict(self.versions),
+        }
+
+    def differences(self, other: Run) -> list[str]:
+        """What ``other`` would do differently, in words; empty if both give the same result."""
+        mine, theirs = _flat(self._plain()), _flat(other._plain())
+        keys = [key for key in (mine | theirs) if not key.startswith("versions")]
+        return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys if mine.get(key) != theirs.get(key)]
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """The run in a ``run.yaml``, or in the run folder that holds one.
+
+    Raises:
+        InvalidValue: no such file, not YAML, or entries missing or unknown.
+        UnknownName: a method, a field or a setting that is not known here.
+    """
+    file = Path(path).expanduser()
+    file = file / RUN_FILE if file.is_dir() else file
+    try:
+        entries = _yaml().safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as cause:
+        raise InvalidValue(f"The configuration `{path}` cannot be read: {cause}. Give a run.yaml, or a folder that holds one.") from cause
+    except _yaml().YAMLError as cause:
+        raise InvalidValue(f"The configuration `{path}` is not YAML: {cause}") from cause
+    if not isinstance(entries, dict):
+        raise InvalidValue(f"The configuration `{path}` holds {type(entries).__name__} where names and values are wanted.")
+    return _run(entries, str(path))
+
+
+def _run(entries: dict[str, Any], path: str) -> Run:
+    known = {"backbone", "task", "data", "method", "where", "layers", "settings", "fingerprint", "versions"}
+    for entry in entries:
+        if entry not in known:
+            raise UnknownName(f"The configuration `{path}` has the entry `{entry}`, which runs do not have. {nearest(entry, known)}")
+    lacking = [name for name in ("backbone", "method") if not entries.get(name)]
+    if not entries.get("task") and not entries.get("data"):
+        lacking.append("task")
+    if lacking:
+        raise InvalidValue(f"The configuration `{path}` does not say its {' and '.join(lacking)}. Add it.")
+    recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
+    return Run(
+        backbone=str(entries["backbone"]),
+        task=str(entries["task"]) if entries.get("task") else DataFile(**_tuples(entries["data"])),
+        methods=tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes),
+        where=_tuples(entries.get("where")),
+        layers=entries.get("layers"),
+        settings=Settings.of(entries.get("settings") or {}),
+        fingerprint=str(entries.get("fingerprint") or ""),
+        versions=entries.get("versions") or {},
+    )
+
+
+def make_method(method: str | Method, fields: Mapping[str, Any] | None = None) -> Method:
+    """A method by name with its fields; texts, as a command line gives them, become the fields' types.
+
+    >>> make_method("lora", {"rank": "4"})
+    LoRA(rank=4, alpha=16.0, dropout=0.0, rank_stabilized=False)
+
+    Raises:
+        UnknownName: no method, or no field, has the name.
+        InvalidValue: a value the field cannot take.
+    """
+    load_methods()
+    if not isinstance(method, str):
+        return dataclasses.replace(method, **_fields(type(method), fields or {})) if fields else method
+    recipe = methods[method]
+    values = _fields(recipe, fields or {})
+    try:
+        return recipe(**values)
+    except TypeError as cause:
+        raise InvalidValue(f"The method `{method}` cannot be made from {values}: {cause}.") from cause
+
+
+def method_to_dict(method: Method) -> dict[str, Any]:
+    """Name and fields, as plain values."""
+    load_methods()
+    return {"name": methods.name_of(type(method)), **_lists(dataclasses.asdict(method))}
+
+
+def method_from_dict(entries: Mapping[str, Any]) -> Method:
+    """The inverse of ``method_to_dict``.
+
+    Raises:
+        InvalidValue: no name among the entries.
+    """
+    if "name" not in entries:
+        raise InvalidValue(f"The method {dict(entries)} has no `name`. Add one, such as `name: lora`.")
+    return make_method(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
+
+
+def load_methods() -> None:
+    """Import the built-in methods, which registers them."""
+    import deltatune.methods  # noqa: F401
+
+
+def _fields(recipe: type[Method], fields: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name: field for field in dataclasses.fields(recipe)}
+    for name in fields:
+        if name not in known:
+            raise UnknownName(f"{recipe.__name__} has no field called `{name}`. {nearest(name, known)}")
+    return {name: _field(recipe, name, str(known[name].type), value) for name, value in fields.items()}
+
+
+def _field(recipe: type[Method], name: str, declared: str, value: Any) -> Any:
+    if isinstance(value, str) and "str" not in declared:
+        value = _yaml().safe_load(value)
+    if isinstance(value, list):
+        return tuple(value)
+    checks: dict[str, Callable[[Any], Any]] = {"int": _integer, "float": float, "bool": _boolean}
+    kind = declared.removesuffix(" | None")
+    if value is None or kind not in checks:
+        return value
+    try:
+        return checks[kind](value)
+    except (TypeError, ValueError):
+        raise InvalidValue(f"{recipe.__name__}({name}={value!r}) was asked for; `{name}` is of type {declared}.") from None
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or float(value) != int(value):
+        raise ValueError(value)
+    return int(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(value)
+    return value
+
+
+def load_data(task: str | Task | TaskData | DataFile) -> TaskData:
+    """The rows of whatever names a task."""
+    if isinstance(task, TaskData):
+        return task
+    return task.load() if isinstance(task, DataFile) else load_task(task)
+
+
+def installed_versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("deltatune", "torch", "transformers", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _lists(value: Any) -> Any:
+    """The same with lists for tuples and ranges, which plain YAML does not have."""
+    if isinstance(value, Mapping):
+        return {name: _lists(entry) for name, entry in value.items()}
+    return [_lists(entry) for entry in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _flat(entries: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(entries, dict):
+        return {prefix: entries}
+    return {key: value for name, entry in entries.items() for key, value in _flat(entry, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as cause:
+        raise require_extra("yaml", "train") from cause
+    return yaml

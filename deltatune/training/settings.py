@@ -1,0 +1,150 @@
+"""How a delta is trained: every knob of the main job, checked where it is set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from deltatune.errors import InvalidValue, UnknownName, nearest
+
+FramingName = Literal["auto", "head", "text2text"]
+Quantize = Literal["int8", "nf4"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run; a field left out has a value that suits a small delta on a small task.
+
+    Attributes:
+        epochs: passes over the training rows; ``max_steps`` overrides it.
+        max_steps: optimiser steps; None trains for ``epochs``.
+        lr: peak learning rate; None takes the method's own.
+        batch_size: rows a forward, on each device.
+        grad_accumulation: forwards an optimiser step.
+        warmup: share of the steps in which the rate rises from 0; it falls linearly to 0 afterwards.
+        weight_decay: decoupled, of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        max_length: most tokens of one input.
+        bf16: run forward and backward in bfloat16 where that is safe; parameters stay as they are.
+        gradient_checkpointing: compute activations anew in the backward instead of keeping them.
+        early_stopping: stop after so many evaluations without a better validation score; None never stops.
+        evaluations: how often the validation rows are scored in the course of the run; the best delta is kept.
+        eval_rows: most validation rows that are scored each time; 0 takes all.
+        eval_batch_size: rows a forward when scoring.
+        test_rows: most test rows that are scored at the end; 0 takes all.
+        save_steps: steps between two checkpoints; None saves when validation rows are scored.
+        class_weights: weigh classes by 1 / frequency in the loss, so that rare ones count as much.
+        framing: ``head`` (one output per label), ``text2text`` (label words), or ``auto``, by the backbone's kind.
+        template: which of the task's templates the text-to-text framing uses.
+        quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
+        seed: of the head's weights, the patches' weights, dropout and the order of rows.
+        report_to: experiment trackers of transformers, such as ``("tensorboard",)``.
+
+    Raises:
+        InvalidValue: a value out of its range.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    lr: float | None = None
+    batch_size: int = 16
+    grad_accumulation: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    early_stopping: int | None = None
+    evaluations: int = 5
+    eval_rows: int = 512
+    eval_batch_size: int = 64
+    test_rows: int = 0
+    save_steps: int | None = None
+    class_weights: bool = False
+    framing: FramingName = "auto"
+    template: int = 0
+    quantize: Quantize | None = None
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", _names(self.report_to))
+        for name in ("epochs", "batch_size", "grad_accumulation", "max_length", "eval_batch_size"):
+            self._check(name, getattr(self, name) > 0, "greater than 0")
+        for name in ("weight_decay", "max_grad_norm", "evaluations", "eval_rows", "test_rows", "template", "seed"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("warmup", 0 <= self.warmup < 1, "a share of all steps, at least 0 and less than 1")
+        for name in ("max_steps", "lr", "early_stopping", "save_steps"):
+            value = getattr(self, name)
+            self._check(name, value is None or value > 0, "greater than 0, or left out")
+        self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
+        self._check("framing", self.framing in get_args(FramingName), f"one of {', '.join(get_args(FramingName))}")
+        self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InvalidValue(f"The setting `{name}` is {getattr(self, name)!r}; it has to be {rule}.")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Settings:
+        """Settings from loose values, as a command line or a ``run.yaml`` gives them; None stands for the default.
+
+        >>> Settings.of({"lr": "2e-4", "batch_size": 8}).lr
+        0.0002
+
+        Raises:
+            UnknownName: no setting has one of the names.
+            InvalidValue: a value of the wrong type or out of its range.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name not in known:
+                raise UnknownName(f"There is no setting called `{name}`. {nearest(name, known)}")
+            if value is not None:
+                values[name] = _typed(name, value, str(known[name].type))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML."""
+        return {**dataclasses.asdict(self), "report_to": list(self.report_to)}
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(name for name in value.replace(",", " ").split() if name != "none")
+    return tuple(value)
+
+
+def _typed(name: str, value: Any, declared: str) -> Any:
+    """``value`` as the field's declared type; YAML reads 2e-4 as a text, and a shell gives texts only."""
+    kind = declared.removesuffix(" | None")
+    if kind not in ("int", "float", "bool"):
+        return value
+    try:
+        if kind == "bool":
+            return _truth(value)
+        number = float(value)
+        return number if kind == "float" else _whole(number)
+    except (TypeError, ValueError):
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
+        raise InvalidValue(f"The setting `{name}` is {value!r}; it has to be {wanted}.") from None
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(number)
+    return int(number)
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if str(value).lower() not in words:
+        raise ValueError(value)
+    return words[str(value).lower()]

@@ -1,0 +1,43 @@
+"""The deltas' part of a run's checkpoint: their tensors, bit for bit, and nothing of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from deltatune.errors import CheckpointError
+from deltatune.injection.delta import Delta
+
+SUFFIX = ".delta.safetensors"
+
+
+def write_state(deltas: Sequence[Delta], folder: Path) -> None:
+    """One file a delta, ``<name>.delta.safetensors``."""
+    for delta in deltas:
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in delta.state_dict().items()}
+        save_file(tensors, folder / f"{delta.name}{SUFFIX}", metadata={"method": str(delta.method)})
+
+
+def read_state(deltas: Sequence[Delta], folder: Path) -> None:
+    """Give the attached deltas the tensors that ``write_state`` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or its tensors do not fit.
+    """
+    for delta in deltas:
+        file = folder / f"{delta.name}{SUFFIX}"
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as cause:
+            raise CheckpointError(
+                f"The checkpoint `{folder.name}` has no readable state of delta `{delta.name}`: {cause}. Resume from another checkpoint."
+            ) from cause
+        delta.load_state_dict(tensors)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether the folder holds the state of some delta."""
+    return any(folder.glob(f"*{SUFFIX}"))

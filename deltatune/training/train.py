@@ -1,0 +1,252 @@
+"""``dt.train``: the main job as one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from deltatune.checkpoint.format import save
+from deltatune.errors import InvalidValue
+from deltatune.methods.kinds import Method
+from deltatune.structure.where import Where
+from deltatune.tasks import Task, TaskData
+from deltatune.tasks.framing import HeadFraming
+from deltatune.tasks.sampling import subset
+from deltatune.tasks.text2text import TextToTextFraming
+from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
+from deltatune.training.curve import curve_of, draw_curve
+from deltatune.training.evaluation import score_rows
+from deltatune.training.job import Job, make_job, name_of
+from deltatune.training.place import CURVE, RunFolder, is_main
+from deltatune.training.result import Result
+from deltatune.training.run import DataFile, Run, installed_versions, load_data, make_method
+from deltatune.training.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deltatune.training.trainer import DeltaTrainer
+
+Show = Literal["auto", "bar", "lines", "none"]
+
+
+def train(
+    backbone: str | nn.Module,
+    task: str | Task | TaskData | DataFile,
+    method: str | Method | Sequence[str | Method],
+    *,
+    where: Where | None = None,
+    layers: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    progress: Show = "auto",
+    **settings: Any,
+) -> Result:
+    """Train a delta on a task, score it on the task's test rows, and save it.
+
+    With ``out``, the folder gets ``delta/`` (open it with ``dt.open(out)``), ``metrics.json``, ``curve.png`` and
+    ``run.yaml``, which replays the run. A run that was killed resumes from its last checkpoint when the same is asked for
+    again, and ends with the same weights as if it had not been.
+
+    Args:
+        backbone: an alias, installed package, folder or hub id; or a transformers model, which keeps the delta.
+        task: a task's name, its definition, its rows, or a ``DataFile`` of your own.
+        method: a recipe, its name, or several that train together.
+        where: sites, as in ``attach``; the method's default roles if left out.
+        layers: layers, as in ``attach``.
+        out: the run's folder; nothing is kept on disk if left out.
+        tokenizer: of a model that was given; found by the model's name if left out.
+        overwrite: replace a run in ``out``.
+        progress: ``bar``, ``lines``, ``none``, or ``auto``: a bar on a terminal, lines elsewhere.
+        settings: the fields of ``training.settings.Settings``: ``epochs``, ``lr``, ``batch_size``, ``bf16``, ...
+
+    Raises:
+        UnknownName: a backbone, task, method, field or setting nobody knows.
+        InvalidValue: a value out of its range, or a task that does not fit the model's head.
+        NoSite: an entry of ``where`` that hits nothing.
+        OutputError: ``out`` holds something already, or cannot be written.
+
+    Example:
+        >>> from deltatune.methods import LoRA
+        >>> result = train("minilm", "bbc-news", LoRA(rank=8), out="runs/bbc")  # doctest: +SKIP
+        >>> result.score > 0.9  # doctest: +SKIP
+        True
+    """
+    chosen = Settings.of(settings)
+    methods = tuple(make_method(one) for one in ([method] if isinstance(method, str | Method) else method))
+    if not methods:
+        raise InvalidValue("train was given no method. Name one, such as `lora`.")
+    data = load_data(task)
+    run = Run(
+        backbone=name_of(backbone),
+        task=task if isinstance(task, str | DataFile) else data.task.name,
+        methods=methods,
+        where=_written(where),
+        layers=layers,
+        settings=chosen,
+        fingerprint=data.fingerprint,
+        versions=installed_versions(),
+    )
+    place = None if out is None else RunFolder(out, run, overwrite=overwrite)
+    with trainer_modules():
+        job = make_job(backbone, data, methods, where, layers, chosen, tokenizer)
+        try:
+            if callable(where):
+                run = dataclasses.replace(run, where=_paths(job))
+                place = None if out is None else RunFolder(out, run, overwrite=overwrite)
+            return _conduct(job, run, place, progress)
+        except BaseException:
+            if isinstance(backbone, nn.Module):
+                job.dissolve()
+            raise
+
+
+def replay(run: Run, *, out: str | os.PathLike[str] | None = None, overwrite: bool = False, progress: Show = "auto") -> Result:
+    """Do again what a ``run.yaml`` says.
+
+    Raises:
+        InvalidValue: its data is not what it was.
+    """
+    data = load_data(run.task)
+    if run.fingerprint and data.fingerprint != run.fingerprint:
+        raise InvalidValue(
+            f"The run was trained on other rows of `{data.task.name}` (fingerprint {run.fingerprint[:12]}) than are found now "
+            f"({data.fingerprint[:12]}). Install the same data, or delete `fingerprint` from the file to train on these."
+        )
+    return train(
+        run.backbone, run.task, run.methods, where=run.where, layers=run.layers, out=out, overwrite=overwrite, progress=progress,
+        **run.settings.to_dict(),
+    )  # fmt: skip
+
+
+def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
+    from deltatune.training.arguments import Schedule, training_arguments
+    from deltatune.training.measure import StepTimer, peak_memory
+    from deltatune.training.progress import progress as shown
+    from deltatune.training.trainer import DeltaTrainer
+
+    settings, timer = run.settings, StepTimer()
+    material = job.material(settings)
+    schedule = Schedule.of(settings, len(material.train), int(os.environ.get("WORLD_SIZE", "1")))
+    watched = shown(show, "+".join(delta.name for delta in job.deltas), job.metric, settings.batch_size * settings.grad_accumulation)
+    with ExitStack() as stack:
+        folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
+        if place is not None and is_main():
+            place.open()
+            stack.push(lambda kind, *_: place.abandon() if kind is not None else None)
+        stack.enter_context(left_alone(job.backbone, job.deltas))
+        if settings.gradient_checkpointing:
+            stack.enter_context(recomputing(job.backbone))
+        trainer = DeltaTrainer(
+            job.backbone,
+            job.deltas,
+            material,
+            training_arguments(settings, schedule, folder, job.lr),
+            keep_best=settings.early_stopping is not None,
+            patience=settings.early_stopping,
+            callbacks=[timer, *([watched] if watched else [])],
+        )
+        stack.callback(give_back, trainer)
+        if watched is not None:
+            stack.callback(watched.close)
+        began = time.perf_counter()
+        with peak_memory() as peak:
+            trainer.run()
+        seconds = time.perf_counter() - began
+        test = subset(job.data.task, job.data.test, settings.test_rows) if settings.test_rows else job.data.test
+        metrics = score_rows(job.framing, job.backbone, test, settings.eval_batch_size)
+        result = _result(job, metrics, trainer, seconds, timer.seconds_per_step, peak.bytes)
+        if place is not None and is_main():
+            _write(job, run, place, result)
+        return result
+
+
+def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds: float, seconds_per_step: float, peak: int) -> Result:
+    budgets = [delta.budget() for delta in job.deltas]
+    return Result(
+        score=metrics["score"],
+        metric=job.metric,
+        metrics={name: value for name, value in metrics.items() if name != "score"},
+        trainable_parameters=sum(budget.delta for budget in budgets),
+        total_parameters=budgets[0].N,
+        seconds=round(seconds, 3),
+        seconds_per_step=round(seconds_per_step, 5),
+        peak_memory_bytes=peak,
+        delta_bytes=sum(budget.size_bytes for budget in budgets),
+        steps=trainer.state.global_step,
+        out=None,
+        history=[entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry],
+        backbone=job.backbone,
+        tokenizer=job.tokenizer,
+        deltas=job.deltas,
+    )
+
+
+def _write(job: Job, run: Run, place: RunFolder, result: Result) -> None:
+    """The delta, the picture, and at last the numbers, which make the run finished."""
+    save(
+        job.saved,
+        place.delta,
+        overwrite=True,
+        backbone_id=run.backbone,
+        where=run.where,
+        layers=run.layers,
+        task=job.data.task.name,
+        labels=job.data.task.labels or None,
+        template=_template(job),
+        metric=result.metric,
+        score=result.score,
+        metrics=result.metrics,
+        training=training_record(job, run.settings),
+        data=run.fingerprint,
+        versions=run.versions,
+    )
+    result.out = place.path
+    result.delta_bytes = sum(file.stat().st_size for file in place.delta.rglob("*") if file.is_file())
+    title = f"{'+'.join(delta.name for delta in job.deltas)} on {job.data.task.name}, {run.backbone}"
+    draw_curve(curve_of(result.history), place.path / CURVE, title=title, metric=result.metric)
+    place.finish({**result.to_json(), "history": result.history})
+
+
+def training_record(job: Job, settings: Settings) -> dict[str, Any]:
+    """What a delta file says about its training: enough to open it and to put new texts to it."""
+    task = job.data.task
+    return {
+        **settings.to_dict(),
+        "lr": job.lr,
+        "framing": "head" if isinstance(job.framing, HeadFraming) else "text2text",
+        "auto_class": job.framing.auto_class,
+        "type": task.type,
+        "text": list(task.text),
+        "label": task.label,
+        "metrics": list(task.metrics),
+    }
+
+
+def _template(job: Job) -> dict[str, Any] | None:
+    if not isinstance(job.framing, TextToTextFraming):
+        return None
+    template = job.framing.template
+    return {"prompt": template.prompt, "words": list(template.verbalizer.words) if template.verbalizer else None}
+
+
+def _written(where: Where | None) -> Any:
+    """``where`` as YAML can hold it; a function is written as the paths it hits."""
+    if where is None or isinstance(where, str) or callable(where):
+        return None if callable(where) else where
+    if any(callable(entry) for entry in where):
+        raise InvalidValue("`where` mixes names and functions, which run.yaml cannot hold. Write one function, or names only.")
+    return tuple(where)
+
+
+def _paths(job: Job) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry.site.path for delta in job.deltas for entry in delta.entries if not entry.head))
