@@ -152,20 +152,21 @@ def deltas(backbone: nn.Module) -> list[Delta]:
 
 
 def switch(backbone: nn.Module, name: str | None) -> None:
-    """Let one delta act and all others rest; None rests them all. Costs the same however many are attached.
+    """Let one delta or composition act and all others rest; None rests them all. Costs the same however many are attached.
 
     Raises:
-        UnknownName: no delta has that name.
+        UnknownName: nothing attached has that name.
     """
     ledger = ledger_of(backbone)
     if ledger is None:
         if name is not None:
             raise UnknownName(f"Cannot switch to delta `{name}`: nothing is attached to this backbone. Attach or load it first.")
         return
-    chosen = ledger.delta(name) if name is not None else None
-    for member in [member for term in ledger.terms for member in term.members]:
-        if member != name:
-            ledger.deltas[member].disable()
+    chosen = None if name is None else ledger.compositions.get(name) or ledger.delta(name)
+    for term in list(ledger.terms):
+        acting = ledger.acting(term)
+        if acting is not chosen:
+            acting.disable()
     if chosen is not None:
         chosen.enable()
 

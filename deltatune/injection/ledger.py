@@ -154,6 +154,12 @@ class Ledger(nn.Module):
             kept.original = fn(kept.original)
         return self
 
+    def acting(self, term: Term) -> Delta | Composition:
+        """The delta or composition that a term stands for."""
+        if len(term.members) == 1:
+            return self.deltas[term.members[0]]
+        return next(composition for composition in self.compositions.values() if composition.members == term.members)
+
     def knows(self, name: str) -> bool:
         """Whether a delta or composition is called so."""
         return name in self.deltas or name in self.compositions
