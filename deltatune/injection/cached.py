@@ -61,21 +61,15 @@ def enlarge(cache: Any, length: int, window: int | None) -> None:
         cache: an empty cache.
         length: number of virtual tokens.
         window: how many tokens a layer with a sliding window keeps at most.
-
-    Raises:
-        Unsupported: it has allocated its tensors already, without that room.
     """
+    more = length - stored(cache).length  # a cache that was reset has room for its last prompt
+    if more <= 0:
+        return
     for layer in getattr(cache, "self_attention_cache", cache).layers:
-        if getattr(layer, "max_cache_len", None) is None:
-            continue
-        if not layer.is_initialized:
-            enlarged = layer.max_cache_len + length
+        if hasattr(layer, "max_cache_len"):
+            enlarged = layer.max_cache_len + more
             layer.max_cache_len = min(enlarged, window) if layer.is_sliding and window else enlarged
-        elif stored(cache).length != length:
-            raise Unsupported(
-                f"A prompt of {length} virtual tokens was asked to enter a static cache that was allocated without room for them. "
-                "Give a fresh cache, or let generate() make it."
-            )
+            layer.is_initialized = False  # it allocates its tensors at the next update
 
 
 def capacity(cache: Any) -> int | None:
@@ -109,10 +103,19 @@ def first_mask(mask: Any, cache: Any, queries: int) -> Tensor | None:
 
 
 def later_mask(cache: Any, queries: int) -> Tensor | None:
-    """The mask at a later step, in place of one that ``generate`` made: the first step's, and ones for what came since."""
+    """The mask at a later step, in place of one that ``generate`` made: the first step's, and ones for what came since.
+
+    Raises:
+        Unsupported: rows of padding alone came first, so that what came since may be padding too.
+    """
     first = stored(cache).mask
     if first is None:
         return None
+    if queries > 1 and not torch.compiler.is_compiling() and not first[:, -1].all():
+        raise Unsupported(
+            "Rows with more padding than one chunk were asked to enter a static cache in chunks behind a prompt. "
+            "Raise prefill_chunk_size, or leave it out."
+        )
     keys = capacity(cache) or cache.get_seq_length() + queries  # what is not filled yet is hidden by causality
     return torch.cat([first, first.new_ones(first.shape[0], keys - first.shape[1])], dim=1)
 

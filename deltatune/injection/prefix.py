@@ -48,7 +48,7 @@ class PrefixAct(Act):
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
         """Refuse an attention that a prefix cannot enter."""
-        check_prefix(site)
+        check_prefix(site, index)
 
     def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
         """Enter the backbone's switch, made with the first prefix."""
@@ -265,17 +265,23 @@ class Switch:
             item.set(self._acting > 0)
 
 
-def check_prefix(site: Site) -> None:
+def check_prefix(site: Site, index: Index) -> None:
     """Refuse an attention that a prefix cannot enter.
 
     Raises:
-        Unsupported: it does not run on transformers' attention interface, or with an implementation that has no variant.
+        Unsupported: it does not run on transformers' attention interface, or with an implementation that has no variant, its keys are not
+            kept per head, or the positions of its stack cannot be shifted.
     """
     module, kind = site.module, type(site.module).__name__
     if not is_on_interface(module):
         raise Unsupported(
             f"A prefix was asked for at `{site.path}` ({kind}), which does not run on transformers' attention interface, "
             "so virtual keys and values cannot enter it. Choose another method for this backbone, such as PromptTuning or LoRA."
+        )
+    if hasattr(module, "kv_lora_rank"):
+        raise Unsupported(
+            f"A prefix was asked for at `{site.path}` ({kind}), which keeps one compressed key for all heads. "
+            "Choose another method for this backbone, such as PromptTuning or LoRA."
         )
     config: Any = module.config
     name = str(config._attn_implementation).removeprefix(MARK)
@@ -294,6 +300,10 @@ def check_prefix(site: Site) -> None:
             f"A prefix was asked for at `{site.path}` ({kind}), whose relative positions cannot be computed for virtual keys. "
             "Choose another method for this backbone, such as LoRA."
         )
+    for stack in index.stacks:
+        if any(other.module is module for other in stack.attentions):
+            for position in stack.positions:
+                Shift(position.module, position.path)
 
 
 def _has_table(module: nn.Module) -> bool:

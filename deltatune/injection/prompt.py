@@ -135,14 +135,16 @@ class PromptAct(Act):
             self._check_cache(cache)
         if not self.length:
             return args, kwargs
-        return (), self._later(call, cache) if seen else self._first(module, call, cache)
+        return (), self._later(call, cache, seen) if seen else self._first(module, call, cache)
 
-    def _later(self, call: dict[str, Any], cache: Any) -> dict[str, Any]:
+    def _later(self, call: dict[str, Any], cache: Any, seen: int) -> dict[str, Any]:
         """The call with the P in the cache reckoned with."""
         mask, positions = call.get("attention_mask"), call.get("position_ids")
+        queries = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[1]
+        if not torch.compiler.is_compiling():
+            self._check_count(mask, positions, cache, seen, queries)
         if is_made_ahead(mask, cache):
-            tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-            call["attention_mask"] = later_mask(cache, tokens.shape[1])
+            call["attention_mask"] = later_mask(cache, queries)
         elif mask is not None:
             call["attention_mask"] = Layout.of(self.length, mask).join_mask(mask)[:, : capacity(cache)]
         if positions is not None:
@@ -219,6 +221,20 @@ class PromptAct(Act):
             raise InvalidValue(
                 f"The key-value cache was filled with {filled} virtual tokens in front, but {self.length} act now. "
                 "Start with an empty cache after attaching, detaching, enabling or disabling a prompt."
+            )
+
+    def _check_count(self, mask: Any, positions: Tensor | None, cache: Any, seen: int, queries: int) -> None:
+        """``generate`` on a filled cache drops as many tokens as the cache holds, virtual ones included: the first new ones are lost."""
+        text = seen - self.length
+        if isinstance(mask, Tensor) and mask.ndim == 2 and capacity(cache) is None:
+            lost = mask.shape[1] != text + queries
+        else:
+            lost = mask is None and positions is not None and positions.ndim == 2 and int(positions[0, 0]) != text
+        if lost:
+            raise Unsupported(
+                f"The key-value cache holds {text} tokens of text and {self.length} virtual ones, and the new tokens do not continue "
+                "the text: generate() was given a filled cache, and cannot tell the virtual tokens in it from text. "
+                "Give it the whole text and no cache, or call the model itself with the new tokens only."
             )
 
     def _check_positions(self, length: int) -> None:
