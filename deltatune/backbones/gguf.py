@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from deltatune.backbones.quiet import quiet
 from deltatune.errors import CheckpointError, OutputError, require_extra
@@ -55,7 +56,7 @@ def converted(parts: Sequence[Path], *, name: str) -> Path:
             folder = Path(scratch) / "backbone"
             _convert(_joined(parts, Path(scratch)), folder)
             _publish(folder, target)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise OutputError(
             f"The backbone `{name}` could not be converted into `{target.parent}`: {cause}. "
             "Free some space, or name a folder you can write to in DELTATUNE_CACHE."
@@ -111,7 +112,7 @@ def _convert(file: Path, folder: Path) -> None:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (ValueError, KeyError, IndexError, RuntimeError) as cause:
+        except Exception as cause:  # readers and tokenizers raise whatever a damaged file leads them to
             raise CheckpointError(
                 f"transformers cannot read `{file.name}`: {cause}. The file may be truncated; install or copy it again."
             ) from cause

@@ -38,7 +38,7 @@ def load_backbone(
 
     Args:
         name: alias, local folder, GGUF file or hub id.
-        auto_class: transformers' auto class; it decides the head, which is new where the file has none.
+        auto_class: transformers' auto class; it decides the head, which is new where the file has none of this size.
         num_labels: outputs of a classification head.
         label_names: written into the config as ``id2label``; sets ``num_labels``.
         dtype: of the parameters.
@@ -63,7 +63,8 @@ def load_backbone(
         _give_pad_token(config)
         if device_map is not None:
             options["device_map"] = device_map
-        model, report = _call(resolved, factory, source, config=config, dtype=dtype, output_loading_info=True, **options)
+        loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at below
+        model, report = _call(resolved, factory, source, config=config, dtype=dtype, **loading, **options)
         new = _new_parameters(resolved, model, report)
         if quantize is not None:
             quantize_in_place(model, quantize, skip=new)
@@ -156,17 +157,19 @@ def _give_pad_token(config: PreTrainedConfig) -> None:
 
 
 def _new_parameters(resolved: Resolved, model: nn.Module, report: dict[str, Any]) -> frozenset[str]:
-    """Names of the parameters that the file did not hold: the head's. Anything of the backbone among them is an error."""
-    missing = frozenset(report["missing_keys"])
+    """Names of the parameters that are new: the head's, where the file has none or one of another size.
+
+    Raises:
+        CheckpointError: something of the backbone itself is among them.
+    """
+    wrong = frozenset(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    new = frozenset(report["missing_keys"]) | wrong
     prefix = getattr(model, "base_model_prefix", "")
-    body = getattr(model, prefix, None) if prefix else None
-    lacking = sorted(key for key in missing if key.startswith(f"{prefix}.") or body is None)
-    lacking = [key for key in lacking if "pooler" not in key]  # not written by models saved without one
-    broken = sorted(str(key) for key in report["mismatched_keys"])
-    if lacking or broken:
-        shown = ", ".join((lacking or broken)[:5])
+    is_body = not (prefix and hasattr(model, prefix))
+    lacking = sorted(key for key in new if (is_body or key.startswith(f"{prefix}.")) and "pooler" not in key)  # some are saved without one
+    if lacking:
         raise CheckpointError(
-            f"The file of `{resolved.name}` does not fit {type(model).__name__}: {len(lacking)} weights of the backbone are missing and "
-            f"{len(broken)} have another shape ({shown}). Check that the folder is complete and `auto_class` fits."
+            f"The file of `{resolved.name}` does not fit {type(model).__name__}: {len(lacking)} weights of the backbone are missing or "
+            f"have another shape ({', '.join(lacking[:3])}). Check that the folder is complete and that `auto_class` and the config fit it."
         )
-    return missing
+    return new

@@ -132,7 +132,7 @@ class HeadFraming(Framing):
 
     def score_batch(self, model: nn.Module, inputs: Sequence[Features]) -> Tensor:
         """The head's logits (batch, outputs)."""
-        logits: Tensor = model(**_moved(self.collate(inputs), model)).logits
+        logits: Tensor = model(**moved(self.collate(inputs), model)).logits
         return logits
 
     def _target(self, label: Any) -> Any:
@@ -155,9 +155,10 @@ def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
 
 
-def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch on the model's device; where its weights are offloaded, their hooks move it."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return dict(batch) if device.type == "meta" else {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
-from deltatune.tasks.framing import IGNORED, Features, Framing, padded
+from deltatune.tasks.framing import IGNORED, Features, Framing, moved, padded
 from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import Template
@@ -112,7 +112,7 @@ class TextToTextFraming(Framing):
     def _score_answers(self, model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """An encoder-decoder, with the words as the decoder's targets."""
         batch = self.collate([{"input_ids": prompt, "labels": word} for prompt, word in pairs])
-        logits = model(**_to_model(batch, model)).logits
+        logits = model(**moved(batch, model)).logits
         return self._summed(logits, [word for _, word in pairs])
 
     def _summed(self, logits: Tensor, words: Sequence[list[int]]) -> Tensor:
@@ -123,7 +123,7 @@ class TextToTextFraming(Framing):
 
     def _logits(self, model: nn.Module, sequences: Sequence[list[int]], positions: Tensor) -> Tensor:
         """Logits (batch, k, vocabulary) at ``positions`` (batch, k); the vocabulary is spread out at no other place where the model can."""
-        batch = _to_model(self.collate([{"input_ids": ids} for ids in sequences]), model)
+        batch = moved(self.collate([{"input_ids": ids} for ids in sequences]), model)
         kept, place = torch.unique(positions, return_inverse=True)
         rows = torch.arange(len(sequences))[:, None]
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -159,19 +159,23 @@ class TextToTextFraming(Framing):
         whole = self.max_length - len(self._before) - len(self._after)
         rooms = [whole if self.encoder_decoder else whole - max(answer, self._spare) for answer in answers]
         bodies = self._tokens([self.template.render(row) for row in rows])
-        long = [index for index, room in enumerate(rooms) if len(bodies[index]) > room]
-        texts = self._texts([rows[index] for index in long])
-        while long:
-            for index, text in zip(long, texts, strict=True):
-                if not text.shorten(len(bodies[index]) - rooms[index]):
-                    raise InvalidValue(
-                        f"The template of `{self.task.name}` and its answer need more than {self.max_length} tokens alone. Raise `max_length`."
-                    )
-            for index, body in zip(long, self._tokens([self.template.render(text.values()) for text in texts]), strict=True):
-                bodies[index] = body
-            still = [position for position, index in enumerate(long) if len(bodies[index]) > rooms[index]]
-            long, texts = [long[position] for position in still], [texts[position] for position in still]
+        self._shorten(rows, bodies, rooms)
         return [[*self._before, *body, *self._after] for body in bodies]
+
+    def _shorten(self, rows: Sequence[Row], bodies: list[list[int]], rooms: Sequence[int]) -> None:
+        """Cut the texts of the rows that are too long, in place; again where the cut text has more tokens than its parts had."""
+        long = [index for index, room in enumerate(rooms) if len(bodies[index]) > room]
+        texts = dict(zip(long, self._texts([rows[index] for index in long]), strict=True))
+        while long:
+            fits = [texts[index].shorten(len(bodies[index]) - rooms[index]) for index in long]
+            if not all(fits):
+                raise InvalidValue(
+                    f"The template of `{self.task.name}` and its answer need more than {self.max_length} tokens alone. Raise `max_length`."
+                )
+            cut = self._tokens([self.template.render(texts[index].values()) for index in long])
+            for index, body in zip(long, cut, strict=True):
+                bodies[index] = body
+            long = [index for index in long if len(bodies[index]) > rooms[index]]
 
     def _texts(self, rows: Sequence[Row]) -> list[_Texts]:
         columns = self.template.columns
@@ -249,8 +253,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -
             f"The tokenizer {type(tokenizer).__name__} changes a text's tokens when it adds special ones, so prompts cannot be cut safely."
         )
     return full[:start], full[start + len(bare) :] if encoder_decoder else []
-
-
-def _to_model(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deltatune.errors import DataError
+from deltatune.tasks import get_task, load_task, tasks
+from deltatune.tasks.split import overlap, text_key
+from deltatune.tasks.task import Hub, Split
+
+MIRRORED = [name for name in tasks if get_task(name).packaged is None]
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_every_mirrored_task_loads(mirror: Path, name: str) -> None:
+    data = load_task(name)
+    task = data.task
+    assert task.is_runnable and data.source.startswith("mirror of ")
+    assert min(map(len, data.splits.values())) >= 200
+    assert overlap(data.splits, task.text) == {"validation": 0, "test": 0}
+    if task.type == "classification":
+        assert set(data.train[task.label]) == set(range(len(task.labels)))
+    row = data.train[0]
+    assert all(row[column].strip()[:20] in template.render(row) for template in task.templates for column in task.text)
+
+
+def test_label_names_fit_the_numbers(mirror: Path) -> None:
+    data = load_task("glue-sst2")
+    bad = [data.task.labels[row["label"]] for row in data.train if "the worst film" in row["sentence"] or "unfunny" in row["sentence"]]
+    assert bad.count("negative") > len(bad) / 2 > 0
+
+
+def test_one_name_one_split(mirror: Path) -> None:
+    """The mirror has BBC News with blanks merged and 3 spellings fewer; the rows land in the same splits."""
+    package = load_task("bbc-news")
+    mirrored = load_task(replace(package.task, packaged=None))
+    assert mirrored.source == "mirror of SetFit/bbc-news (default)"
+    for name, rows in package.splits.items():
+        ours = {(text_key(row, ["text"]), row["label"]) for row in rows}
+        assert ours == {(text_key(row, ["text"]), row["label"]) for row in mirrored.splits[name]}
+    assert sum(map(len, mirrored.splits.values())) == 2124
+
+
+def test_a_mirrored_column_that_does_not_exist(mirror: Path) -> None:
+    with pytest.raises(DataError, match=r"has no column `sentense`. Did you mean `sentence`"):
+        load_task(replace(get_task("glue-sst2"), text=("sentense",), templates=()))
+
+
+def test_a_source_without_test_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "some" / "set" / "default"
+    folder.mkdir(parents=True)
+    for split, labels in {"train": [0, 1] * 20, "validation": [0, 1] * 5, "test": [-1] * 6}.items():
+        table = pyarrow.table({"text": [f"{split} {index}" for index in range(len(labels))], "label": labels})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    monkeypatch.setenv("DELTATUNE_MIRROR", str(tmp_path))
+    task = replace(get_task("bbc-news"), labels=("no", "yes"), packaged=None, hub=Hub("some/set"), split=None, templates=())
+    data = load_task(task)
+    assert all(text.startswith("validation") for text in data.test["text"]) and len(data.test) == 10
+    assert len(data.train) == 36 and len(data.validation) == 4
+    assert data.notes == ("the source has no labelled test split: its validation is used", "validation is cut from train")
+    with pytest.raises(DataError, match=r"has no label 1"):
+        load_task(replace(task, labels=("no", "yes"), hub=Hub("some/set", labels=("no",)), split=Split()))
