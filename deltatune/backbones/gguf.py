@@ -64,6 +64,13 @@ def converted(parts: Sequence[Path], *, name: str) -> Path:
     return target
 
 
+def converted_from(folder: Path) -> str | None:
+    """The name under which ``converted`` made this folder; None if it did not."""
+    if folder.parent != cache_folder() / "backbones":
+        return None
+    return folder.name.rsplit("-", 2)[0]
+
+
 def _digest(parts: Sequence[Path]) -> str:
     return _digest_of(tuple((part, part.stat().st_size, part.stat().st_mtime_ns) for part in parts))
 

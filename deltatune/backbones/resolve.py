@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from deltatune.backbones.catalogue import Backbone, backbones, catalogued
+from deltatune.backbones.gguf import converted_from
 from deltatune.errors import InvalidValue, MissingExtra, UnknownName, nearest
 
 
@@ -34,8 +35,10 @@ class Resolved:
 def resolve(name: str | os.PathLike[str]) -> Resolved:
     """Find what ``name`` stands for.
 
-    A folder or GGUF file that exists is taken as it is. An alias, or a hub id that has one, is read from its package
-    where that is installed and from the hub otherwise. Anything else with one ``/`` is a hub id.
+    An alias, or a hub id that has one, is read from its package where that is installed and from the hub otherwise. A
+    folder or GGUF file that exists is taken as it is, but a package's own folder or file, and what was converted from
+    it, go by the alias, so that ``config.name_or_path`` of a loaded backbone leads back to its name. Anything else with
+    one ``/`` is a hub id.
 
     Raises:
         UnknownName: a short name the catalogue does not have; the nearest are named.
@@ -43,7 +46,7 @@ def resolve(name: str | os.PathLike[str]) -> Resolved:
     """
     asked = os.fspath(name)
     path = Path(asked).expanduser()
-    entry = catalogued(asked)
+    entry = catalogued(asked) or _owner(path)
     if entry is None and path.is_dir():
         return Resolved(str(path.resolve()), _checked(path))
     if entry is None and path.suffix == ".gguf" and path.is_file():
@@ -99,6 +102,16 @@ def unreachable(resolved: Resolved, cause: Exception) -> MissingExtra | UnknownN
         f"The hub id `{resolved.source}` is not in the local hub cache and could not be read from the hub ({first}). "
         f"Check the name and the network, download it elsewhere and give the folder, or use a packaged backbone: {packaged}."
     )
+
+
+def _owner(path: Path) -> Backbone | None:
+    """The entry whose package holds this folder or file, or from whose package it was converted."""
+    if not path.is_absolute():
+        return None
+    alias = converted_from(path)
+    if alias is not None and alias in backbones:
+        return backbones[alias]
+    return next((backbones[alias] for alias in backbones if path in backbones[alias].files), None)
 
 
 def _from_entry(entry: Backbone) -> Resolved:

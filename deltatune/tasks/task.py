@@ -41,10 +41,8 @@ class Packaged:
     def location(self) -> Path | None:
         """Where the data lies; None if the package is not installed."""
         spec = find_spec(self.module)
-        for root in (spec.submodule_search_locations or ()) if spec else ():
-            if (found := Path(root) / self.path).exists():
-                return found
-        return None
+        places = [Path(folder, self.path) for folder in spec.submodule_search_locations or ()] if spec else []
+        return next((place for place in places if place.exists()), None)
 
 
 @dataclass(frozen=True)

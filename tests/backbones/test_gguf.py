@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltatune.backbones import backbones, load_backbone, load_tokenizer
+from deltatune.backbones import backbone_id, backbones, load_backbone, load_config, load_tokenizer
 from deltatune.backbones.gguf import cache_folder
 from deltatune.errors import CheckpointError, OutputError
 from tests.backbones.conftest import write_gguf
@@ -120,6 +120,7 @@ def test_chunks_in_several_packages(tiny: Path, cache: Path, tmp_path: Path, mon
     whole = load_backbone(tiny, auto_class="AutoModelForCausalLM").state_dict()
     assert all(torch.equal(chunked[name], whole[name]) for name in whole)
     assert sorted(name.split("-")[0] for name in folders(cache)) == ["gemma3", "tiny"]
+    assert backbone_id(load_config("gemma3-270m").name_or_path) == "gemma3-270m"
 
 
 PASSAGE = (

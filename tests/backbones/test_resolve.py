@@ -35,6 +35,10 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backbone_id("mine") == backbone_id("./mine") == str(tmp_path / "mine")
 
 
+def test_a_loaded_backbone_leads_back_to_its_alias() -> None:
+    assert backbone_id(load_backbone("minilm").config.name_or_path) == "minilm"
+
+
 def test_an_alias_is_not_shadowed_by_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "minilm").mkdir()
     monkeypatch.chdir(tmp_path)
