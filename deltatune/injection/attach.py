@@ -111,8 +111,8 @@ def place(
     entries += [
         Entry(name, site, SelectionPatch(parameter), (Host(site.module),), True, {})
         for site in heads
-        for parameter, tensor in site.module.named_parameters()
-        if id(tensor) not in taken
+        for parameter in site.all_parameters
+        if id(site.module.get_parameter(parameter)) not in taken
     ]
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:
@@ -223,8 +223,9 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
         NoSite: the method has nothing to do at any site of one entry.
     """
     patched = {_target(entry)[0] for entry in entries}
+    places = {entry.site.key for entry in entries}
     for text, sites in matches.hits.items():
-        if sites and not any(_identities(site) & patched for site in sites):
+        if sites and not any(site.key in places or _identities(site) & patched for site in sites):
             shown = ", ".join(f"`{site.key or '(the backbone)'}`" for site in sites[:3])
             more = ", ..." if len(sites) > 3 else ""
             raise NoSite(

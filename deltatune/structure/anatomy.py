@@ -6,10 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from deltatune.structure.site import DELTA_CHILD as DELTA_CHILD
 from deltatune.structure.site import Rows
-
-DELTA_CHILD = "deltatune"
-"""Name of the children in which slots and the ledger live; they are no part of the backbone."""
 
 
 @dataclass(frozen=True)

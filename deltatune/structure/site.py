@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 
+DELTA_CHILD = "deltatune"
+"""Name of the children in which slots and the ledger live; they are no part of the backbone."""
+
 Rows = slice | Tensor
 """Index set of the output rows a fused projection gives one role: contiguous, or interleaved per head."""
 
@@ -79,6 +82,13 @@ class Site:
         if self.parameter is not None:
             return (self.parameter,)
         return tuple(name for name, tensor in self.module._parameters.items() if tensor is not None)
+
+    @property
+    def all_parameters(self) -> tuple[str, ...]:
+        """Paths, below ``module``, of every parameter of the backbone at the site, at whatever depth."""
+        if self.parameter is not None:
+            return (self.parameter,)
+        return tuple(path for path, _ in self.module.named_parameters() if DELTA_CHILD not in path.split("."))
 
     @property
     def is_linear(self) -> bool:

@@ -25,6 +25,4 @@ class LinearProbe(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """All parameters of the head, at whatever depth."""
-        if site.parameter is not None:
-            return [SelectionPatch(site.parameter)]
-        return [SelectionPatch(name) for name, _ in site.module.named_parameters()]
+        return [SelectionPatch(name) for name in site.all_parameters]
