@@ -14,7 +14,7 @@ from deltatune.injection.state import originals
 from deltatune.structure.anatomy import modules_of
 from deltatune.structure.index import Index, index
 
-SAMPLES, ELEMENTS, ROWS = 24, 64, 256
+SAMPLES, ELEMENTS, ROWS = 24, 64, 16
 VOCABULARY = ("embedding", "lm_head")
 UNREAD = "unread"
 """Stands for the digest of a tensor that is quantised, sharded or offloaded; nothing is concluded from it."""
@@ -28,13 +28,15 @@ class Fingerprint:
         class_name: of the backbone.
         parameters: how many it has; tied ones count once.
         structure: digest of their names and shapes, without the number of vocabulary rows.
+        weights: digest of some elements of each of them.
         vocabulary: name -> rows, of token embeddings and language-model heads.
-        samples: name -> ``dtype shape digest`` of some parameters, the digest of some of their elements.
+        samples: name -> ``dtype shape digest`` of some parameters, so that an error can name one.
     """
 
     class_name: str
     parameters: int
     structure: str
+    weights: str
     vocabulary: dict[str, int]
     samples: dict[str, str]
 
@@ -44,6 +46,7 @@ class Fingerprint:
             "class": self.class_name,
             "parameters": self.parameters,
             "structure": self.structure,
+            "weights": self.weights,
             "vocabulary": self.vocabulary,
             "samples": self.samples,
         }
@@ -61,16 +64,28 @@ def fingerprint(backbone: nn.Module, known: Index | None = None) -> Fingerprint:
     before = originals(backbone)
     own = _own_parameters(backbone, sites)
     rows = {id(parameter) for site in sites if site.leaf in VOCABULARY for parameter in site.module._parameters.values()}
-    structure, vocabulary = hashlib.sha256(), {}
+    structure, weights = hashlib.sha256(), hashlib.sha256()
+    vocabulary: dict[str, int] = {}
+    samples: dict[str, str] = {}
     for name in sorted(own):
-        shape = list(own[name].shape)
-        if id(own[name]) in rows and shape:
+        parameter = own[name]
+        shape = list(parameter.shape)
+        if id(parameter) in rows and shape:
             vocabulary[name] = shape.pop(0)
         structure.update(f"{name} {shape}\n".encode())
-    names = sorted(own)
+        samples[name] = _sample(before.get(id(parameter), parameter.detach()), id(parameter) in rows)
+        weights.update(samples[name].rpartition(" ")[2].encode())
+    unread = any(sample.endswith(UNREAD) for sample in samples.values())
+    names = list(samples)
     chosen = dict.fromkeys(names[k * len(names) // SAMPLES] for k in range(SAMPLES)) if names else {}
-    samples = {name: _sample(before.get(id(own[name]), own[name].detach()), id(own[name]) in rows) for name in chosen}
-    return Fingerprint(type(backbone).__name__, len(own), structure.hexdigest()[:16], vocabulary, samples)
+    return Fingerprint(
+        class_name=type(backbone).__name__,
+        parameters=len(own),
+        structure=structure.hexdigest()[:16],
+        weights=UNREAD if unread else weights.hexdigest()[:16],
+        vocabulary=vocabulary,
+        samples={name: samples[name] for name in chosen},
+    )
 
 
 def differences(saved: Fingerprint, found: Fingerprint, *, allow_vocabulary: bool = False) -> list[str]:
@@ -94,6 +109,8 @@ def differences(saved: Fingerprint, found: Fingerprint, *, allow_vocabulary: boo
         said.append(f"other types or shapes: {types[0]}")
     if weights:
         said.append(f"other weights in {_some(weights)}")
+    elif not said and saved.weights != found.weights and UNREAD not in (saved.weights, found.weights):
+        said.append("other weights in some of its parameters")
     return said
 
 
@@ -129,7 +146,7 @@ def _own_parameters(backbone: nn.Module, sites: Index) -> dict[str, nn.Parameter
 
 
 def _sample(tensor: Tensor, vocabulary: bool) -> str:
-    """``dtype shape digest``; of a vocabulary only the first rows are read, since new ones are appended at random."""
+    """``dtype shape digest``; of a vocabulary only the first rows are read, whatever was appended."""
     kind = str(tensor.dtype).removeprefix("torch.")
     plain = type(tensor.data) is Tensor
     label = kind if plain else f"{type(tensor.data).__name__}:{kind}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from deltatune.injection.attach import NAME, detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.ledger import close_ledger, ledger_of
-from deltatune.injection.slot import How
 from deltatune.methods.kinds import Exported, Method, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
 from deltatune.structure.index import Index, index
@@ -85,7 +83,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
         for plan in plans:
             placed.append(_attach(backbone, plan, allowed))
         weights = record.weights if record.how == "weighted" else None
-        composition = compose(backbone, placed, how=cast(How, record.how), weights=weights, name=name)
+        composition = compose(backbone, placed, how=record.how or "sequential", weights=weights, name=name)
         try:
             composition.load_state_dict(gates)
         except BaseException:

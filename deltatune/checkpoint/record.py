@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from deltatune.checkpoint.fingerprint import Fingerprint
 from deltatune.checkpoint.tensors import regular_file_size
 from deltatune.errors import CheckpointError, InvalidValue, nearest
+from deltatune.injection.slot import How
 from deltatune.methods.kinds import Method, methods
 
 FORMAT = "deltatune"
@@ -116,7 +117,7 @@ class Record:
     sites: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     exported: bool | None = None
-    how: str | None = None
+    how: How | None = None
     weights: tuple[float, ...] = ()
     members: tuple[tuple[str, str], ...] = ()
     member_records: tuple[Record, ...] = field(default=(), compare=False)
@@ -291,6 +292,7 @@ def _origin(keys: _Keys) -> Origin:
         class_name=prints.take("class", str),
         parameters=prints.take("parameters", int),
         structure=prints.take("structure", str),
+        weights=prints.take("weights", str),
         vocabulary=prints.take("vocabulary", dict[str, int]),
         samples=prints.take("samples", dict[str, str]),
     )
@@ -304,11 +306,16 @@ def _origin(keys: _Keys) -> Origin:
 
 def _composition(keys: _Keys) -> dict[str, Any]:
     parts = {
-        "how": keys.take("how", str),
+        "how": keys.take("how", How),
         "weights": keys.take("weights", tuple[float, ...]),
         "members": keys.take("members", tuple[tuple[str, str], ...]),
     }
     keys.end()
+    names = {name for name, _ in parts["members"]}
+    if not len(parts["weights"]) == len(parts["members"]) == len(names) or len(names) < 2:
+        raise CheckpointError(
+            f"`{keys.file}` composes {len(names)} different members with {len(parts['weights'])} weights. Copy or save the composition again."
+        )
     return parts
 
 

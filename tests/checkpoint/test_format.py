@@ -261,12 +261,11 @@ dt.save(delta, sys.argv[1], labels=["b", "a"], **told)
 
 
 def test_the_same_bytes_with_every_hash_seed(tmp_path: Path) -> None:
-    for seed in ("0", "1", "12345"):
-        place = tmp_path / f"somewhere-{seed}"
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(place / "d")], env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path.cwd())}, check=True
-        )
-    first, *others = [files(tmp_path / f"somewhere-{seed}" / "d") for seed in ("0", "1", "12345")]
+    places = {seed: tmp_path / f"somewhere-{seed}" / "d" for seed in ("0", "1", "12345")}
+    for seed, place in places.items():
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", SCRIPT, str(place)], env=environment, check=True)
+    first, *others = [files(place) for place in places.values()]
     assert all(other == first for other in others)
     assert str(tmp_path).encode() not in first[0]
 
