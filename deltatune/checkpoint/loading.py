@@ -16,6 +16,7 @@ from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, Inval
 from deltatune.injection.attach import NAME, detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
+from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import close_ledger, ledger_of
 from deltatune.methods.kinds import Exported, Method, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
@@ -184,7 +185,7 @@ def _export(delta: Delta) -> None:
     """Bring fresh patches into the exported form; those that reform themselves by the tensors need no help."""
     if isinstance(delta.method, Exported) and not any(isinstance(patch, Reforming) for patch in delta.patches):
         delta.method.export(delta.patches, delta.shared)
-        delta.refresh_gradients()
+        refresh_gradients(delta)
 
 
 def _placed(backbone: nn.Module, plan: Plan) -> Delta:

@@ -106,6 +106,8 @@ def place(
     ledger = open_ledger(backbone)
     shared = method.share(sites) if isinstance(method, Sharing) else None
     entries = _entries(ledger.index(backbone), method, sites, shared, name)
+    if heads:  # they train in full, so a patch there would add nothing
+        entries = [entry for entry in entries if not entry.head or isinstance(entry.patch, SelectionPatch)]
     _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method)
     taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
     entries += [
@@ -114,6 +116,7 @@ def place(
         for parameter in site.all_parameters
         if id(site.module.get_parameter(parameter)) not in taken
     ]
+    _check_not_merged(ledger, entries)
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:
         ledger.shared[name] = shared
@@ -121,7 +124,7 @@ def place(
     try:
         for entry in entries:
             _install(backbone, ledger, entry)
-        ledger.watch(entries)
+        ledger.watch.add(entries)
         delta.enable()
     except BaseException:
         _remove(delta)
@@ -228,9 +231,20 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
         if sites and not any(site.key in places or _identities(site) & patched for site in sites):
             shown = ", ".join(f"`{site.key or '(the backbone)'}`" for site in sites[:3])
             more = ", ..." if len(sites) > 3 else ""
+            head = " A task head trains in full unless head=False." if all(site.leaf == "readout" for site in sites) else ""
             raise NoSite(
-                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{more}). Choose sites it can take."
+                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{more}).{head} Choose sites it can take."
             )
+
+
+def _check_not_merged(ledger: Ledger, entries: Sequence[Entry]) -> None:
+    """Refuse to train in place what holds another delta's merged change: it could not be taken out again."""
+    held = {id(kept.module.get_parameter(kept.name)) for kept in ledger.kept}
+    found = next((entry for entry in entries if isinstance(entry.patch, SelectionPatch) and id(entry.parameter) in held), None)
+    if found is not None:
+        raise Unsupported(
+            f"Delta `{found.delta}` cannot train `{found.key}` in place while another delta is merged into it. Unmerge that first."
+        )
 
 
 def _identities(site: Site) -> set[int]:
@@ -352,7 +366,7 @@ def _remove(delta: Delta) -> None:
     ledger = delta.ledger
     ledger.terms = [term for term in ledger.terms if delta.name not in term.members]
     ledger.arrange([delta.name])
-    ledger.unwatch(delta.entries)
+    ledger.watch.drop(delta.entries)
     for entry in delta.entries:
         for host in entry.hosts:
             _clear(ledger, host.module, entry)

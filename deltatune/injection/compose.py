@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import CheckpointError, InvalidValue, Unsupported
 from deltatune.injection.delta import Delta
+from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.outputs import Gate, OutputAct
 from deltatune.injection.slot import How, Slot, Term, slot_of
@@ -147,7 +148,7 @@ class Composition:
         self.ledger.arrange(self.members)
         for delta in self.deltas:
             delta.enabled = enabled
-            delta.refresh_gradients()
+            refresh_gradients(delta)
         for gate in self.gates().values():
             gate.requires_grad_(enabled)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import CheckpointError, Unsupported
+from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.selections import Choice, SelectionAct
 from deltatune.injection.slot import Term, slot_of
@@ -242,7 +243,7 @@ class Delta:
         self.enabled = True
         self.ledger.terms.append(Term("sequential", (self.name,), (1.0,)))
         self.ledger.arrange([self.name])
-        self.refresh_gradients()
+        refresh_gradients(self)
 
     def disable(self) -> None:
         """Let it rest: the backbone computes as without it, and its parameters want no gradients."""
@@ -253,31 +254,17 @@ class Delta:
         self.enabled = False
         self.ledger.terms = [term for term in self.ledger.terms if term.members != (self.name,)]
         self.ledger.arrange([self.name])
-        self.refresh_gradients()
+        refresh_gradients(self)
 
     def freeze(self) -> None:
         """It acts but does not train."""
         self.trainable = False
-        self.refresh_gradients()
+        refresh_gradients(self)
 
     def unfreeze(self) -> None:
         """It trains again."""
         self.trainable = True
-        self.refresh_gradients()
-
-    def refresh_gradients(self) -> None:
-        """Set ``requires_grad`` from what is enabled, frozen and live."""
-        wanted = self.enabled and self.trainable and not self.merged
-        for entry in self.entries:
-            if isinstance(entry.patch, SelectionPatch):
-                live = entry.choice.live
-                owner = self.ledger.deltas.get(live) if live is not None else None
-                entry.parameter.requires_grad_(owner is not None and owner.enabled and owner.trainable and not owner.merged)
-            for name, parameter in entry.patch.named_parameters():
-                parameter.requires_grad_(wanted and entry.flags.get(name, True))
-        if self.shared is not None:
-            for name, parameter in self.shared.named_parameters():
-                parameter.requires_grad_(wanted and self.shared_flags.get(name, True))
+        refresh_gradients(self)
 
     def penalty(self) -> Tensor:
         """The method's own term in the loss; zero for most."""

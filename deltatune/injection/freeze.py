@@ -1,8 +1,15 @@
-"""What was frozen before the first attach, and how it comes back after the last detach."""
+"""What trains: the backbone is frozen at the first attach and thawed after the last detach; between, the deltas decide."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
+
+from deltatune.methods.kinds import SelectionPatch
+
+if TYPE_CHECKING:
+    from deltatune.injection.delta import Delta
 
 
 def freeze(backbone: nn.Module) -> dict[str, bool]:
@@ -17,3 +24,18 @@ def thaw(backbone: nn.Module, before: dict[str, bool]) -> None:
     """Restore what ``freeze`` recorded; a parameter that came later trains, as PyTorch's default is."""
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(before.get(name, True))
+
+
+def refresh_gradients(delta: Delta) -> None:
+    """Set ``requires_grad`` of a delta's parameters from what is enabled, frozen, merged and live."""
+    wanted = delta.enabled and delta.trainable and not delta.merged
+    for entry in delta.entries:
+        if isinstance(entry.patch, SelectionPatch):
+            live = entry.choice.live
+            owner = delta.ledger.deltas.get(live) if live is not None else None
+            entry.parameter.requires_grad_(owner is not None and owner.enabled and owner.trainable and not owner.merged)
+        for name, parameter in entry.patch.named_parameters():
+            parameter.requires_grad_(wanted and entry.flags.get(name, True))
+    if delta.shared is not None:
+        for name, parameter in delta.shared.named_parameters():
+            parameter.requires_grad_(wanted and delta.shared_flags.get(name, True))

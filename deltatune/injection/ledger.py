@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from deltatune.errors import Idle, InvalidValue, UnknownName, Unsupported, nearest
+from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
 from deltatune.injection.freeze import freeze, thaw
 from deltatune.injection.slot import CHILD, Slot, Term, slot_of
-from deltatune.methods.kinds import Stochastic
+from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
 
 if TYPE_CHECKING:
     from deltatune.injection.compose import Composition
-    from deltatune.injection.delta import Delta, Entry
+    from deltatune.injection.delta import Delta
     from deltatune.injection.merge import Kept
 
 
@@ -37,6 +35,7 @@ class Ledger(nn.Module):
         terms: what acts now, in order; merged deltas act through the weights.
         kept: parameters as they were before something was merged into them.
         around: what acts keep once per backbone.
+        watch: the root's own hooks.
         frozen: ``requires_grad`` of each parameter before the first attach.
     """
 
@@ -51,9 +50,7 @@ class Ledger(nn.Module):
         self.around: dict[str, Any] = {}
         self.frozen = freeze(backbone)
         self._index: Index | None = None
-        self._watched: list[Entry] = []
-        self._stochastic: list[Stochastic] = []
-        self._handles: list[RemovableHandle] = []
+        self.watch = Watch(self)
 
     def forward(self, x: Any) -> Any:
         """Identity: a root that is a container and walks its children passes through."""
@@ -71,67 +68,6 @@ class Ledger(nn.Module):
     def forget_index(self) -> None:
         """Walk anew at the next use: a module was replaced, as by resizing the vocabulary."""
         self._index = None
-
-    def listen(self, backbone: nn.Module) -> None:
-        """Watch the forwards of the root."""
-        self._handles = [
-            backbone.register_forward_pre_hook(self.before),
-            backbone.register_forward_hook(self.after),
-        ]
-
-    def unlisten(self) -> None:
-        """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def watch(self, entries: Iterable[Entry]) -> None:
-        """Take in the entries of a new delta."""
-        for entry in entries:
-            if entry.listens:
-                self._watched.append(entry)
-            if isinstance(entry.patch, Stochastic):
-                self._stochastic.append(entry.patch)
-
-    def unwatch(self, entries: Iterable[Entry]) -> None:
-        """Forget the entries of a delta."""
-        gone = {id(entry.patch) for entry in entries}
-        self._watched = [entry for entry in self._watched if id(entry.patch) not in gone]
-        self._stochastic = [patch for patch in self._stochastic if id(patch) not in gone]
-
-    def before(self, backbone: nn.Module, args: Any) -> None:
-        """Pre-hook of the root: random draws, once per forward."""
-        if backbone.training:
-            for patch in self._stochastic:
-                patch.draw()
-
-    def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of the root: every patch must sit where the forward comes by.
-
-        Raises:
-            Idle: an active patch's host was never called.
-        """
-        if not self._watched or torch.compiler.is_compiling():
-            return
-        acting = {name for term in self.terms for name in term.members}
-        idle = [entry for entry in self._watched if not _has_fired(entry)]
-        reached = {entry.site.role for entry in self._watched if _has_fired(entry)}
-        self._watched = idle
-        # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own
-        silent = [
-            entry
-            for entry in idle
-            if entry.delta in acting
-            and not (backbone.training and entry.site.role is not None and entry.site.role in reached)
-            and "experts" not in (entry.site.role or "")
-        ]
-        if silent:
-            paths = ", ".join(f"`{entry.key}`" for entry in silent[:3])
-            raise Idle(
-                f"Delta `{silent[0].delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
-                f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
-                "(dt.find_sites lists them), or detach the delta."
-            )
 
     def arrange(self, deltas: Iterable[str]) -> None:
         """Bring the slots that these deltas touch in line with ``terms``."""
@@ -175,11 +111,6 @@ class Ledger(nn.Module):
         return self.deltas[name]
 
 
-def _has_fired(entry: Entry) -> bool:
-    slots = [slot_of(host.module) for host in entry.hosts]
-    return any(slot is None or slot.fired.ever for slot in slots)  # of tied owners, one reader is enough
-
-
 def ledger_of(backbone: nn.Module) -> Ledger | None:
     """The backbone's ledger, or None where nothing is attached."""
     child = backbone._modules.get(CHILD)
@@ -200,7 +131,7 @@ def open_ledger(backbone: nn.Module) -> Ledger:
     ledger = Ledger(backbone)
     ledger.train(backbone.training)
     backbone.add_module(CHILD, ledger)
-    ledger.listen(backbone)
+    ledger.watch.listen(backbone)
     return ledger
 
 
@@ -227,6 +158,6 @@ def close_ledger(backbone: nn.Module) -> None:
     ledger = ledger_of(backbone)
     if ledger is None or ledger.deltas:
         return
-    ledger.unlisten()
+    ledger.watch.unlisten()
     del backbone._modules[CHILD]
     thaw(backbone, ledger.frozen)

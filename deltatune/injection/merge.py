@@ -6,6 +6,7 @@ can be unmerged in any order. A tied weight is one Parameter, so it is merged on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
 from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Member, slot_of
@@ -54,16 +56,14 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
         raise Unsupported(f"Delta `{delta.name}` is disabled, so there is nothing to merge. Enable it first.")
     for entry in delta.entries:
         _check(ledger, entry)
-    kept = _keep(ledger, delta)
     delta.merged = True
     try:
-        _write(ledger, delta)
+        kept = _write(ledger, delta)
     except BaseException:
         delta.merged = False
-        _write(ledger, delta, check=False)
         raise
     ledger.arrange([delta.name])
-    delta.refresh_gradients()
+    refresh_gradients(delta)
     if keep:
         _make_permanent(ledger, delta)
         return 0
@@ -84,7 +84,7 @@ def unmerge(delta: Delta) -> None:
     delta.merged = False
     _write(ledger, delta, check=False)
     ledger.arrange([delta.name])
-    delta.refresh_gradients()
+    refresh_gradients(delta)
 
 
 def _targets(entry: Entry) -> list[tuple[nn.Module, str]]:
@@ -136,6 +136,8 @@ def _check(ledger: Ledger, entry: Entry) -> None:
 
 
 def _check_on_top(ledger: Ledger, entry: Entry) -> None:
+    if isinstance(entry.patch, SelectionPatch):
+        return  # it is in the weights whether merged or not
     for outer in _others(ledger, entry, before=False, merged=True):
         if not _commute(outer, entry.patch):
             raise Unsupported(
@@ -169,38 +171,45 @@ def _commute(a: Patch, b: Patch) -> bool:
     return isinstance(a, Commuting) and isinstance(b, Commuting) and a.commutes == b.commutes
 
 
-def _keep(ledger: Ledger, delta: Delta) -> int:
-    """Remember the bits of every parameter this delta will change; returns how many bytes that took."""
-    size = 0
-    for entry in delta.entries:
-        for owner, name in _targets(entry):
-            theta = owner.get_parameter(name)
-            if not any(kept.module is owner and kept.name == name for kept in ledger.kept):
-                ledger.kept.append(Kept(owner, name, theta.detach().clone()))
-            size += theta.numel() * theta.element_size()
-    return size
+def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
+    """Compute every parameter this delta touches from its kept bits and all merged deltas, and write them at once.
 
-
-def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> None:
-    """Compute every parameter this delta touches from its kept bits and all merged deltas, and write them at once."""
+    Returns:
+        Bytes of the originals of what is written.
+    """
     targets = {(id(owner), name): (owner, name) for entry in delta.entries for owner, name in _targets(entry)}
-    values = {key: _kept(ledger, *target).original for key, target in targets.items()}
-    changed: set[tuple[int, str]] = set()
+    known = {(id(kept.module), kept.name): kept.original for kept in ledger.kept}
+    originals = {key: known[key] if key in known else owner.get_parameter(name).detach() for key, (owner, name) in targets.items()}
+    values = dict(originals)
     merged = [ledger.deltas[name] for term in ledger.terms for name in term.members if ledger.deltas[name].merged]
     entries = [entry for other in merged for entry in other.entries]
     for entry in sorted(entries, key=lambda entry: not isinstance(entry.patch, WeightPatch)):  # weights act inside the module
         own = {field: (id(owner), field) for owner, field in _targets(entry)}
         if own and all(key in values for key in own.values()):
             _fold(entry, values, own, check=check)
-            changed |= set(own.values())
+    changed = {key: target for key, target in targets.items() if not torch.equal(values[key], originals[key])}
+    if check:
+        _check_not_selected(ledger, delta, changed.values())
+    kept = [Kept(owner, name, known.get(key, originals[key].clone())) for key, (owner, name) in changed.items()]
     with torch.no_grad():
         for key, (owner, name) in targets.items():
-            owner.get_parameter(name).copy_(values[key])
-    ledger.kept = [kept for kept in ledger.kept if (id(kept.module), kept.name) not in targets or (id(kept.module), kept.name) in changed]
+            if key in known or key in changed:
+                owner.get_parameter(name).copy_(values[key])
+    ledger.kept = [other for other in ledger.kept if (id(other.module), other.name) not in targets] + kept
+    return sum(item.original.numel() * item.original.element_size() for item in kept)
 
 
-def _kept(ledger: Ledger, owner: nn.Module, name: str) -> Kept:
-    return next(kept for kept in ledger.kept if kept.module is owner and kept.name == name)
+def _check_not_selected(ledger: Ledger, delta: Delta, changed: Iterable[tuple[nn.Module, str]]) -> None:
+    """Refuse to merge into what a delta trains in place: its change and the merged one could not be told apart."""
+    selected = {
+        id(entry.parameter): entry for other in ledger.deltas.values() for entry in other.entries if isinstance(entry.patch, SelectionPatch)
+    }
+    found = next((entry for owner, name in changed if (entry := selected.get(id(owner.get_parameter(name)))) is not None), None)
+    if found is not None:
+        raise Unsupported(
+            f"Delta `{delta.name}` cannot be merged: it would change `{found.key}`, which delta `{found.delta}` trains in place. "
+            f"Detach `{found.delta}`, or merge it for good first (keep=True)."
+        )
 
 
 @torch.no_grad()

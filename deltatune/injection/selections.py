@@ -27,11 +27,13 @@ class Choice:
     Attributes:
         original: theta_0.
         values: theta_i of every delta that is not live; of the live one it is read off the Parameter.
+        gradients: what the Parameter's ``grad`` was when a delta, or the plain backbone (None), ceased to be live.
         active: the active deltas with their weights, in order; the last one is live.
     """
 
     def __init__(self, theta: nn.Parameter) -> None:
         self.original = theta.detach().clone()
+        self.gradients: dict[str | None, Tensor | None] = {}
         self.values: dict[str, Tensor] = {}
         self.active: tuple[tuple[str, float], ...] = ()
 
@@ -58,7 +60,7 @@ class Choice:
         if active:
             self.values[active[-1][0]] = self.value_after(active, theta)
         self.values[delta] = value.detach().clone().to(self.original)
-        self.arrange(active, theta)
+        self._write(active, theta)
 
     def value_after(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> Tensor:
         """theta_i of the delta that was live under ``active``."""
@@ -71,14 +73,13 @@ class Choice:
         """Make exactly these deltas act."""
         if active == self.active:
             return
-        with torch.no_grad():
-            if self.active:
-                live = self.active[-1][0]
-                self.values[live] = self.value_after(self.active, theta)
-            theta.copy_(self._sum(active))
-        self.active = active
-        if active:
-            self.values.pop(active[-1][0], None)
+        before = self.live
+        if before is not None:
+            self.values[before] = self.value_after(self.active, theta)
+        self._write(active, theta)
+        if self.live != before:  # a gradient belongs to the delta that was live, whatever acts for a moment
+            self.gradients[before] = theta.grad
+            theta.grad = self.gradients.pop(self.live, None)
 
     def make_original(self, delta: str, theta: Tensor) -> None:
         """theta_0 <- theta_0 + (theta_i - theta_0): the change of one delta becomes the backbone's own, for good."""
@@ -90,8 +91,14 @@ class Choice:
         self.values = {name: kept + change for name, kept in self.values.items() if name != delta}
         self.original = value
         self.values[delta] = value.clone()
-        self.active = ()
-        self.arrange(active, theta)
+        self._write(active, theta)
+
+    @torch.no_grad()
+    def _write(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
+        theta.copy_(self._sum(active))
+        self.active = active
+        if self.live is not None:
+            self.values.pop(self.live, None)
 
     def _sum(self, active: tuple[tuple[str, float], ...]) -> Tensor:
         if len(active) == 1 and active[0][1] == 1.0:
@@ -105,6 +112,7 @@ class Choice:
         """Follow ``nn.Module._apply``."""
         self.original = function(self.original)
         self.values = {delta: function(value) for delta, value in self.values.items()}
+        self.gradients = {delta: None if grad is None else function(grad) for delta, grad in self.gradients.items()}
 
 
 class SelectionAct(Act):
@@ -134,6 +142,7 @@ class SelectionAct(Act):
         for member in self.members.get(delta, ()):
             choice = self.choices[selected(member)]
             choice.values.pop(delta, None)
+            choice.gradients.pop(delta, None)
             if not choice.values and not choice.active:
                 del self.choices[selected(member)]
         super().remove(module, delta)

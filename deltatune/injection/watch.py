@@ -1,0 +1,97 @@
+"""Watching the forwards of the root: random draws ahead of each, and a check that every patch is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from deltatune.errors import Idle
+from deltatune.injection.slot import slot_of
+from deltatune.methods.kinds import Stochastic
+
+if TYPE_CHECKING:
+    from deltatune.injection.delta import Entry
+    from deltatune.injection.ledger import Ledger
+
+
+class Watch:
+    """The hooks of the root module.
+
+    Args:
+        ledger: of the same root; it knows which deltas act.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._unseen: list[Entry] = []
+        self._stochastic: list[Stochastic] = []
+        self._handles: list[RemovableHandle] = []
+
+    def listen(self, backbone: nn.Module) -> None:
+        """Register the hooks."""
+        self._handles = [
+            backbone.register_forward_pre_hook(self.before),
+            backbone.register_forward_hook(self.after),
+        ]
+
+    def unlisten(self) -> None:
+        """Take the hooks back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Take in the entries of a new delta."""
+        for entry in entries:
+            if entry.listens:
+                self._unseen.append(entry)
+            if isinstance(entry.patch, Stochastic):
+                self._stochastic.append(entry.patch)
+
+    def drop(self, entries: Iterable[Entry]) -> None:
+        """Forget the entries of a delta."""
+        gone = {id(entry.patch) for entry in entries}
+        self._unseen = [entry for entry in self._unseen if id(entry.patch) not in gone]
+        self._stochastic = [patch for patch in self._stochastic if id(patch) not in gone]
+
+    def before(self, backbone: nn.Module, args: Any) -> None:
+        """Pre-hook of the root: random draws, once per forward, so that every reader of a parameter sees the same one."""
+        if backbone.training:
+            for patch in self._stochastic:
+                patch.draw()
+
+    def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        """Post-hook of the root: every patch must sit where the forward comes by.
+
+        Raises:
+            Idle: an active patch's host was never called.
+        """
+        if not self._unseen or torch.compiler.is_compiling():
+            return
+        acting = {name for term in self._ledger.terms for name in term.members}
+        reached = {entry.site.role for entry in self._unseen if _has_fired(entry)}
+        self._unseen = [entry for entry in self._unseen if not _has_fired(entry)]
+        # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own
+        silent = [
+            entry
+            for entry in self._unseen
+            if entry.delta in acting
+            and not (backbone.training and entry.site.role is not None and entry.site.role in reached)
+            and "experts" not in (entry.site.role or "")
+        ]
+        if silent:
+            paths = ", ".join(f"`{entry.key}`" for entry in silent[:3])
+            raise Idle(
+                f"Delta `{silent[0].delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
+                f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
+                "(dt.find_sites lists them), or detach the delta."
+            )
+
+
+def _has_fired(entry: Entry) -> bool:
+    slots = [slot_of(host.module) for host in entry.hosts]
+    return any(slot is None or slot.fired.ever for slot in slots)  # of tied owners, one reader is enough
