@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_CHATTY = ("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects", "huggingface_hub")
+_CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects", "huggingface_hub")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class MethodField:
 
 def fields_of(recipe: type[Method]) -> tuple[MethodField, ...]:
     """The fields of a recipe in order, with what its docstring says about each."""
-    hints, meanings = get_type_hints(recipe), _arguments(recipe)
+    hints, meanings = get_type_hints(recipe), meanings_of(recipe)
     return tuple(
         MethodField(field.name, hints[field.name], _default(field), meanings.get(field.name, "")) for field in dataclasses.fields(recipe)
     )
@@ -73,17 +73,31 @@ def summary_of(recipe: type[Method]) -> str:
 
     >>> from deltatune.methods import LoRA
     >>> summary_of(LoRA)
-    'a low-rank change of a linear map (Hu et al. 2021)'
+    'A low-rank change of a linear map (Hu et al. 2021)'
     """
     written = inspect.getdoc(sys.modules[recipe.__module__]) or inspect.getdoc(recipe) or ""
     line = " ".join(written.split("\n\n")[0].split()).removesuffix(".")
     name, colon, rest = line.partition(": ")
-    return rest if colon and len(name) < 30 else line
+    said = rest if colon and len(name) < 30 else line
+    return said[:1].upper() + said[1:]
 
 
 def formula_of(recipe: type[Method]) -> str:
     """What a recipe's docstring says ahead of its sections: the formula, and what is trained."""
     return _sections(recipe)[""].strip()
+
+
+def meanings_of(documented: type, section: str = "Args") -> dict[str, str]:
+    """Name -> what a section of a class's Google-style docstring says about it."""
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in _sections(documented).get(section, "").splitlines():
+        if line and not line.startswith(" "):
+            name, _, text = line.partition(":")
+            meanings[name] = text.strip()
+        elif name and line.strip():
+            meanings[name] += f" {line.strip()}"
+    return meanings
 
 
 def in_words(hint: Any) -> str:
@@ -108,25 +122,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def _sections(recipe: type[Method]) -> dict[str, str]:
+def _sections(documented: type) -> dict[str, str]:
     """The sections of a Google-style docstring by title; what stands ahead of them has the title ``""``."""
     sections: dict[str, list[str]] = {"": []}
     title = ""
-    for line in (inspect.getdoc(recipe) or "").splitlines():
+    for line in (inspect.getdoc(documented) or "").splitlines():
         if line.removesuffix(":") in _SECTIONS and line.endswith(":"):
             title = line[:-1]
         sections.setdefault(title, []).append("" if line == f"{title}:" else line)
     return {title: textwrap.dedent("\n".join(lines)) for title, lines in sections.items()}
-
-
-def _arguments(recipe: type[Method]) -> dict[str, str]:
-    """Field -> what the section ``Args`` says about it."""
-    meanings: dict[str, str] = {}
-    name = ""
-    for line in _sections(recipe).get("Args", "").splitlines():
-        if line and not line.startswith(" "):
-            name, _, text = line.partition(":")
-            meanings[name] = text.strip()
-        elif name and line.strip():
-            meanings[name] += f" {line.strip()}"
-    return meanings

@@ -1,0 +1,145 @@
+"""``deltatune methods``: every delta method, and one in full."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from deltatune.cli.commands import commands, noun
+from deltatune.cli.terminal import Json, facts, quoted, show, show_json, table
+from deltatune.methods.fields import REQUIRED, MethodField, fields_of, formula_of, in_words, summary_of
+from deltatune.methods.kinds import Exported, Grouped, Method, Penalised, Phased, Prepared, Sharing, Stepping
+from deltatune.methods.kinds import methods as registered
+
+FAMILIES = ("addition", "specification", "reparameterization", "baseline")
+
+MEANINGS = {
+    "output": "edits what a module returns, or what it is given",
+    "weight": "edits a parameter as it is read",
+    "context": "adds virtual positions",
+    "selection": "trains parameters of the backbone in place",
+}
+
+LIFE: dict[type, str] = {
+    Sharing: "shares parameters between its sites",
+    Prepared: "looks at data before the first step",
+    Penalised: "adds a term to the loss",
+    Phased: "trains in phases",
+    Stepping: "acts between steps",
+    Grouped: "has learning rates of its own",
+    Exported: "shrinks when training ends",
+}
+
+methods = noun("List the delta methods, or show one: its formula, fields, defaults and source.")
+commands.register("methods")(methods)
+
+
+@methods.callback()
+def overview(context: typer.Context, json: Json = False) -> None:
+    """The list, where no command follows."""
+    if context.invoked_subcommand is None:
+        listing(json)
+
+
+@methods.command("list")
+def listing(json: Json = False) -> None:
+    """List the delta methods."""
+    if json:
+        show_json([described(name) for name in ordered()])
+        return
+    drawn = table("method", "kind", "sub-family", "what it is", whole=("method", "kind", "sub-family"))
+    family = ""
+    for name in ordered():
+        recipe = registered[name]
+        if recipe.family != family:
+            drawn.add_section()
+            drawn.add_row(Text(recipe.family, style="bold"))
+            family = recipe.family
+        drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, recipe.sub_family, summary_of(recipe))
+    show(drawn, quoted("`deltatune methods show NAME` explains one.", style="dim"))
+
+
+@methods.command("show")
+def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")], json: Json = False) -> None:
+    """Show one method: formula, fields and defaults, default sites, source."""
+    recipe = registered[name]
+    if json:
+        show_json(described(name))
+        return
+    fields = fields_of(recipe)
+    show(
+        Text.assemble((name, "bold cyan"), "  ", (f"{recipe.__name__}: {summary_of(recipe)}", "bold")),
+        Padding(Text(formula_of(recipe).replace("``", "")), (1, 0, 1, 2)),
+        facts(
+            ("family", recipe.family + (f", {recipe.sub_family}" if recipe.sub_family else "")),
+            ("kind", f"{recipe.kind}: {MEANINGS[recipe.kind]}"),
+            ("where", ", ".join(recipe.where)),
+            ("fresh", "leaves the outputs as they are" if recipe.identity else "changes the outputs"),
+            ("learning rate", f"{recipe.learning_rate:g}"),
+            ("in training", "; ".join(lives(recipe))),
+            ("source", recipe.source),
+        ),
+        _fields(fields),
+        quoted(_example(name, fields), style="dim"),
+    )
+
+
+def ordered() -> list[str]:
+    """The names, family by family."""
+    families = {family: position for position, family in enumerate(FAMILIES)}
+    return sorted(registered, key=lambda name: (families.get(registered[name].family, len(families)), registered[name].sub_family, name))
+
+
+def described(name: str) -> dict[str, Any]:
+    """A method as JSON tells it."""
+    recipe = registered[name]
+    return {
+        "name": name,
+        "family": recipe.family,
+        "sub_family": recipe.sub_family,
+        "kind": recipe.kind,
+        "summary": summary_of(recipe),
+        "formula": formula_of(recipe),
+        "where": list(recipe.where),
+        "identity": recipe.identity,
+        "learning_rate": recipe.learning_rate,
+        "source": recipe.source,
+        "fields": [_described_field(field) for field in fields_of(recipe)],
+    }
+
+
+def _described_field(field: MethodField) -> dict[str, Any]:
+    required = field.default is REQUIRED
+    return {
+        "name": field.name,
+        "type": field.type_name,
+        "required": required,
+        "default": None if required else field.default,
+        "meaning": field.meaning,
+    }
+
+
+def lives(recipe: type[Method]) -> list[str]:
+    """What a method does in training besides being trained."""
+    return [words for kind, words in LIFE.items() if all(hasattr(recipe, name) for name in _declared(kind))]
+
+
+def _declared(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not name.startswith("_")]
+
+
+def _fields(fields: tuple[MethodField, ...]) -> Any:
+    if not fields:
+        return Text("\nIt has no fields.\n")
+    drawn = table("field", "takes", "default", "meaning", right=("default",), whole=("field",))
+    for field in fields:
+        drawn.add_row(Text(field.name, style="cyan"), quoted(in_words(field.hint)), field.default_text or "-", quoted(field.meaning))
+    return drawn
+
+
+def _example(name: str, fields: tuple[MethodField, ...]) -> str:
+    setting = f" --set {fields[0].example}" if fields else ""
+    return f"deltatune tune --backbone minilm --task bbc-news --method {name}{setting} --out runs/{name}"
