@@ -28,7 +28,7 @@ class TrainableTokens(Method):
         token_ids: the rows that train, each once.
 
     Raises:
-        InvalidValue: no ids, an id twice, or an id outside the vocabulary.
+        InvalidValue: an id twice or negative; at attach also no ids, or an id outside the vocabulary.
     """
 
     family: ClassVar[Family] = "specification"
@@ -40,13 +40,13 @@ class TrainableTokens(Method):
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.token_ids or len(set(self.token_ids)) != len(self.token_ids) or min(self.token_ids) < 0:
-            raise InvalidValue(
-                f"TrainableTokens(token_ids={self.token_ids!r}) was asked for; give at least one id, each once and none negative."
-            )
+        if len(set(self.token_ids)) != len(self.token_ids) or any(token < 0 for token in self.token_ids):
+            raise InvalidValue(f"TrainableTokens(token_ids={self.token_ids!r}) was asked for; give each id once and none negative.")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """The rows of one table."""
+        if not self.token_ids:
+            raise InvalidValue("TrainableTokens() was asked for without tokens. Say which rows train: TrainableTokens(token_ids=(30522,)).")
         is_table = isinstance(site.module, nn.Embedding) or site.leaf == "lm_head"
         if not is_table or site.rows is not None:
             return []
