@@ -111,7 +111,7 @@ def later_mask(cache: Any, queries: int) -> Tensor | None:
     first = stored(cache).mask
     if first is None:
         return None
-    if queries > 1 and not torch.compiler.is_compiling() and not first[:, -1].all():
+    if queries > 1 and not torch.compiler.is_compiling() and not (first.sum(1) > stored(cache).length).all():
         raise Unsupported(
             "Rows with more padding than one chunk were asked to enter a static cache in chunks behind a prompt. "
             "Raise prefill_chunk_size, or leave it out."

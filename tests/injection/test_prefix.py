@@ -164,14 +164,10 @@ def test_an_encoder_decoder_generates_with_all_its_prefixes(name: str) -> None:
     start = torch.tensor([model.config.decoder_start_token_id])
     settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
     with torch.no_grad():
-        rows = [
-            greedy(
-                lambda ids, i=i: model(text["input_ids"][i : i + 1, mask.bool()], decoder_input_ids=ids, use_cache=False).logits[0],
-                start,
-                6,
-            )
-            for i, mask in enumerate(text["attention_mask"])
-        ]
+        rows = []
+        for i, mask in enumerate(text["attention_mask"].bool()):
+            row = text["input_ids"][i : i + 1, mask]
+            rows.append(greedy(lambda ids, row=row: model(row, decoder_input_ids=ids, use_cache=False).logits[0], start, 6))
     wanted = torch.stack(rows)
     assert torch.equal(model.generate(**text, **settings)[:, -6:], wanted)
     assert torch.equal(model.generate(**text, **settings, cache_implementation="static")[:, -6:], wanted)
