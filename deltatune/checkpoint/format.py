@@ -93,24 +93,12 @@ def save(
         ...     sorted(path.name for path in save(delta, f"{place}/tiny").iterdir())
         ['delta.json', 'delta.safetensors']
     """
-    about = About(
-        where=where,
-        layers=layers,
-        task=task,
-        labels=None if labels is None else tuple(labels),
-        template=template,
-        metric=metric,
-        score=score,
-        metrics=None if metrics is None else dict(metrics),
-        training=None if training is None else dict(training),
-        data=data,
-        versions=None if versions is None else dict(versions),
-    )
+    about = About(where, layers, task, labels, template, metric, score, metrics, training, data, versions)
     origin = _origin(delta, backbone_id)
-    parts = [_part(member, origin, unfinished, allow_nonfinite) for member in (delta.deltas if isinstance(delta, Composition) else [delta])]
+    parts = [_part(part, origin, unfinished, allow_nonfinite) for part in (delta.deltas if isinstance(delta, Composition) else [delta])]
     with replacing(folder, overwrite=overwrite, ours=OURS) as fresh:
         if isinstance(delta, Composition):
-            _write_composition(delta, parts, Record(delta.name, origin, about), fresh)
+            _write_composition(delta, parts, about, fresh)
         else:
             [(record, tensors)] = parts
             _write(replace(record, about=about), tensors, fresh)
@@ -342,10 +330,12 @@ def _write(record: Record, tensors: Mapping[str, Tensor], folder: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write_composition(composition: Composition, parts: list[tuple[Record, dict[str, Tensor]]], record: Record, folder: Path) -> None:
+def _write_composition(composition: Composition, parts: list[tuple[Record, dict[str, Tensor]]], about: About, folder: Path) -> None:
     """The members below ``members``, and on top how they act together, with the tensors of the gates."""
     members = tuple((part.name, _write(part, tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
+    origins = [part.origin for part, _ in parts]
+    origin = next((origin for origin in origins if origin.num_labels is not None), origins[0])
     gates = composition.state_dict()
     stored = Stored(write_tensors(folder / TENSORS, gates)) if gates else None
-    whole = replace(record, stored=stored, how=composition.how, weights=composition.weights, members=members)
+    whole = Record(composition.name, origin, about, stored, how=composition.how, weights=composition.weights, members=members)
     (folder / RECORD).write_bytes(whole.to_bytes())

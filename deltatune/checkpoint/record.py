@@ -46,14 +46,14 @@ class About:
     where: Any = None
     layers: Any = None
     task: str | None = None
-    labels: tuple[str, ...] | None = None
+    labels: Sequence[str] | None = None
     template: Any = None
     metric: str | None = None
     score: float | None = None
-    metrics: dict[str, float] | None = None
-    training: dict[str, Any] | None = None
+    metrics: Mapping[str, float] | None = None
+    training: Mapping[str, Any] | None = None
     data: Any = None
-    versions: dict[str, str] | None = None
+    versions: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _composition(keys: _Keys) -> dict[str, Any]:
     names = {name for name, _ in parts["members"]}
     if not len(parts["weights"]) == len(parts["members"]) == len(names) or len(names) < 2:
         raise CheckpointError(
-            f"`{keys.file}` composes {len(names)} different members with {len(parts['weights'])} weights. Copy or save the composition again."
+            f"`{keys.file}` composes {len(names)} different members with {len(parts['weights'])} weights. Copy or save it again."
         )
     return parts
 

@@ -9,27 +9,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltatune.backbones import load_backbone, load_tokenizer
-from deltatune.checkpoint.format import load, read
-from deltatune.checkpoint.record import RECORD, Record
+from deltatune.backbones import load_backbone, load_config, load_tokenizer
+from deltatune.checkpoint.format import load, locate, read
+from deltatune.checkpoint.record import Record
 from deltatune.errors import CheckpointError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
-from deltatune.training.place import DELTA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def open(
-    folder: str | os.PathLike[str], *, name: str | None = None, dtype: torch.dtype | None = None, **options: Any
+    folder: str | os.PathLike[str],
+    *,
+    backbone: str | None = None,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_foreign: bool = False,
+    **options: Any,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Delta | Composition]:
-    """Load the backbone a delta was trained on, and attach the delta.
+    """Load the backbone a delta was trained on, with a head of the right size, and attach the delta.
 
     Args:
         folder: a run's folder, or one that ``dt.save`` wrote with its backbone's name.
+        backbone: the backbone's name or folder, where it is not the one in the file.
+        device: where to bring it.
         name: how the delta is called; as it was called if left out.
-        dtype: of the backbone; as in training if left out.
+        dtype: of the backbone; as in training if left out. Another one makes it another backbone: see ``allow_foreign``.
+        allow_foreign: take a backbone that differs from the one of the training.
         options: further arguments of ``load_backbone``, such as ``device_map``.
 
     Returns:
@@ -38,39 +47,73 @@ def open(
     Raises:
         CheckpointError: no delta there, a broken one, or one that does not say its backbone.
         ForeignBackbone: the backbone of that name is another one now.
+        UnknownName: nobody knows the backbone.
+        MissingExtra: the backbone's package is not installed.
 
     Example:
         >>> backbone, tokenizer, delta = open("runs/bbc")  # doctest: +SKIP
     """
-    place = delta_folder(folder)
+    place = locate(folder)
     record = read(place)
-    training = record.about.training or {}
-    if record.origin.id is None:
+    known = backbone or record.origin.id
+    if known is None:
         raise CheckpointError(
-            f"The delta in `{place}` does not say the name of its backbone. Load the backbone yourself: dt.load(backbone, {str(place)!r})."
+            f"The delta in `{place}` does not say the name of its backbone ({record.origin.fingerprint.class_name}). "
+            f"Pass backbone=..., or load the backbone yourself: dt.load(backbone, {str(place)!r})."
         )
-    settings: dict[str, Any] = {"auto_class": auto_class(record), "quantize": training.get("quantize")}
-    if record.origin.num_labels is not None:
-        labels = record.about.labels or ()
-        fits = len(labels) == record.origin.num_labels
-        settings |= {"label_names": labels} if fits else {"num_labels": record.origin.num_labels}
-    settings |= {"dtype": dtype or getattr(torch, record.origin.dtype.removeprefix("torch."))} | options
+    settings: dict[str, Any] = {"quantize": (record.about.training or {}).get("quantize"), "dtype": dtype or _dtype(record)}
+    settings |= _labels(record) | options
+    if "auto_class" not in settings:
+        settings["auto_class"] = auto_class(record, known)
     with torch.random.fork_rng(devices=[]):  # a fresh head draws numbers, which the file replaces
-        backbone = load_backbone(record.origin.id, **settings)
-    delta = load(backbone, place, name=name)
-    return backbone.eval(), load_tokenizer(record.origin.id), delta
+        model = load_backbone(known, **settings)
+    if device is not None:
+        model.to(device)
+    delta = load(model, place, name=name, allow_foreign=allow_foreign)
+    return model.eval(), load_tokenizer(known), delta
 
 
 def delta_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the ``delta`` in a run's folder."""
-    path = Path(folder).expanduser()
-    inside = path / DELTA
-    return inside if not (path / RECORD).exists() and (inside / RECORD).exists() else path
+    """The folder that holds the delta: this one, or ``delta`` in a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return locate(folder)
 
 
-def auto_class(record: Record) -> str:
-    """transformers' auto class that gives the model the delta was trained on."""
-    known = (record.about.training or {}).get("auto_class")
-    if known:
-        return str(known)
-    return "AutoModel" if record.origin.num_labels is None else "AutoModelForSequenceClassification"
+def auto_class(record: Record, backbone: str) -> str:
+    """transformers' auto class that makes the class the delta was trained on.
+
+    Raises:
+        CheckpointError: none makes it.
+    """
+    import transformers
+
+    wanted = record.origin.fingerprint.class_name
+    kind = type(load_config(backbone))
+    for name in sorted(entry for entry in dir(transformers) if entry.startswith("AutoModel")):
+        made = getattr(getattr(transformers, name), "_model_mapping", {}).get(kind, ())
+        if wanted in {maker.__name__ for maker in (made if isinstance(made, tuple) else (made,))}:
+            return name
+    raise CheckpointError(
+        f"The delta belongs to a {wanted}, which no auto class of transformers makes from `{backbone}`. "
+        "Load the backbone yourself and call dt.load(backbone, folder)."
+    )
+
+
+def _dtype(record: Record) -> torch.dtype:
+    dtype = getattr(torch, record.origin.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"`{record.name}` has the type `{record.origin.dtype}` for its backbone, which PyTorch does not know. Pass dtype=."
+        )
+    return dtype
+
+
+def _labels(record: Record) -> dict[str, Any]:
+    """Size and names of the outputs of the head that belongs to the delta."""
+    size, labels = record.origin.num_labels, record.about.labels or ()
+    if size is None:
+        return {}
+    return {"label_names": labels} if len(labels) == size else {"num_labels": size}

@@ -122,8 +122,7 @@ def test_the_sites_are_those_of_the_file_whatever_where_would_hit(tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
-@pytest.mark.parametrize("where", [None, "readout"])
-@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize(("where", "head"), [(None, True), (None, False), (["attention.query?", "*bias?", "readout"], False)])
 def test_heads(method: str, where: str | None, head: bool, tmp_path: Path) -> None:
     first, _ = backbone("bert", head=1)
     delta = trained(first, method, where=where, head=head)
@@ -261,7 +260,7 @@ dt.save(delta, sys.argv[1], labels=["b", "a"], **told)
 
 
 def test_the_same_bytes_with_every_hash_seed(tmp_path: Path) -> None:
-    places = {seed: tmp_path / f"somewhere-{seed}" / "d" for seed in ("0", "1", "12345")}
+    places = {seed: tmp_path / f"somewhere-{seed}" / "d" for seed in ("0", "12345")}
     for seed, place in places.items():
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
         subprocess.run([sys.executable, "-c", SCRIPT, str(place)], env=environment, check=True)
