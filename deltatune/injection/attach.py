@@ -116,7 +116,6 @@ def place(
         for parameter in site.all_parameters
         if id(site.module.get_parameter(parameter)) not in taken
     ]
-    _check_not_merged(ledger, entries)
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:
         ledger.shared[name] = shared
@@ -235,16 +234,6 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
             raise NoSite(
                 f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{more}).{head} Choose sites it can take."
             )
-
-
-def _check_not_merged(ledger: Ledger, entries: Sequence[Entry]) -> None:
-    """Refuse to train in place what holds another delta's merged change: it could not be taken out again."""
-    held = {id(kept.module.get_parameter(kept.name)) for kept in ledger.kept}
-    found = next((entry for entry in entries if isinstance(entry.patch, SelectionPatch) and id(entry.parameter) in held), None)
-    if found is not None:
-        raise Unsupported(
-            f"Delta `{found.delta}` cannot train `{found.key}` in place while another delta is merged into it. Unmerge that first."
-        )
 
 
 def _identities(site: Site) -> set[int]:

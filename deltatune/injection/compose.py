@@ -117,6 +117,8 @@ class Composition:
         if self.enabled:
             return
         ledger = self.ledger
+        for delta in self.deltas:
+            delta._check_selects_unmerged()
         self.enabled = True
         ledger.terms.append(self.term)
         self._follow(True)

@@ -240,6 +240,7 @@ class Delta:
         if self.enabled:
             return
         self._check_alone("enable")
+        self._check_selects_unmerged()
         self.enabled = True
         self.ledger.terms.append(Term("sequential", (self.name,), (1.0,)))
         self.ledger.arrange([self.name])
@@ -285,6 +286,15 @@ class Delta:
                 raise Unsupported(
                     f"Delta `{self.name}` acts within the composition `{composition.name}`. {verb.capitalize()} that, or dissolve it first."
                 )
+
+    def _check_selects_unmerged(self) -> None:
+        """Refuse to train in place what holds another delta's merged change: the two could not be told apart."""
+        held = {id(kept.module.get_parameter(kept.name)) for kept in self.ledger.kept}
+        entry = next((e for e in self.entries if isinstance(e.patch, SelectionPatch) and id(e.parameter) in held), None)
+        if entry is not None:
+            raise Unsupported(
+                f"Delta `{self.name}` cannot train `{entry.key}` in place while another delta is merged into it. Unmerge that one first."
+            )
 
     def _check_unmerged(self, verb: str) -> None:
         if self.merged:

@@ -202,13 +202,17 @@ def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
 def _check_not_selected(ledger: Ledger, delta: Delta, changed: Iterable[tuple[nn.Module, str]]) -> None:
     """Refuse to merge into what a delta trains in place: its change and the merged one could not be told apart."""
     selected = {
-        id(entry.parameter): entry for other in ledger.deltas.values() for entry in other.entries if isinstance(entry.patch, SelectionPatch)
+        id(entry.parameter): entry
+        for other in ledger.deltas.values()
+        if other.enabled
+        for entry in other.entries
+        if isinstance(entry.patch, SelectionPatch)
     }
     found = next((entry for owner, name in changed if (entry := selected.get(id(owner.get_parameter(name)))) is not None), None)
     if found is not None:
         raise Unsupported(
             f"Delta `{delta.name}` cannot be merged: it would change `{found.key}`, which delta `{found.delta}` trains in place. "
-            f"Detach `{found.delta}`, or merge it for good first (keep=True)."
+            f"Disable `{found.delta}`, or merge it for good first (keep=True)."
         )
 
 

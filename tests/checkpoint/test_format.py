@@ -122,7 +122,7 @@ def test_the_sites_are_those_of_the_file_whatever_where_would_hit(tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
-@pytest.mark.parametrize(("where", "head"), [(None, True), (None, False), (["attention.query?", "*bias?", "readout"], False)])
+@pytest.mark.parametrize(("where", "head"), [(None, True), (None, False), ("readout", False)])
 def test_heads(method: str, where: str | None, head: bool, tmp_path: Path) -> None:
     first, _ = backbone("bert", head=1)
     delta = trained(first, method, where=where, head=head)
