@@ -20,8 +20,8 @@ from deltatune.structure.site import Site
 class TrainableTokens(Method):
     """E'[t] = e_t for t in ``token_ids``, E'[t] = E[t] for all others; E: (vocabulary, d), e: (len(token_ids), d).
 
-    Trains the rows e, which start as the backbone's own, so a fresh delta is the identity. Where embedding and output
-    head are tied, both see them. Rows are stored by value: a vocabulary grown anew by ``resize_token_embeddings``
+    Trains the rows e, which start as the backbone's own, so a fresh delta is the identity; several deltas add their
+    changes. Where embedding and output head are tied, both see them. Rows are stored by value: a vocabulary grown anew by ``resize_token_embeddings``
     has other random rows each time.
 
     Args:
@@ -61,9 +61,11 @@ class TrainableTokens(Method):
 
 
 class LookedUpRows(OutputPatch):
-    """The looked-up embeddings with those of the trained tokens put in; the table itself is not copied."""
+    """y + (e - e_0)[t] for trained tokens t, where e_0 are the backbone's own rows; the table itself is not copied."""
 
+    commutes = "add"
     position: Tensor
+    e_0: Tensor
 
     def __init__(self, table: nn.Embedding, token_ids: Sequence[int]) -> None:
         super().__init__()
@@ -71,32 +73,36 @@ class LookedUpRows(OutputPatch):
         position = torch.zeros(table.num_embeddings, dtype=torch.long, device=table.weight.device)
         position[ids] = torch.arange(1, len(ids) + 1, device=ids.device)
         self.register_buffer("position", position, persistent=False)  # token -> 1-based row of e, 0 for all others
-        self.e = nn.Parameter(table.weight.detach()[ids].float())
+        self.register_buffer("e_0", table.weight.detach()[ids].float(), persistent=False)
+        self.e = nn.Parameter(self.e_0.clone())
         self.embed_scale = float(getattr(table, "embed_scale", 1.0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Ids (...), embeddings (..., d) -> (..., d)."""
         row = self.position[x]
-        trained = F.embedding((row - 1).clamp(min=0), self.e) * self.embed_scale
-        return torch.where((row > 0)[..., None], trained.to(y.dtype), y)
+        change = F.embedding((row - 1).clamp(min=0), self.e - self.e_0) * self.embed_scale
+        return y + torch.where((row > 0)[..., None], change, 0).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The table with the trained rows in it."""
+        """The table with the change of the trained rows in it."""
         ids = self.position.nonzero().squeeze(1)
-        return weight.index_copy(0, ids, self.e[self.position[ids] - 1].to(weight.dtype)), bias
+        return weight.index_add(0, ids, (self.e - self.e_0)[self.position[ids] - 1].to(weight.dtype)), bias
 
 
 class ReplacedRows(WeightPatch):
-    """theta with the rows of the trained tokens replaced."""
+    """theta with e - e_0 added to the rows of the trained tokens."""
 
+    commutes = "add"
     ids: Tensor
+    e_0: Tensor
 
     def __init__(self, parameter: str, theta: Tensor, token_ids: Sequence[int]) -> None:
         super().__init__()
         self.parameter = parameter
         self.register_buffer("ids", torch.tensor(token_ids, device=theta.device), persistent=False)
-        self.e = nn.Parameter(theta.detach()[self.ids].float())
+        self.register_buffer("e_0", theta.detach()[self.ids].float(), persistent=False)
+        self.e = nn.Parameter(self.e_0.clone())
 
     def forward(self, theta: Tensor) -> Tensor:
         """(vocabulary, d) -> (vocabulary, d)."""
-        return theta.index_copy(0, self.ids, self.e.to(theta.dtype))
+        return theta.index_add(0, self.ids, (self.e - self.e_0).to(theta.dtype))
