@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -149,7 +150,7 @@ class Record:
                 f"`{self.name}` has the field `{foreign[0]}`, which {kind.__name__} does not know. {nearest(foreign[0], known)} "
                 "Upgrade deltatune, or pass allow_unknown=True to ignore it."
             )
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         values = {name: _tuples(value) for name, value in self.fields.items() if name in known}
         for name, value in values.items():
             if not _fits(value, hints[name]):
@@ -246,7 +247,7 @@ def _record(keys: _Keys) -> Record:
         raise CheckpointError(f"`{keys.file}` describes neither a delta with its tensors nor a composition. Copy or save it again.")
     for key in ("method", "tensors", "composition"):
         keys.data.pop(key, None)
-    hints = get_type_hints(About)
+    hints = _hints(About)
     record = Record(
         name=keys.take("name", str),
         origin=_origin(keys.below("backbone")),
@@ -317,6 +318,11 @@ def _composition(keys: _Keys) -> dict[str, Any]:
             f"`{keys.file}` composes {len(names)} different members with {len(parts['weights'])} weights. Copy or save it again."
         )
     return parts
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -17,8 +17,8 @@ from deltatune.errors import CheckpointError, Unsupported
 
 MAX_HEADER = 16 * 2**20
 DTYPES = {
-    torch.float64: "F64",
     torch.int64: "I64",
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
