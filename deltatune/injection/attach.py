@@ -108,7 +108,7 @@ def place(
     entries = _entries(ledger.index(backbone), method, sites, shared, name)
     if heads:  # they train in full, so a patch there would add nothing
         entries = [entry for entry in entries if not entry.head or isinstance(entry.patch, SelectionPatch)]
-    _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method)
+    _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
     taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
     entries += [
         Entry(name, site, SelectionPatch(parameter), (Host(site.module),), True, {})
@@ -218,7 +218,7 @@ def _classes() -> set[type[Method]]:
     return {registered[name] for name in registered}
 
 
-def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> None:
+def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method, kind: str) -> None:
     """Each entry of ``where`` must have led to a patch, not just to a site.
 
     Raises:
@@ -232,7 +232,7 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method) -> N
             more = ", ..." if len(sites) > 3 else ""
             head = " A task head trains in full unless head=False." if all(site.leaf == "readout" for site in sites) else ""
             raise NoSite(
-                f"{method} has nothing to do at the {len(sites)} sites that `{text}` hits ({shown}{more}).{head} Choose sites it can take."
+                f"{method} has nothing to do in {kind} where `{text}` hits ({shown}{more}).{head} Choose other sites; dt.find_sites lists them."
             )
 
 

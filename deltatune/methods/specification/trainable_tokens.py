@@ -21,8 +21,8 @@ class TrainableTokens(Method):
     """E'[t] = e_t for t in ``token_ids``, E'[t] = E[t] for all others; E: (vocabulary, d), e: (len(token_ids), d).
 
     Trains the rows e, which start as the backbone's own, so a fresh delta is the identity; several deltas add their
-    changes. Where embedding and output head are tied, both see them. Rows are stored by value: a vocabulary grown anew by ``resize_token_embeddings``
-    has other random rows each time.
+    changes. Where embedding and output head are tied, both see them. Rows are stored by value: a vocabulary grown anew by
+    ``resize_token_embeddings`` has other random rows each time.
 
     Args:
         token_ids: the rows that train, each once.
