@@ -87,9 +87,8 @@ class RunFolder:
         with writing(self.path):
             if self.overwrite and self.path.is_dir():
                 self._clear()
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            self._made = missing
             if not (self.path / RUN_FILE).exists():
                 write_text(self.path / RUN_FILE, self.run.to_yaml())
             self.checkpoints.mkdir(exist_ok=True)
@@ -114,9 +113,10 @@ class RunFolder:
 
     def abandon(self) -> None:
         """After an error: leave nothing where the run has no complete checkpoint to resume from."""
-        if any(self.checkpoints.glob("checkpoint-*/complete.json")) or not (self.path / RUN_FILE).exists():
+        if any(self.checkpoints.glob("checkpoint-*/complete.json")):
             return
-        self._clear()
+        if (self.path / RUN_FILE).exists():
+            self._clear()
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -136,13 +136,13 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
 
     settings, timer = run.settings, StepTimer()
     material = job.material(settings)
-    schedule = Schedule.of(settings, len(material.train), int(os.environ.get("WORLD_SIZE", "1")))
+    schedule = Schedule.of(settings, len(material.train), processes=int(os.environ.get("WORLD_SIZE", "1")), resumable=place is not None)
     watched = shown(show, "+".join(delta.name for delta in job.deltas), job.metric, settings.batch_size * settings.grad_accumulation)
     with ExitStack() as stack:
         folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
         if place is not None and is_main():
-            place.open()
             stack.push(lambda kind, *_: place.abandon() if kind is not None else None)
+            place.open()
         stack.enter_context(left_alone(job.backbone, job.deltas))
         if settings.gradient_checkpointing:
             stack.enter_context(recomputing(job.backbone))
