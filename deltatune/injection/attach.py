@@ -232,7 +232,7 @@ def _check_hits(matches: Matches, entries: Sequence[Entry], method: Method, kind
             more = ", ..." if len(sites) > 3 else ""
             head = " A task head trains in full unless head=False." if all(site.leaf == "readout" for site in sites) else ""
             raise NoSite(
-                f"{method} has nothing to do in {kind} where `{text}` hits ({shown}{more}).{head} Choose other sites; dt.find_sites lists them."
+                f"{method} has nothing to do in {kind} where `{text}` hits ({shown}{more}).{head} Choose sites it can take (dt.find_sites)."
             )
 
 
