@@ -19,7 +19,7 @@ class Schedule:
     Attributes:
         total: optimiser steps.
         evaluate: steps between two evaluations; 0 for none.
-        save: steps between two checkpoints.
+        save: steps between two checkpoints; 0 for none.
         log: steps between two points of the learning curve.
     """
 
@@ -29,14 +29,14 @@ class Schedule:
     log: int
 
     @classmethod
-    def of(cls, settings: Settings, rows: int, processes: int = 1) -> Schedule:
-        """The schedule for so many training rows."""
+    def of(cls, settings: Settings, rows: int, *, processes: int = 1, resumable: bool = True) -> Schedule:
+        """The schedule for so many training rows; only a run that can be resumed saves at regular steps."""
         batches = math.ceil(rows / (settings.batch_size * processes))
         steps = math.ceil(batches / settings.grad_accumulation)
         total = settings.max_steps or max(1, math.ceil(settings.epochs * steps))
         evaluate = math.ceil(total / settings.evaluations) if settings.evaluations else 0
         save = settings.save_steps or evaluate or math.ceil(total / 5)
-        return cls(total, evaluate, save, _divisor(save, most=max(1, total // 100)))
+        return cls(total, evaluate, save if resumable else 0, _divisor(save, most=max(1, total // 100)))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -63,8 +63,8 @@ def training_arguments(settings: Settings, schedule: Schedule, folder: Path, lr:
         use_cpu=on_cpu,
         eval_strategy="steps" if schedule.evaluate else "no",
         eval_steps=schedule.evaluate or None,
-        save_strategy="steps",
-        save_steps=schedule.save,
+        save_strategy="steps" if schedule.save else "no",
+        save_steps=schedule.save or schedule.total,
         logging_strategy="steps",
         logging_steps=schedule.log,
         logging_nan_inf_filter=False,

@@ -18,6 +18,19 @@ from deltatune.injection.delta import Delta
 if TYPE_CHECKING:
     from deltatune.training.trainer import DeltaTrainer
 
+LEFT_BEHIND = frozenset(
+    {
+        "forward",
+        "_original_forward",
+        "_is_accelerate_prepared",
+        "gradient_checkpointing",
+        "_gradient_checkpointing_func",
+        "_require_grads_hook",
+        "_require_grads_hooks",
+    }
+)
+"""Attributes that transformers and accelerate set on a model's modules and do not take away."""
+
 
 @contextmanager
 def trainer_modules() -> Iterator[None]:
@@ -47,21 +60,25 @@ def trainer_modules() -> Iterator[None]:
 
 @contextmanager
 def left_alone(backbone: nn.Module, deltas: Sequence[Delta]) -> Iterator[None]:
-    """Other deltas do not train meanwhile, and the config's ``use_cache`` comes back; the backbone ends in eval mode."""
+    """Other deltas do not train meanwhile, what the libraries leave behind is removed, and the backbone ends in eval mode."""
     others = [delta for delta in attached(backbone) if delta not in deltas and delta.trainable]
     for delta in others:
         delta.freeze()
     config = getattr(backbone, "config", None)
-    before = dict(vars(config)) if config is not None else {}
+    use_cache = vars(config).get("use_cache", LEFT_BEHIND) if config is not None else None
+    had = {name: set(vars(module)) for name, module in backbone.named_modules()}
     try:
         yield
     finally:
         for delta in others:
             delta.unfreeze()
-        if "use_cache" in before:
-            vars(config)["use_cache"] = before["use_cache"]
-        elif config is not None:
+        if use_cache is LEFT_BEHIND:
             vars(config).pop("use_cache", None)
+        elif config is not None:
+            config.use_cache = use_cache
+        for name, module in backbone.named_modules():
+            for attribute in LEFT_BEHIND - had.get(name, LEFT_BEHIND):
+                vars(module).pop(attribute, None)
         backbone.eval()
 
 
@@ -75,19 +92,18 @@ def recomputing(backbone: nn.Module) -> Iterator[None]:
     verb = next((verb for verb in ("activation", "gradient") if hasattr(backbone, f"{verb}_checkpointing_enable")), None)
     if verb is None or not getattr(backbone, "supports_gradient_checkpointing", True):
         raise InvalidValue(f"`gradient_checkpointing` was asked for, but {type(backbone).__name__} does not offer it. Leave it out.")
-    functions = [(module, module.__dict__.get("_gradient_checkpointing_func")) for module in backbone.modules()]
+    # transformers makes the embeddings' output want gradients, which only re-entry needs; it would send every backward down there
+    own_hooks = "_require_grads_hooks" not in vars(backbone)
     getattr(backbone, f"{verb}_checkpointing_enable")(**{f"{verb}_checkpointing_kwargs": {"use_reentrant": False}})
+    if own_hooks and "_require_grads_hooks" in vars(backbone):
+        backbone.disable_input_require_grads()  # type: ignore[operator]
     try:
         yield
     finally:
         getattr(backbone, f"{verb}_checkpointing_disable")()
-        for module, function in functions:
-            if function is None:
-                module.__dict__.pop("_gradient_checkpointing_func", None)
 
 
 def give_back(trainer: DeltaTrainer) -> None:
     """Take back the mixed-precision forward that accelerate puts on the model, and let go of its references."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    vars(trainer.backbone).pop("_is_accelerate_prepared", None)

@@ -108,7 +108,7 @@ def make_job(
     deltas: list[Delta] = []
     try:
         for method in methods:
-            deltas.append(attach(module, method, where, layers=layers))
+            deltas.append(attach(module, method, where, layers=layers, head=not deltas))  # the first brings the head
         saved: Delta | Composition = deltas[0]
         if len(deltas) > 1:
             saved = compose(module, [delta.name for delta in deltas], how="sequential")

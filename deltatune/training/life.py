@@ -70,7 +70,9 @@ class Life:
         """Add the gradients of the methods' own loss terms, once an optimiser step, behind the last backward."""
         for delta in self.deltas:
             if isinstance(delta.method, Penalised):
-                _add_gradients(delta.penalty(), [parameter for parameter in delta.parameters() if parameter.requires_grad])
+                _add_gradients(
+                    delta.method.penalty(list(_patches(delta))), [parameter for parameter in delta.parameters() if parameter.requires_grad]
+                )
 
     def after_step(self) -> None:
         """Count the step and let the methods act on it; gradients must still be there."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from deltatune.errors import CheckpointError
 from deltatune.injection.delta import Delta
@@ -17,8 +18,19 @@ SUFFIX = ".delta.safetensors"
 def write_state(deltas: Sequence[Delta], folder: Path) -> None:
     """One file a delta, ``<name>.delta.safetensors``."""
     for delta in deltas:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in delta.state_dict().items()}
-        save_file(tensors, folder / f"{delta.name}{SUFFIX}", metadata={"method": str(delta.method)})
+        save_file(_unshared(delta.state_dict()), folder / f"{delta.name}{SUFFIX}", metadata={"method": str(delta.method)})
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, with a copy of those whose memory another one holds too, which safetensors refuses."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return tensors
 
 
 def read_state(deltas: Sequence[Delta], folder: Path) -> None:

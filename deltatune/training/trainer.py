@@ -128,8 +128,7 @@ class DeltaTrainer(Trainer):
         """The arguments' optimiser over the deltas' own groups of parameters."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups = [group for delta in self.deltas for group in delta.parameter_groups(self.args.learning_rate)]
-            self.optimizer = kind([group for group in groups if group["params"]], **options)
+            self.optimizer = kind(optimizer_groups(self.deltas, self.args.learning_rate), **options)
         return self.optimizer
 
     def compute_loss(
@@ -205,6 +204,17 @@ class EarlyStopping(TrainerCallback):
         """Count the evaluations since the best one."""
         if is_exhausted(self.deltas, state, self.patience):
             control.should_training_stop = True
+
+
+def optimizer_groups(deltas: Sequence[Delta], lr: float) -> list[dict[str, Any]]:
+    """The groups of all deltas, each Parameter once: two deltas may select the same one, and the last of them trains it."""
+    groups, taken = [], set[int]()
+    for delta in deltas:
+        for group in delta.parameter_groups(lr):
+            free = [parameter for parameter in group["params"] if id(parameter) not in taken]
+            taken.update(map(id, free))
+            groups.append({**group, "params": free})
+    return [group for group in groups if group["params"]]
 
 
 def is_exhausted(deltas: Sequence[Delta], state: TrainerState, patience: int) -> bool:

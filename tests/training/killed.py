@@ -11,8 +11,8 @@ import torch
 
 from deltatune.methods.kinds import Method
 from deltatune.training import files, trainer
+from deltatune.training import train as main
 from deltatune.training.result import Result
-from deltatune.training.train import train
 from tests.training import tiny
 
 CONTEXT = get_context("forkserver")
@@ -23,12 +23,12 @@ def run(name: str, method: Method, out: str, **options: Any) -> Result:
     """Train a delta on one of the tiny models."""
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "evaluations": 3, "batch_size": 8, "lr": 5e-3} | options
-    return train(tiny.backbone(name), tiny.data(), method, out=out, tokenizer=tiny.tokenizer(), progress="none", **settings)
+    return main.train(tiny.backbone(name), tiny.data(), method, out=out, tokenizer=tiny.tokenizer(), progress="none", **settings)
 
 
 def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any]) -> None:
     """The same, killed at ``step:N``, before step N's forward; or at ``save:N``, inside the N-th file that torch.save writes;
-    or at ``mark:N``, ahead of the N-th completion marker.
+    at ``mark:N``, ahead of the N-th completion marker; or at ``test:1``, when training is over and the test rows are scored.
     """
     kind, number = moment.split(":")
     calls = 0
@@ -50,6 +50,8 @@ def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any
         trainer.DeltaTrainer.compute_loss = counted(trainer.DeltaTrainer.compute_loss)  # type: ignore[method-assign]
     elif kind == "save":
         torch.save = counted(torch.save)
+    elif kind == "test":
+        main.score_rows = counted(main.score_rows)  # type: ignore[attr-defined]
     else:
         trainer.mark_complete = counted(files.mark_complete)  # type: ignore[attr-defined]
     run(name, method, out, **options)

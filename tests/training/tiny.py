@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from deltatune.tasks import Rows, Task, TaskData, Template, Verbalizer
 from tests.models import MODELS
 
-WORDS = {"sport": "goal match team coach league".split(), "money": "bank share market profit trade".split()}
-COMMON = "the a of and in for on with at by".split()
+WORDS = {"sport": ["goal", "match", "team", "coach", "league"], "money": ["bank", "share", "market", "profit", "trade"]}
+COMMON = ["the", "a", "of", "and", "in", "for", "on", "with", "at", "by"]
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 LABELS = ("sport", "money", "neither")
 
