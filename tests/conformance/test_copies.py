@@ -1,0 +1,95 @@
+"""Rule 2, second half: a deep copy and a pickle of an attached backbone live on their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deltatune.injection.attach import deltas, detach
+from tests.conformance.cells import TAKEN, Cell, over, shake
+from tests.models import output
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda backbone: pickle.loads(pickle.dumps(backbone)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@over(TAKEN)
+def test_copy_is_independent(cell: Cell, way: str) -> None:
+    backbone, inputs = cell.fresh()
+    names = list(backbone.state_dict())
+    with torch.no_grad():
+        plain = output(backbone, inputs)
+        delta = cell.attach(backbone)
+        shake(delta)
+        expected = output(backbone, inputs)
+        other = COPIES[way](backbone)
+        (twin,) = deltas(other)
+        assert twin is not delta
+        assert twin.backbone is other
+        assert torch.equal(output(other, inputs), expected)
+        shake(twin, seed=8)
+        changed = output(other, inputs)
+        assert not torch.equal(changed, expected)
+        assert torch.equal(output(backbone, inputs), expected)
+        detach(delta)
+        assert torch.equal(output(other, inputs), changed)
+        detach(twin)
+        assert torch.equal(output(other, inputs), plain)
+        assert list(other.state_dict()) == names
+
+
+FRESH_PROCESS = """
+import pickle, sys, torch
+from deltatune.injection.attach import attach, deltas, detach
+from deltatune.methods import LoRA
+from tests.models import output
+
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        backbone, inputs, expected, plain = pickle.load(file)
+    assert torch.equal(output(backbone, inputs), expected), f"{path}: outputs after unpickling"
+    (delta,) = deltas(backbone)
+    modules = list(backbone.modules())
+    handles = [module.register_forward_hook(lambda *_: None) for module in modules]
+    handles += [module.register_forward_pre_hook(lambda *_: None) for module in modules]
+    assert torch.equal(output(backbone, inputs), expected), f"{path}: new hooks took the place of ours"
+    for handle in handles:
+        handle.remove()
+    other = attach(backbone, LoRA(rank=2), "feed_forward.up", name="other", head=False)
+    assert torch.equal(output(backbone, inputs), expected), f"{path}: a second delta"
+    detach(delta)
+    detach(other)
+    assert torch.equal(output(backbone, inputs), plain), f"{path}: detached"
+    left = [module for module in backbone.modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert not left, f"{path}: hooks left on {left}"
+print("fine")
+"""
+FOR_A_FRESH_PROCESS = ("lora-bert", "diff-pruning-torch_encoder", "prefix-tuning-t5", "bitfit-llama", "prompt-tuning-gpt2")
+
+
+def test_pickle_in_a_fresh_process(tmp_path: Path) -> None:
+    cells = [cell for cell in TAKEN if str(cell) in FOR_A_FRESH_PROCESS]
+    assert len(cells) == len(FOR_A_FRESH_PROCESS)
+    for cell in cells:
+        backbone, inputs = cell.fresh()
+        with torch.no_grad():
+            plain = output(backbone, inputs)
+            shake(cell.attach(backbone))
+            expected = output(backbone, inputs)
+        (tmp_path / str(cell)).write_bytes(pickle.dumps((backbone, inputs, expected, plain)))
+    command = [sys.executable, "-c", FRESH_PROCESS, *(str(tmp_path / str(cell)) for cell in cells)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=250)
+    assert run.stdout.strip() == "fine", run.stderr[-2000:]

@@ -1,0 +1,1 @@
+"""Each method against its formula, its paper's counts, and PEFT where that is right."""
