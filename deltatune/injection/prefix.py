@@ -117,7 +117,7 @@ class PrefixAct(Act):
                     f"A prefix of {rows.shape[0]} heads of width {rows.shape[2]} was asked to join keys or values of {text.shape[1]} heads "
                     f"of width {text.shape[3]}. This attention does not keep its keys per head; choose another method for it, such as LoRA."
                 )
-            found.append(rows.to(text.dtype)[None].expand(text.shape[0], -1, -1, -1))
+            found.append(rows.to(text)[None].expand(text.shape[0], -1, -1, -1))
         return found[0], found[1]
 
     def bias_columns(self, position_bias: Tensor, query: Tensor, key: Tensor, past: int | Tensor | None) -> Tensor:

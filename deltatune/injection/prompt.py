@@ -58,9 +58,9 @@ class Layout:
         self.total = joined.shape[dim]
         if self.padding is None:
             return joined
-        place = torch.arange(self.total, device=joined.device)[None]
-        order = torch.where(place < self.padding + self.virtual, place - self.padding, place)
-        order = torch.where(place < self.padding, place + self.virtual, order)  # (batch, virtual + text)
+        place, padding = torch.arange(self.total, device=joined.device)[None], self.padding.to(joined.device)
+        order = torch.where(place < padding + self.virtual, place - padding, place)
+        order = torch.where(place < padding, place + self.virtual, order)  # (batch, virtual + text)
         return torch.take_along_dim(joined, order[..., None] if joined.ndim == 3 and dim == 1 else order, dim=dim)
 
     def join_mask(self, mask: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Layout:
         if self.padding is None:
             return joined[:, self.virtual :]
         place = torch.arange(joined.shape[1] - self.virtual, device=joined.device)[None]
-        place = torch.where(place < self.padding, place, place + self.virtual)
+        place = torch.where(place < self.padding.to(joined.device), place, place + self.virtual)
         return torch.take_along_dim(joined, place[..., None], dim=1)
 
 

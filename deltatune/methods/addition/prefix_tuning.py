@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class PrefixTuning(Method):
 
     def share(self, sites: Sequence[Site]) -> nn.Module | None:
         """E, W_1 and c_1; None without reparameterization."""
-        return SharedLayer(self) if self.reparameterization else None
+        return SharedLayer(self).to(sites[0].device) if self.reparameterization else None
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One prefix an attention."""
@@ -91,6 +91,11 @@ class SharedLayer(nn.Module):
         """H."""
         return torch.tanh(F.linear(self.E, self.W_1, self.c_1))
 
+    def reform(self, state: Mapping[str, Tensor]) -> None:
+        """Be empty where the prefixes hold their P."""
+        if not state:
+            self._parameters.clear()
+
 
 class Prefix(PrefixPatch):
     """P_k and P_v of one attention, held as they are or made from the shared layer."""
@@ -117,7 +122,7 @@ class Prefix(PrefixPatch):
         if self.shared is None:
             return self.P_k, self.P_v
         heads, length, head_dim = self.shape
-        made = F.linear(self.shared(), self.W_2, self.c_2).view(length, 2, heads, head_dim)
+        made = F.linear(self.shared().to(self.W_2.device), self.W_2, self.c_2).view(length, 2, heads, head_dim)
         return made[:, 0].transpose(0, 1), made[:, 1].transpose(0, 1)
 
     def export(self) -> None:
@@ -129,6 +134,11 @@ class Prefix(PrefixPatch):
         self._shared = (None,)
         self._parameters.clear()
         self.P_k, self.P_v = (nn.Parameter(part.contiguous()) for part in made)
+
+    def reform(self, state: Mapping[str, Tensor]) -> None:
+        """Hold P where the state holds P."""
+        if "P_k" in state:
+            self.export()
 
 
 def key_value_shape(site: Site) -> tuple[int, int]:

@@ -64,12 +64,12 @@ class PromptTuning(Method):
                 f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
                 "Choose a text stack (role `stack`), or another method."
             )
-        return [Prompt(self._fresh(stack.get_input_embeddings()))]
+        return [Prompt(self._fresh(stack.get_input_embeddings(), site.device))]
 
     @torch.no_grad()
-    def _fresh(self, embedding: nn.Module) -> Tensor:
+    def _fresh(self, embedding: nn.Module, device: torch.device) -> Tensor:
         """P before training, (num_virtual_tokens, hidden)."""
-        rows, width, device = _table(embedding)
+        rows, width = _table(embedding)
         if any(not 0 <= token < rows for token in self.init_ids):
             raise InvalidValue(
                 f"PromptTuning(init_ids=...) names a token outside the vocabulary of {rows}. Use the backbone's own tokenizer."
@@ -77,10 +77,10 @@ class PromptTuning(Method):
         first = _embed(embedding, torch.tensor(self.init_ids, dtype=torch.long), device)
         missing = self.num_virtual_tokens - len(self.init_ids)
         if self.init == "random":
-            rest = torch.empty(missing, width).uniform_(-self.init_range, self.init_range)
+            rest = torch.empty(missing, width, device=device).uniform_(-self.init_range, self.init_range)
         else:
             rest = _embed(embedding, torch.randint(min(rows, self.init_vocabulary), (missing,)), device)
-        return torch.cat([first.to(rest.device), rest])
+        return torch.cat([first, rest])
 
 
 class Prompt(PromptPatch):
@@ -95,14 +95,15 @@ class Prompt(PromptPatch):
         return self.P
 
 
-def _table(embedding: nn.Module) -> tuple[int, int, torch.device]:
-    weight = getattr(embedding, "weight", None)
-    rows, width = getattr(embedding, "num_embeddings", 0), getattr(embedding, "embedding_dim", 0)
-    assert isinstance(weight, Tensor)
-    return (int(rows), int(width), weight.device) if rows else (weight.shape[0], weight.shape[1], weight.device)
+def _table(embedding: nn.Module) -> tuple[int, int]:
+    rows, width = getattr(embedding, "num_embeddings", None), getattr(embedding, "embedding_dim", None)
+    if isinstance(rows, int) and isinstance(width, int):
+        return rows, width  # a quantised table packs its weight
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    return weight.shape[0], weight.shape[1]
 
 
 def _embed(embedding: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     """What the stack makes of these tokens, its scaling included, without the hooks of other deltas; in fp32."""
     embedded: Tensor = embedding.forward(ids.to(device))
-    return embedded.float().clone()
+    return embedded.float().to(device, copy=True)
