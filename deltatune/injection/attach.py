@@ -22,7 +22,7 @@ from deltatune.injection.weights import WeightAct
 from deltatune.methods.kinds import InputPatch, Method, OutputPatch, Patch, PrefixPatch, PromptPatch, SelectionPatch, Sharing, WeightPatch
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.index import Index
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, modules_of
 from deltatune.structure.where import Matches, Where, find_sites
 
 ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
@@ -111,7 +111,7 @@ def place(
     _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
     taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
     entries += [
-        Entry(name, site, SelectionPatch(parameter), (Host(site.module),), True, {})
+        Entry(name, site, SelectionPatch(parameter, by_value=True), (Host(site.module),), True, {})
         for site in heads
         for parameter in site.all_parameters
         if id(site.module.get_parameter(parameter)) not in taken
@@ -253,7 +253,7 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
     """Build everything before anything is touched; what is met twice (whole, and as a role's rows) is taken once."""
     entries: list[Entry] = []
     taken: set[tuple[int, str]] = set()
-    heads = {id(module) for head in _heads(index) for module in head.module.modules()}
+    heads = {id(module) for head in _heads(index) for module in modules_of(head.module).values()}
     for site in _read_sites(index, sites):
         for patch in method.build(site, shared):
             target: object = site.module
@@ -272,7 +272,10 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
             patch.to(site.device)
             patch.train(site.module.training)
             flags = {key: parameter.requires_grad for key, parameter in patch.named_parameters()}
-            entries.append(Entry(name, site, patch, hosts, id(site.module) in heads, flags))
+            is_head = id(site.module) in heads
+            if isinstance(patch, SelectionPatch):
+                patch.by_value = is_head
+            entries.append(Entry(name, site, patch, hosts, is_head, flags))
         taken |= {_target(entry) for entry in entries if entry.site is site}
     return entries
 

@@ -5,7 +5,7 @@
 over the active deltas i that select the parameter. The object stays the same, so optimizers, tied weights and FSDP see
 nothing new. theta_0 is kept as a plain tensor that follows the slot through ``to``. One selection per parameter is
 *live*, the last active one: it trains, the others stay constant differences. A delta that is alone gets back its
-exact bits, and so does the backbone.
+exact bits, and so does the backbone. Of a fresh task head, whose theta_0 is random, the last active value stands alone.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class SelectionAct(Act):
 
     def add(self, module: nn.Module, member: Member) -> None:
         """Keep theta_0 at the first selection of a parameter."""
-        name = selected(member)
+        name = selected(member).parameter
         theta = module.get_parameter(name)
         if theta.is_meta or not theta.is_floating_point():
             raise Unsupported(
@@ -135,30 +135,37 @@ class SelectionAct(Act):
             )
         super().add(module, member)
         choice = self.choices.setdefault(name, Choice(theta))
-        choice.values[member.delta] = choice.original.clone()
+        choice.values[member.delta] = (theta.detach() if selected(member).by_value else choice.original).clone()
 
     def remove(self, module: nn.Module, delta: str) -> None:
         """Give the parameter back; the delta is inactive by now."""
         for member in self.members.get(delta, ()):
-            choice = self.choices[selected(member)]
+            choice = self.choices[selected(member).parameter]
             choice.values.pop(delta, None)
             choice.gradients.pop(delta, None)
             if not choice.values and not choice.active:
-                del self.choices[selected(member)]
+                del self.choices[selected(member).parameter]
         super().remove(module, delta)
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
-        """Write the sum over the active deltas into each parameter."""
+        """Write the sum over the active deltas into each parameter.
+
+        Raises:
+            Unsupported: a gated composition of selections.
+        """
         for name, choice in self.choices.items():
-            active = []
-            for term in terms:
-                if term.how == "gated" and any(delta in self.members for delta in term.members):
-                    raise Unsupported(
-                        "A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'."
-                    )
-                for delta, weight in zip(term.members, term.weights, strict=True):
-                    if any(selected(member) == name for member in self.members.get(delta, ())):
-                        active.append((delta, weight))
+            acting = [
+                (term.how, member, weight)
+                for term in terms
+                for delta, weight in zip(term.members, term.weights, strict=True)
+                for member in self.members.get(delta, ())
+                if selected(member).parameter == name
+            ]
+            active = [(member.delta, weight) for _, member, weight in acting]
+            if any(selected(member).by_value for _, member, _ in acting):
+                active = [(active[-1][0], 1.0)]
+            elif any(how == "gated" for how, _, _ in acting):
+                raise Unsupported("A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
             choice.arrange(tuple(active), module.get_parameter(name))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -175,8 +182,7 @@ class SelectionAct(Act):
             choice.apply(function)
 
 
-def selected(member: Member) -> str:
-    """Path, below the host, of the parameter that a selection member trains."""
-    patch = member.patch
-    assert isinstance(patch, SelectionPatch)
-    return patch.parameter
+def selected(member: Member) -> SelectionPatch:
+    """The member's patch."""
+    assert isinstance(member.patch, SelectionPatch)
+    return member.patch

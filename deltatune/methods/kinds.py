@@ -77,11 +77,14 @@ class SelectionPatch(Patch):
 
     Args:
         parameter: path of the parameter below the site's module.
+        by_value: the backbone's own value is a random draw, as of a fresh task head, so that differences from it mean
+            nothing: the last active delta's value stands, whatever the weights.
     """
 
-    def __init__(self, parameter: str) -> None:
+    def __init__(self, parameter: str, by_value: bool = False) -> None:
         super().__init__()
         self.parameter = parameter
+        self.by_value = by_value
 
 
 class PrefixPatch(Patch):

@@ -8,6 +8,7 @@ from torch import nn
 
 from deltatune.structure.site import DELTA_CHILD as DELTA_CHILD
 from deltatune.structure.site import Rows
+from deltatune.structure.site import modules_of as modules_of
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,6 @@ class Anatomy:
     def paths(self, role: str) -> list[str]:
         """Paths of the modules that have ``role`` as a whole."""
         return [path for path, entries in self.assignments.items() if any(entry.role == role for entry in entries)]
-
-
-def modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module in module order, each module once, without what deltas put there."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[path] = module
-        for name, child in module._modules.items():
-            if child is not None and name != DELTA_CHILD:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(backbone, "")
-    return found
 
 
 def has_own_parameters(module: nn.Module) -> bool:

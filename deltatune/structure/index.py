@@ -132,7 +132,7 @@ class Index:
         inner = paths.entry if paths.inner is None else paths.inner
         return Stack(
             site=site,
-            embedding=self._by_key[paths.embedding],
+            embedding=self._embedding(paths.embedding),
             inner=modules[inner],
             inner_path=inner,
             side=(site.role or "").rpartition(".")[0],
@@ -140,6 +140,11 @@ class Index:
             attentions=tuple(other for other in mine if other.leaf in ("attention", "cross_attention")),
             positions=tuple(other for other in mine if other.leaf == "position"),
         )
+
+    def _embedding(self, path: str) -> Site:
+        """The site of an embedding, which may go by another stack's path where both stacks have one and the same."""
+        module = self.backbone.get_submodule(path)
+        return next(site for site in self.sites if site.module is module)
 
 
 def index(backbone: nn.Module) -> Index:

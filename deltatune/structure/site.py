@@ -88,7 +88,12 @@ class Site:
         """Paths, below ``module``, of every parameter of the backbone at the site, at whatever depth."""
         if self.parameter is not None:
             return (self.parameter,)
-        return tuple(path for path, _ in self.module.named_parameters() if DELTA_CHILD not in path.split("."))
+        return tuple(
+            f"{path}.{name}" if path else name
+            for path, module in modules_of(self.module).items()
+            for name, tensor in module._parameters.items()
+            if tensor is not None
+        )
 
     @property
     def is_linear(self) -> bool:
@@ -170,3 +175,27 @@ class Site:
             return shape[0]
         matrix = shape[-2:]  # experts stack theirs: (expert, out, in)
         return matrix[transposed_axis] if self.transposed else matrix[axis]
+
+
+def modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module in module order, each module once, without what deltas put there.
+
+    A leaf that stands in several places goes by the last one: T5's `shared`, which is never called as such, may be the
+    same object as the stacks' embeddings.
+    """
+    found: dict[str, nn.Module] = {}
+    paths: dict[int, str] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in paths:
+            if module._modules:
+                return
+            del found[paths[id(module)]]
+        paths[id(module)] = path
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None and name != DELTA_CHILD:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(backbone, "")
+    return found
