@@ -31,6 +31,9 @@ LEFT_BEHIND = frozenset(
 )
 """Attributes that transformers and accelerate set on a model's modules and do not take away."""
 
+PACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' 4-bit layers repack their weights at their first forward in eval mode, and cannot train any more then."""
+
 
 @contextmanager
 def trainer_modules() -> Iterator[None]:
@@ -66,12 +69,17 @@ def left_alone(backbone: nn.Module, deltas: Sequence[Delta]) -> Iterator[None]:
         delta.freeze()
     config = getattr(backbone, "config", None)
     use_cache = vars(config).get("use_cache", LEFT_BEHIND) if config is not None else None
+    packing = [module for module in backbone.modules() if getattr(module, PACKS, False)]
+    for module in packing:
+        setattr(module, PACKS, False)
     had = {name: set(vars(module)) for name, module in backbone.named_modules()}
     try:
         yield
     finally:
         for delta in others:
             delta.unfreeze()
+        for module in packing:
+            setattr(module, PACKS, True)
         if use_cache is LEFT_BEHIND:
             vars(config).pop("use_cache", None)
         elif config is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from deltatune.errors import InvalidValue, UnknownName, nearest, require_extra
 from deltatune.methods.kinds import Method, methods
+from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
 from deltatune.tasks.files import task_from_file
 from deltatune.training.settings import Settings
@@ -133,31 +134,9 @@ def _run(entries: dict[str, Any], path: str) -> Run:
     )
 
 
-def make_method(method: str | Method, fields: Mapping[str, Any] | None = None) -> Method:
-    """A method by name with its fields; texts, as a command line gives them, become the fields' types.
-
-    >>> make_method("lora", {"rank": "4"})
-    LoRA(rank=4, alpha=16.0, dropout=0.0, rank_stabilized=False)
-
-    Raises:
-        UnknownName: no method, or no field, has the name.
-        InvalidValue: a value the field cannot take.
-    """
-    load_methods()
-    if not isinstance(method, str):
-        return dataclasses.replace(method, **_fields(type(method), fields or {})) if fields else method
-    recipe = methods[method]
-    values = _fields(recipe, fields or {})
-    try:
-        return recipe(**values)
-    except TypeError as cause:
-        raise InvalidValue(f"The method `{method}` cannot be made from {values}: {cause}.") from cause
-
-
 def method_to_dict(method: Method) -> dict[str, Any]:
     """Name and fields, as plain values."""
-    load_methods()
-    return {"name": methods.name_of(type(method)), **_lists(dataclasses.asdict(method))}
+    return {"name": methods.name_of(type(method)), **_lists(settings_of(method))}
 
 
 def method_from_dict(entries: Mapping[str, Any]) -> Method:
@@ -168,47 +147,7 @@ def method_from_dict(entries: Mapping[str, Any]) -> Method:
     """
     if "name" not in entries:
         raise InvalidValue(f"The method {dict(entries)} has no `name`. Add one, such as `name: lora`.")
-    return make_method(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
-
-
-def load_methods() -> None:
-    """Import the built-in methods, which registers them."""
-    import deltatune.methods  # noqa: F401
-
-
-def _fields(recipe: type[Method], fields: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name: field for field in dataclasses.fields(recipe)}
-    for name in fields:
-        if name not in known:
-            raise UnknownName(f"{recipe.__name__} has no field called `{name}`. {nearest(name, known)}")
-    return {name: _field(recipe, name, str(known[name].type), value) for name, value in fields.items()}
-
-
-def _field(recipe: type[Method], name: str, declared: str, value: Any) -> Any:
-    if isinstance(value, str) and "str" not in declared:
-        value = _yaml().safe_load(value)
-    if isinstance(value, list):
-        return tuple(value)
-    checks: dict[str, Callable[[Any], Any]] = {"int": _integer, "float": float, "bool": _boolean}
-    kind = declared.removesuffix(" | None")
-    if value is None or kind not in checks:
-        return value
-    try:
-        return checks[kind](value)
-    except (TypeError, ValueError):
-        raise InvalidValue(f"{recipe.__name__}({name}={value!r}) was asked for; `{name}` is of type {declared}.") from None
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or float(value) != int(value):
-        raise ValueError(value)
-    return int(value)
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(value)
-    return value
+    return make(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
 
 
 def load_data(task: str | Task | TaskData | DataFile) -> TaskData:

@@ -16,6 +16,7 @@ from torch import nn
 from deltatune.checkpoint.format import save
 from deltatune.errors import InvalidValue
 from deltatune.methods.kinds import Method
+from deltatune.methods.making import make
 from deltatune.structure.where import Where
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import HeadFraming
@@ -27,7 +28,7 @@ from deltatune.training.evaluation import score_rows
 from deltatune.training.job import Job, make_job, name_of
 from deltatune.training.place import CURVE, RunFolder, is_main
 from deltatune.training.result import Result
-from deltatune.training.run import DataFile, Run, installed_versions, load_data, make_method
+from deltatune.training.run import DataFile, Run, installed_versions, load_data
 from deltatune.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def train(
         True
     """
     chosen = Settings.of(settings)
-    methods = tuple(make_method(one) for one in ([method] if isinstance(method, str | Method) else method))
+    methods = tuple(make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method))
     if not methods:
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
     data = load_data(task)

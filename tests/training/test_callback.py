@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,7 +129,7 @@ def test_the_penalty_adds_its_gradient_once_a_step(tmp_path: Path, monkeypatch: 
     gradients: dict[float, Tensor] = {}
     for pull in (0.0, 0.25):
         trainer, delta = plain_trainer(Lively(pull=pull), tmp_path / str(pull), **options)
-        monkeypatch.setattr(trainer.model, "train", trainer.model.eval)  # no dropout
+        monkeypatch.setattr(trainer.model, "train", partial(type(trainer.model).train, trainer.model, False))  # no dropout
         kept: list[Tensor] = []
         step = torch.optim.AdamW.step
 
