@@ -132,12 +132,14 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where a patch for this site lives: beside the site's tensors, or where accelerate will bring offloaded ones."""
-        hook = getattr(self.module, "_hf_hook", None)
-        execution = getattr(hook, "execution_device", None)
-        if execution is not None:
-            return torch.device(execution)
-        tensor = next(self.module.parameters(), None)
-        return torch.device("cpu") if tensor is None else tensor.device
+        for module in self.module.modules():  # offloading hooks the modules that own parameters, not those around them
+            execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if execution is not None:
+                return torch.device(execution)
+            for tensor in module._parameters.values():
+                if tensor is not None:
+                    return tensor.device
+        return torch.device("cpu")
 
     @property
     def in_features(self) -> int:

@@ -241,6 +241,23 @@ def test_a_backbone_in_bfloat16_keeps_its_type_and_the_prefix_its_own() -> None:
     assert (automatic.float() - output(exact, inputs)).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_an_offloaded_backbone(name: str) -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = MODELS[name]()
+    delta = dt.attach(model, SMALL, head=False)
+    wanted, state = output(model, inputs), delta.state_dict()
+    dt.detach(delta)
+    cpu_offload(model, execution_device=torch.device("cpu"))  # its weights wait elsewhere, and are on "meta" meanwhile
+    delta = dt.attach(model, SMALL, head=False)
+    delta.load_state_dict(state)
+    found = output(model, inputs)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    found.square().sum().backward()
+    assert all(parameter.grad is not None for name, parameter in delta.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "t5"])
 def test_prefixes_of_different_lengths_concatenate_in_order(name: str) -> None:
     model, inputs = MODELS[name]()

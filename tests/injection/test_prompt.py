@@ -304,6 +304,18 @@ def test_a_backbone_in_bfloat16_keeps_its_type_and_the_prompt_its_own() -> None:
     assert model.float() is model
 
 
+def test_an_offloaded_backbone_gives_its_embeddings_to_a_fresh_prompt() -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = MODELS["llama"]()
+    table = model.get_input_embeddings().weight.clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    P = dt.attach(model, PromptTuning(3, init_ids=(7, 8, 9))).patches[0].P
+    assert torch.equal(P, table[7:10])
+    output(model, inputs).square().sum().backward()
+    assert P.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", ["vit", "torch_encoder", "conv_net"])
 def test_a_backbone_without_text_has_no_site(name: str) -> None:
     with pytest.raises(NoSite):
