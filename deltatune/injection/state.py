@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.selections import SelectionAct
 from deltatune.injection.slot import Slot, slot_of
+from deltatune.injection.weights import WeightAct
 from deltatune.structure.anatomy import modules_of
 
 
@@ -34,17 +35,26 @@ def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def originals(backbone: nn.Module) -> dict[int, Tensor]:
-    """``id(Parameter)`` -> its tensor before the first attach, for those that deltas select or are merged into."""
+    """``id`` of a tensor in the backbone's tree -> what stood there before the first attach, wherever that is something else.
+
+    Deltas select a Parameter, are merged into it, or hold its effective tensor in its place for the length of a forward.
+    """
     ledger = ledger_of(backbone)
     if ledger is None:
         return {}
-    found = {id(kept.module.get_parameter(kept.name)): kept.original for kept in ledger.kept}
-    for module in modules_of(backbone).values():
-        slot = slot_of(module)
-        act = None if slot is None else slot.acts.get(SelectionAct.__name__)
-        if isinstance(act, SelectionAct):
-            found |= {id(module.get_parameter(name)): choice.original for name, choice in act.choices.items()}
-    return found
+    slots = [(module, slot) for module in modules_of(backbone).values() if (slot := slot_of(module)) is not None]
+    acts = [(module, act) for module, slot in slots for act in slot.acts.values()]
+    swapped = {id(owner._parameters[name]): theta for _, act in acts if isinstance(act, WeightAct) for owner, name, theta in act.swapped}
+    held = [(kept.module, kept.name, kept.original) for kept in ledger.kept]
+    held += [
+        (module, name, choice.original) for module, act in acts if isinstance(act, SelectionAct) for name, choice in act.choices.items()
+    ]
+    found: dict[int, Tensor] = {}
+    for module, name, original in held:
+        owner, _, leaf = name.rpartition(".")
+        now = module.get_submodule(owner)._parameters[leaf]
+        found[id(swapped.get(id(now), now))] = original
+    return found | {stand_in: found.get(id(theta), theta) for stand_in, theta in swapped.items()}
 
 
 def _ancestors(name: str) -> set[str]:

@@ -4,13 +4,16 @@
     theta' = theta + sum_i w_i (g_i(theta; phi_i) - theta)   side by side
 
 The pre-hook puts theta' into ``owner._parameters[name]`` and the post-hook puts the Parameter back, whatever happens
-in between. ``torch.nn.utils.parametrize`` would change the owner's class and cannot be pickled.
+in between. ``torch.nn.utils.parametrize`` would change the owner's class and cannot be pickled. theta' is computed in
+the types of theta and phi even under autocast, so that it does not depend on who asks first.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,8 +72,11 @@ class Fold:
         return host.get_submodule(self.owner_path) if self.owner_path else host
 
     def effective(self, theta: Tensor) -> Tensor:
-        """theta', cached by the version counters of theta and phi while nothing needs gradients."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or theta.is_inference():
+        """theta', cached by the version counters of theta and phi while nothing needs gradients; dropped when something does."""
+        if torch.compiler.is_compiling() or theta.is_inference():
+            return self._compute(theta)
+        if torch.is_grad_enabled():
+            self.drop_cache()
             return self._compute(theta)
         patches = [member.patch for _, groups, _ in self.terms for group in groups for member in group]
         if any(isinstance(patch, Stochastic) and patch.training for patch in patches):
@@ -88,6 +94,10 @@ class Fold:
         self._cache = None
 
     def _compute(self, theta: Tensor) -> Tensor:
+        with torch.autocast(theta.device.type, enabled=False):
+            return self._folded(theta)
+
+    def _folded(self, theta: Tensor) -> Tensor:
         for how, groups, weights in self.terms:
             if how == "sequential":
                 for group in groups:
@@ -113,7 +123,12 @@ def run_weight(member: Member, theta: Tensor) -> Tensor:
 
 
 class WeightAct(Act):
-    """Swaps the effective parameters of one host module."""
+    """Swaps the effective parameters of one host module.
+
+    Attributes:
+        folds: parameter -> what acts on it.
+        swapped: owner, name and Parameter of what stands aside now.
+    """
 
     listens = True
 
@@ -121,7 +136,8 @@ class WeightAct(Act):
         super().__init__(module)
         self.guard = Guard()
         self.folds: dict[str, Fold] = {}
-        self._swapped: list[tuple[nn.Module, str, Tensor]] = []
+        self.swapped: list[tuple[nn.Module, str, Tensor]] = []
+        self._calls = 0
         self._holder: int | None = None
 
     def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
@@ -130,9 +146,10 @@ class WeightAct(Act):
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""
-        names = list(dict.fromkeys(member.parameter for group in self.members.values() for member in group))
+        self._settle()
+        acting = [self.members[delta] for term in terms for delta in term.members if delta in self.members]
         folds = {}
-        for name in names:
+        for name in dict.fromkeys(member.parameter for group in acting for member in group):
             fold = self.folds.get(name) or Fold(name)
             fold.drop_cache()
             fold.terms = tuple(entry for term in terms if (entry := self._entry(term, name)) is not None)
@@ -156,12 +173,40 @@ class WeightAct(Act):
         return term.how, tuple(groups), tuple(weights)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Swap theta' in."""
+        """Swap theta' in; a module that calls itself finds it there.
+
+        Raises:
+            Busy: another thread's forward holds swapped weights of this backbone.
+            Unsupported: a parameter is not in memory.
+        """
         if not self.folds:
             return args, kwargs
-        if not torch.compiler.is_compiling():
-            self.guard.enter()
-            self._holder = threading.get_ident()
+        if torch.compiler.is_compiling():
+            self._swap(module)
+            return args, kwargs
+        self.guard.enter()
+        if self._calls and not _calls_itself(module):
+            self._settle()
+        self._holder = threading.get_ident()
+        self._calls += 1
+        if self._calls == 1:
+            self._swap(module)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put the Parameters back, unless another thread's forward holds them."""
+        if torch.compiler.is_compiling():
+            self._restore()
+        elif self._holder == threading.get_ident():
+            self._leave()
+        return output
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Forget what was cached of tensors that move now."""
+        for fold in self.folds.values():
+            fold.drop_cache()
+
+    def _swap(self, module: nn.Module) -> None:
         for fold in self.folds.values():
             owner = fold.owner(module)
             theta = owner._parameters[fold.name]
@@ -170,21 +215,33 @@ class WeightAct(Act):
                     f"`{fold.name}` of {type(owner).__name__} is offloaded or on the meta device; a weight-kind delta needs it in memory. "
                     "Load the backbone without offload, or use an output-kind method such as LoRA on its linears."
                 )
-            self._swapped.append((owner, fold.name, theta))
+            self.swapped.append((owner, fold.name, theta))
             owner._parameters[fold.name] = fold.effective(theta)  # type: ignore[assignment]
-        return args, kwargs
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Put the Parameters back, unless another thread's forward holds them."""
-        if torch.compiler.is_compiling():
-            self._restore()
-        elif self._holder == threading.get_ident():
-            self._restore()
-            self._holder = None
-            self.guard.leave()
-        return output
 
     def _restore(self) -> None:
-        while self._swapped:
-            owner, name, theta = self._swapped.pop()
+        while self.swapped:
+            owner, name, theta = self.swapped.pop()
             owner._parameters[name] = theta  # type: ignore[assignment]
+
+    def _leave(self) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._restore()
+            self._holder = None
+        self.guard.leave()
+
+    def _settle(self) -> None:
+        """End the calls that Ctrl-C broke off in this thread: for what is no ``Exception``, PyTorch runs no post-hooks."""
+        while self._calls and self._holder == threading.get_ident():
+            self._leave()
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether the call of ``module`` that is under way was made from within another one."""
+    calls = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            calls += 1
+        frame = frame.f_back
+    return calls > 1
