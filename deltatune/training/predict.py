@@ -18,7 +18,7 @@ from deltatune.injection.delta import Delta
 from deltatune.tasks import Task, TaskData, Template, Verbalizer
 from deltatune.tasks.framing import Framing, HeadFraming, check_rows
 from deltatune.tasks.text2text import TextToTextFraming
-from deltatune.training.evaluation import score_rows
+from deltatune.training.evaluation import answers, score_rows
 from deltatune.training.opening import delta_folder, open
 from deltatune.training.place import DELTA
 from deltatune.training.run import RUN_FILE, load_data, read_run
@@ -34,8 +34,8 @@ class Prediction:
     """What a delta says about one text.
 
     Attributes:
-        label: the label's name, a list of names (multilabel), or a number (regression).
-        score: the label's probability; of several the least; None for a number.
+        label: the label's name, a list of names (multilabel), a number (regression), or a text (text2text).
+        score: the label's probability; of several the least; None for a number or a text.
         scores: probability by label name.
     """
 
@@ -91,6 +91,8 @@ class Predictor:
         several = [texts] if isinstance(texts, str | Mapping) else list(texts)
         rows = [_row(self.framing.task, text) for text in several]
         check_rows(self.framing.task, rows)
+        if isinstance(self.framing, TextToTextFraming) and not self.framing.words:
+            return [Prediction(text, None, {}) for text in answers(self.framing, self.backbone, rows, batch_size)]
         scores = self.framing.score(self.backbone, rows, batch_size)
         return [_prediction(self.framing, row, said) for row, said in zip(scores, self.framing.predict(scores), strict=True)]
 

@@ -137,8 +137,10 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
 
     settings, timer = run.settings, StepTimer()
     material = job.material(settings)
-    schedule = Schedule.of(settings, len(material.train), processes=int(os.environ.get("WORLD_SIZE", "1")), resumable=place is not None)
-    watched = shown(show, "+".join(delta.name for delta in job.deltas), job.metric, settings.batch_size * settings.grad_accumulation)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
+    rows_a_step = settings.batch_size * settings.grad_accumulation * processes
+    watched = shown(show, "+".join(delta.name for delta in job.deltas), job.metric, rows_a_step)
     with ExitStack() as stack:
         folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
         if place is not None and is_main():

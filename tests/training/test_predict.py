@@ -13,7 +13,7 @@ import torch
 import deltatune as dt
 from deltatune.errors import CheckpointError, DataError
 from deltatune.methods import LoRA
-from deltatune.tasks import Rows, Task, TaskData
+from deltatune.tasks import Rows, Task, TaskData, Template
 from deltatune.training.predict import Predictor, evaluate, predict
 from deltatune.training.train import train
 from tests.training import tiny
@@ -115,3 +115,15 @@ def test_other_kinds_of_tasks(kind: str, tmp_path: Path) -> None:
     [said] = predict(tmp_path / "run", [("goal", "bank")] if kind == "pair" else "goal")
     assert {"regression": float, "multilabel": list, "pair": str}[kind] is type(said.label)
     assert evaluate(tmp_path / "run", data)["score"] == pytest.approx(result.score)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
+def test_answers_of_a_task_without_labels_are_written_and_compared(name: str, tmp_path: Path) -> None:
+    rows = Rows({"text": ["bank profit", "goal of the match in the league", "team"], "label": ["bank", "match of the league", "team"]})
+    task = Task("echo", "text2text", ("text",), "label", metrics=("exact_match",), templates=(Template("{text} Topic:"),))
+    data = TaskData(task, Rows({key: list(rows[key]) * 8 for key in ("text", "label")}), rows, rows, "made up")
+    options: dict[str, Any] = {"max_steps": 60, "lr": 1e-2, "batch_size": 12, "evaluations": 1, "progress": "none"}
+    result = train(tiny.folder(name, tmp_path), data, LoRA(rank=8), where="*", out=tmp_path / "run", **options)
+    assert result.metric == "exact_match"
+    assert result.score == 1.0
+    assert [said.label for said in predict(tmp_path / "run", list(rows["text"]))] == rows["label"]
