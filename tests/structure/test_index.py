@@ -133,7 +133,7 @@ def test_a_module_under_two_names_is_one_site() -> None:
     linear = nn.Linear(4, 4)
     index_ = index(nn.ModuleDict({"a": linear, "b": linear}))
     assert [site.path for site in index_ if site.path] == ["b"]
-    assert not index_["a"].tied
+    assert not index_["b"].tied
 
 
 def test_lookup_by_key() -> None:
