@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from deltatune.injection.outputs import OutputAct
 from deltatune.injection.prefix import PrefixAct
 from deltatune.injection.prompt import PromptAct
 from deltatune.injection.selections import SelectionAct
-from deltatune.injection.slot import Act, Member, Slot, close_slot, open_slot, slot_of
+from deltatune.injection.slot import Act, Member, close_slot, open_slot, slot_of
 from deltatune.injection.weights import WeightAct
 from deltatune.methods.kinds import InputPatch, Method, OutputPatch, Patch, PrefixPatch, PromptPatch, SelectionPatch, Sharing, WeightPatch
 from deltatune.methods.kinds import methods as registered
@@ -341,24 +342,25 @@ def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
             act = kind(module)
             slot.acts = dict(sorted({**slot.acts, kind.__name__: act}.items(), key=lambda item: ORDER.index(item[0])))
         if k == 0:
-            slot.patches[_free_key(slot, entry.delta)] = entry.patch
+            key = next(key for key in _keys(entry.delta) if key not in slot.patches)
+            slot.patches[key] = entry.patch
         act.add(module, Member(entry.delta, entry.site, entry.patch, host.parameter))
         if fresh:
             act.join(ledger.around, backbone, ledger.index(backbone), entry.site)
         slot.listen(module)
 
 
-def _free_key(slot: Slot, delta: str) -> str:
-    """``<delta>``, or ``<delta>/1`` and so on where a fused projection has several patches of one delta."""
-    keys = (delta if k == 0 else f"{delta}/{k}" for k in range(len(slot.patches) + 1))
-    return next(key for key in keys if key not in slot.patches)
+def _keys(delta: str) -> Iterator[str]:
+    """Names of a delta's patches in a slot: ``<delta>``, then ``<delta>/1`` and so on where a fused projection has several."""
+    yield delta
+    yield from (f"{delta}/{k}" for k in count(1))
 
 
 def _remove(delta: Delta) -> None:
     ledger = delta.ledger
     ledger.terms = [term for term in ledger.terms if delta.name not in term.members]
     ledger.arrange([delta.name])
-    ledger.watch.drop(delta.entries)
+    ledger.watch.drop(delta.name)
     for entry in delta.entries:
         for host in entry.hosts:
             _clear(ledger, host.module, entry)
@@ -371,7 +373,9 @@ def _clear(ledger: Ledger, module: nn.Module, entry: Entry) -> None:
     slot = slot_of(module)
     if slot is None:
         return
-    for key in [key for key, patch in slot.patches.items() if patch is entry.patch]:
+    for key in _keys(entry.delta):
+        if key not in slot.patches:
+            break
         del slot.patches[key]
     for name, act in list(slot.acts.items()):
         act.remove(module, entry.delta)

@@ -28,7 +28,7 @@ class Watch:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._unseen: list[Entry] = []
-        self._stochastic: list[Stochastic] = []
+        self._stochastic: dict[str, list[Stochastic]] = {}
         self._handles: list[RemovableHandle] = []
 
     def listen(self, backbone: nn.Module) -> None:
@@ -50,19 +50,19 @@ class Watch:
             if entry.listens:
                 self._unseen.append(entry)
             if isinstance(entry.patch, Stochastic):
-                self._stochastic.append(entry.patch)
+                self._stochastic.setdefault(entry.delta, []).append(entry.patch)
 
-    def drop(self, entries: Iterable[Entry]) -> None:
+    def drop(self, delta: str) -> None:
         """Forget the entries of a delta."""
-        gone = {id(entry.patch) for entry in entries}
-        self._unseen = [entry for entry in self._unseen if id(entry.patch) not in gone]
-        self._stochastic = [patch for patch in self._stochastic if id(patch) not in gone]
+        self._unseen = [entry for entry in self._unseen if entry.delta != delta]
+        self._stochastic.pop(delta, None)
 
     def before(self, backbone: nn.Module, args: Any) -> None:
         """Pre-hook of the root: random draws, once per forward, so that every reader of a parameter sees the same one."""
         if backbone.training:
-            for patch in self._stochastic:
-                patch.draw()
+            for term in self._ledger.terms:
+                for patch in (patch for name in term.members for patch in self._stochastic.get(name, ())):
+                    patch.draw()
 
     def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the root: every patch must sit where the forward comes by.

@@ -85,15 +85,15 @@ class Site:
 
     @property
     def all_parameters(self) -> tuple[str, ...]:
-        """Paths, below ``module``, of every parameter of the backbone at the site, at whatever depth."""
+        """Paths, below ``module``, of every parameter of the backbone at the site, at whatever depth; a tied one has its first."""
         if self.parameter is not None:
             return (self.parameter,)
-        return tuple(
-            f"{path}.{name}" if path else name
-            for path, module in modules_of(self.module).items()
-            for name, tensor in module._parameters.items()
-            if tensor is not None
-        )
+        paths: dict[int, str] = {}
+        for path, module in modules_of(self.module).items():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    paths.setdefault(id(tensor), f"{path}.{name}" if path else name)
+        return tuple(paths.values())
 
     @property
     def is_linear(self) -> bool:
