@@ -4,8 +4,9 @@
 
 over the active deltas i that select the parameter. The object stays the same, so optimizers, tied weights and FSDP see
 nothing new. theta_0 is kept as a plain tensor that follows the slot through ``to``. One selection per parameter is
-*live*, the last active one: it trains, the others stay constant differences. A delta that is alone gets back its
-exact bits, and so does the backbone. Of a fresh task head, whose theta_0 is random, the last active value stands alone.
+*live*, the last active one whose weight is not 0: it trains, the others stay constant differences. A delta that was
+not trained meanwhile gets back its exact bits, and so does the backbone. Of a fresh task head, whose theta_0 is
+random, the last active value stands alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 from deltatune.injection.slot import Act, Member, Term
-from deltatune.methods.kinds import SelectionPatch
+from deltatune.methods.kinds import Patch, SelectionPatch
+from deltatune.structure.index import Index
+from deltatune.structure.site import Site
 
 
 class Choice:
@@ -26,9 +29,10 @@ class Choice:
 
     Attributes:
         original: theta_0.
-        values: theta_i of every delta that is not live; of the live one it is read off the Parameter.
+        values: theta_i as it was when what acts was last arranged; what the live one has learnt since is in the Parameter,
+            and one that is alone with weight 1 is there as a whole.
         gradients: what the Parameter's ``grad`` was when a delta, or the plain backbone (None), ceased to be live.
-        active: the active deltas with their weights, in order; the last one is live.
+        active: the active deltas with their weights, in order.
     """
 
     def __init__(self, theta: nn.Parameter) -> None:
@@ -40,7 +44,7 @@ class Choice:
     @property
     def live(self) -> str | None:
         """The delta that trains."""
-        return self.active[-1][0] if self.active else None
+        return next((delta for delta, weight in reversed(self.active) if weight), None)
 
     def value(self, delta: str, theta: Tensor) -> Tensor:
         """theta_i as it stands now."""
@@ -48,34 +52,21 @@ class Choice:
             return self.values[delta]
         if self.active == ((delta, 1.0),):
             return theta.detach()
-        weight = self.active[-1][1]
-        if weight == 0:
-            return self.original
-        others = self._sum(self.active[:-1])
-        return self.original + (theta.detach() - others) / weight
+        learnt = theta.detach() - self._sum(self.active)
+        return self.values[delta] + learnt / dict(self.active)[delta]
 
     def assign(self, delta: str, value: Tensor, theta: Tensor) -> None:
         """Set theta_i, and the Parameter with it if the delta is active."""
-        active, self.active = self.active, ()
-        if active:
-            self.values[active[-1][0]] = self.value_after(active, theta)
+        active = self._read(theta)
         self.values[delta] = value.detach().clone().to(self.original)
         self._write(active, theta)
-
-    def value_after(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> Tensor:
-        """theta_i of the delta that was live under ``active``."""
-        self.active = active
-        value = self.value(active[-1][0], theta).clone()
-        self.active = ()
-        return value
 
     def arrange(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
         """Make exactly these deltas act."""
         if active == self.active:
             return
         before = self.live
-        if before is not None:
-            self.values[before] = self.value_after(self.active, theta)
+        self._read(theta)
         self._write(active, theta)
         if self.live != before:  # a gradient belongs to the delta that was live, whatever acts for a moment
             self.gradients[before] = theta.grad
@@ -83,22 +74,27 @@ class Choice:
 
     def make_original(self, delta: str, theta: Tensor) -> None:
         """theta_0 <- theta_0 + (theta_i - theta_0): the change of one delta becomes the backbone's own, for good."""
-        value = self.value(delta, theta).clone()
+        active = self._read(theta)
+        value = self.values[delta]
         change = value - self.original
-        active, live = self.active, self.live
-        if live is not None:
-            self.values[live] = self.value_after(active, theta)
         self.values = {name: kept + change for name, kept in self.values.items() if name != delta}
         self.original = value
         self.values[delta] = value.clone()
         self._write(active, theta)
 
+    def _read(self, theta: Tensor) -> tuple[tuple[str, float], ...]:
+        """Take what the live delta has learnt into its value; returns what was active, and nothing is from now on."""
+        if self.live is not None:
+            self.values[self.live] = self.value(self.live, theta).clone()
+        active, self.active = self.active, ()
+        return active
+
     @torch.no_grad()
     def _write(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
         theta.copy_(self._sum(active))
         self.active = active
-        if self.live is not None:
-            self.values.pop(self.live, None)
+        if len(active) == 1 and active[0][1] == 1.0:
+            del self.values[active[0][0]]
 
     def _sum(self, active: tuple[tuple[str, float], ...]) -> Tensor:
         if len(active) == 1 and active[0][1] == 1.0:
@@ -123,6 +119,15 @@ class SelectionAct(Act):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.choices: dict[str, Choice] = {}
+
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse a part of a fused projection: its Parameter trains as a whole, the other roles' rows included."""
+        if site.rows is not None:
+            raise Unsupported(
+                f"`{site.key}` cannot train in place: it is a part of `{site.path}`, and a Parameter trains as a whole. "
+                f"Choose `{site.path}`, or a method that changes the rows of one role, such as LoRA."
+            )
 
     def add(self, module: nn.Module, member: Member) -> None:
         """Keep theta_0 at the first selection of a parameter."""

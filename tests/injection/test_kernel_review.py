@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.injection.attach import attach, detach
+from deltatune.errors import Unsupported
+from deltatune.injection.attach import attach, detach, switch
+from deltatune.injection.compose import compose
+from deltatune.injection.delta import Delta
 from deltatune.injection.state import backbone_state
-from deltatune.methods import DiffPruning, LoRA
+from deltatune.methods import BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
 from tests.conformance.cells import shake
 from tests.conformance.trace import trace
-from tests.models import TiedMLP, output, tied_mlp
+from tests.models import HIDDEN, TiedMLP, gpt2, mlp, output, tied_mlp
 
 
 def _broken_off(backbone: nn.Module, at: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -78,3 +81,71 @@ def test_effective_weights_do_not_depend_on_who_asked_first() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output(backbone, inputs)
     assert torch.equal(output(backbone, inputs), expected)
+
+
+def _bits(delta: Delta) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in delta.state_dict().items()}
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.01), (0.0, 0.0)])
+def test_selections_keep_their_bits_whatever_they_weigh(weights: tuple[float, float]) -> None:
+    backbone, inputs = mlp()
+    before, plain = trace(backbone), output(backbone, inputs)
+    pair = [attach(backbone, BitFit(), "*", name=name) for name in ("a", "b")]
+    for k, delta in enumerate(pair):
+        switch(backbone, delta.name)
+        shake(delta, spread=1.0, seed=k)
+    bits = [_bits(delta) for delta in pair]
+    composition = compose(backbone, pair, "weighted", weights=weights)
+    assert [parameter.requires_grad for parameter in pair[0].parameters()] == [any(weights)] * 3
+    for _ in range(3):
+        composition.disable()
+        composition.enable()
+    composition.dissolve()
+    for delta, expected in zip(pair, bits, strict=True):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in delta.state_dict().items())
+        detach(delta)
+    assert trace(backbone).differences(before) == []
+    assert torch.equal(output(backbone, inputs), plain)
+
+
+def test_a_weighted_selection_learns_for_itself() -> None:
+    backbone, _ = mlp()
+    pair = [attach(backbone, BitFit(), "0", name=name) for name in ("a", "b")]
+    theta = pair[0].entries[0].parameter
+    original = theta.detach().clone()
+    composition = compose(backbone, pair, "weighted", weights=[2.0, 4.0])
+    with torch.no_grad():
+        theta.add_(1.0)
+    assert torch.allclose(pair[1].state_dict()["0.bias"], original + 0.25)
+    assert torch.equal(pair[0].state_dict()["0.bias"], original)
+    composition.dissolve()
+    pair[0].disable()
+    assert torch.allclose(theta, original + 0.25)
+
+
+def test_a_share_of_a_fused_bias_is_added_not_selected() -> None:
+    backbone, inputs = gpt2()
+    before, plain = trace(backbone), output(backbone, inputs)
+    with pytest.raises(
+        Unsupported, match=r"`transformer.h.0.attn.c_attn:query` cannot train in place.*Choose `transformer.h.0.attn.c_attn`"
+    ):
+        attach(backbone, FullFineTuning(), "attention.query")
+    assert trace(backbone).differences(before) == []
+    delta = attach(backbone, BitFit(add_missing=False), "attention.{query,value}")
+    assert delta.budget().delta == 2 * 2 * HIDDEN
+    assert torch.equal(output(backbone, inputs), plain)
+    c_attn = backbone.get_submodule("transformer.h.0.attn.c_attn")
+    x = torch.randn(3, HIDDEN)
+    y = c_attn(x)
+    shake(delta)
+    moved = (c_attn(x) - y).abs().amax(0).split(HIDDEN)
+    assert [bool(part.max() > 0) for part in moved] == [True, False, True]
+    detach(delta)
+    assert trace(backbone).differences(before) == []
+
+
+def test_a_tied_parameter_is_selected_once() -> None:
+    backbone, _ = tied_mlp()
+    delta = attach(backbone, LinearProbe(), lambda site: site.path == "")
+    assert [entry.key for entry in delta.entries] == ["first.weight", "first.bias", "second.bias", "last.weight", "last.bias"]

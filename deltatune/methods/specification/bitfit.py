@@ -19,7 +19,8 @@ class BitFit(Method):
     """b' = b + delta b for every bias b: W, LayerNorm scales and embeddings stay.
 
     Trains the biases in place, those of LayerNorms included. A linear map without one gets a bias of zeros added to
-    its output (``add_missing``), so that models without biases (T5, Llama) can be tuned; outputs do not change.
+    its output (``add_missing``), so that models without biases (T5, Llama) can be tuned; outputs do not change. Of a
+    fused projection, one role's share of b cannot train in place, so delta b is added to the output.
 
     Args:
         add_missing: add zero biases where a linear map has none.
@@ -36,10 +37,10 @@ class BitFit(Method):
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """The biases of the site, or an added one."""
         biases = [name for name in site.parameters if name.rpartition(".")[2].endswith("bias")]
-        if biases:
+        if biases and site.rows is None:
             return [SelectionPatch(name) for name in biases]
         plain = site.is_linear and site.reached and site.parameter is None and site.leaf not in ("lm_head", "readout")
-        adds = self.add_missing and plain and not site.tied
+        adds = (self.add_missing or bool(biases)) and plain and not site.tied
         return [AddedBias(site.out_features)] if adds else []
 
 
