@@ -11,7 +11,7 @@ from torch import nn
 
 from deltatune.backbones import backbone_id, load_backbone, load_config, load_tokenizer
 from deltatune.backbones.catalogue import catalogued
-from deltatune.errors import InvalidValue, Unsupported
+from deltatune.errors import DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
@@ -36,6 +36,7 @@ class Job:
     """A run's objects.
 
     Attributes:
+        name: opens the backbone again; None for a model that does not say where it is from.
         backbone: the model, with the deltas attached.
         tokenizer: its tokenizer.
         data: the task's rows.
@@ -45,6 +46,7 @@ class Job:
         lr: the peak learning rate.
     """
 
+    name: str | None
     backbone: nn.Module
     tokenizer: PreTrainedTokenizerBase
     data: TaskData
@@ -117,7 +119,7 @@ def make_job(
             detach(delta)
         raise
     lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
-    return Job(module, tokenizer, data, framing, deltas, saved, lr)
+    return Job(name_of(backbone), module, tokenizer, data, framing, deltas, saved, lr)
 
 
 def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Framing:
@@ -149,9 +151,14 @@ def kind_of(backbone: str | nn.Module) -> Kind:
     return "decoder" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) else "encoder"
 
 
-def name_of(backbone: str | nn.Module) -> str:
-    """What a run file and a delta file call the backbone."""
-    return backbone_id(backbone) if isinstance(backbone, str) else str(_path_of(backbone) or type(backbone).__name__)
+def name_of(backbone: str | nn.Module) -> str | None:
+    """The name that opens the backbone again; None for a model that does not say where it is from."""
+    if isinstance(backbone, str):
+        return backbone_id(backbone)
+    try:
+        return backbone_id(_path_of(backbone)) if _path_of(backbone) else None
+    except DeltaError:  # a folder that is gone
+        return None
 
 
 def _path_of(module: nn.Module) -> str:

@@ -13,8 +13,8 @@ from deltatune.errors import DeltaError, OutputError
 from deltatune.training.files import write_text, writing
 from deltatune.training.run import RUN_FILE, Run, read_run
 
-DELTA, METRICS, CURVE, CHECKPOINTS = "delta", "metrics.json", "curve.png", "checkpoints"
-OURS = (DELTA, METRICS, CURVE, CHECKPOINTS, RUN_FILE)
+DELTA, METRICS, CURVE, CHECKPOINTS, LOGS = "delta", "metrics.json", "curve.png", "checkpoints", "logs"
+OURS = (DELTA, METRICS, CURVE, CHECKPOINTS, LOGS, RUN_FILE)
 
 
 class RunFolder:
@@ -103,13 +103,19 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json`` and drop the checkpoints.
+        """Write ``metrics.json`` and drop the checkpoints; what a tracker wrote beside them becomes ``logs/``.
 
         Raises:
             OutputError: the file cannot be written.
         """
         write_text(self.path / METRICS, json.dumps(metrics, indent=1) + "\n")
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        with writing(self.path):
+            for checkpoint in self.checkpoints.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            if any(self.checkpoints.iterdir()):
+                self.checkpoints.rename(self.path / LOGS)
+            else:
+                self.checkpoints.rmdir()
 
     def abandon(self) -> None:
         """After an error: leave nothing where the run has no complete checkpoint to resume from."""

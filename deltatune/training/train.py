@@ -88,7 +88,7 @@ def train(
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
     data = load_data(task)
     run = Run(
-        backbone=name_of(backbone),
+        backbone=name_of(backbone) or type(backbone).__name__,
         task=task if isinstance(task, str | DataFile) else data.task.name,
         methods=methods,
         where=_written(where),
@@ -200,7 +200,7 @@ def _write(job: Job, run: Run, place: RunFolder, result: Result) -> None:
         job.saved,
         place.delta,
         overwrite=True,
-        backbone_id=run.backbone,
+        backbone_id=job.name,
         where=run.where,
         layers=run.layers,
         task=job.data.task.name,

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 import deltatune as dt
 from deltatune.errors import CheckpointError, InvalidValue, NoSite, OutputError, UnknownName, Unsupported
 from deltatune.methods import IA3, BitFit, LoRA
+from deltatune.training import files
 from deltatune.training.predict import Predictor, evaluate, predict
 from deltatune.training.run import read_run
 from deltatune.training.train import replay, train
@@ -117,6 +118,26 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert result.line().keys() == {"score", "metric", "trainable_parameters", "total_parameters", "seconds", "delta_bytes", "out"}
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out).where == "attention.*"
+
+
+def test_what_a_tracker_writes_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = files.mark_complete
+
+    def tracked(folder: Path) -> None:
+        (folder.parent / "events").write_text("logged")
+        write(folder)
+
+    monkeypatch.setattr("deltatune.training.trainer.mark_complete", tracked)
+    quick(out=tmp_path)
+    assert (tmp_path / "logs" / "events").read_text() == "logged"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_model_that_does_not_say_where_it_is_from_gives_a_delta_without_a_name(tmp_path: Path) -> None:
+    quick(out=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="does not say the name of its backbone"):
+        dt.open(tmp_path / "run")
+    assert dt.load(tiny.backbone("bert"), tmp_path / "run" / "delta").name == "lora"
 
 
 def test_the_saved_delta_predicts_and_scores_as_in_training(tmp_path: Path) -> None:
