@@ -18,7 +18,7 @@ SHAPE = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 5}
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-def train(vit: nn.Module, groups: list[dict], images: Tensor, labels: Tensor, epochs: int = 20) -> None:
+def train(vit: nn.Module, groups: list[dict], images: Tensor, labels: Tensor, epochs: int = 12) -> None:
     optimizer = torch.optim.AdamW(groups)
     vit.train()
     for _ in range(epochs):

@@ -87,7 +87,7 @@ def test_plain_loop() -> None:
 
 def test_plain_loop_leads_any_method_through_its_life() -> None:
     method = DiffPruning(density=0.01, penalty_weight=1e-6)
-    delta, before, after = example("plain_loop").main(method, where="feed_forward.down", lr=2e-3)
+    delta, before, after = example("plain_loop").main(method, where="attention.{query,value}")
     assert after > before + 0.2
     patches = [entry.patch for entry in delta.entries if not entry.head]
     assert method.is_exported(patches)
