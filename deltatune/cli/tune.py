@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import count
 from pathlib import Path
@@ -73,6 +74,7 @@ def tune(
     deltatune tune --backbone minilm --method bitfit --data mail.csv --label box
     deltatune tune --config runs/bbc/run.yaml --seed 1 --out runs/bbc-seed-1
     """
+    from deltatune.training.place import is_main
     from deltatune.training.run import read_run
     from deltatune.training.train import replay
 
@@ -80,12 +82,15 @@ def tune(
     run = _run(read_run(config) if config else None, backbone, own or task, method, pairs(set_ or []), settings)
     run = _placed(run, where, layers)
     folder = out or free_folder(run)
+    note(f"{' + '.join(map(str, run.methods))} on `{_task(run)}` for `{run.backbone}`, into `{folder}`")
     try:
         result = replay(run, out=folder, overwrite=overwrite)
     except KeyboardInterrupt:
         if any(folder.glob("checkpoints/checkpoint-*")):
             note(f"The same command with `--out {folder}` goes on from the last checkpoint.")
         raise
+    if not is_main():
+        return
     if json:
         show_json(result.to_json(), one_line=True)
     else:
@@ -158,10 +163,19 @@ def _placed(run: Run, where: list[str] | None, layers: str | None) -> Run:
     return replace(run, where=where_of(where) or run.where, layers=layers_of(layers) if layers else run.layers)
 
 
+def _task(run: Run) -> str:
+    return run.task if isinstance(run.task, str) else Path(run.task.path).stem
+
+
 def free_folder(run: Run) -> Path:
-    """The first of ``runs/<task>-<method>-<backbone>``, ``...-2``, ``...-3`` that is not there yet."""
-    task = run.task if isinstance(run.task, str) else Path(run.task.path).stem
-    words = [task, *(methods.name_of(type(method)) for method in run.methods), Path(run.backbone).name]
+    """The first of ``runs/<task>-<method>-<backbone>``, ``...-2``, ``...-3`` that is not there yet.
+
+    Raises:
+        InvalidValue: one of several processes asks, who might not agree.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InvalidValue("Several processes train together, and each would choose a folder. Name one: --out DIR.")
+    words = [_task(run), *(methods.name_of(type(method)) for method in run.methods), Path(run.backbone).name]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-.")
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
     return next(folder for folder in (Path("runs") / name for name in names) if not folder.exists())

@@ -61,6 +61,15 @@ def test_what_was_asked_found_and_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_need_a_named_folder(
+    call: Call, encoder: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = tune_words(encoder, texts, tmp_path / "unused")
+    del words[words.index("--out") : words.index("--out") + 2]
+    refused(call(*words), "--out DIR")
+
+
 def _headlines(place: Path, content: bytes, name: str = "texts.csv") -> Path:
     file = place / name
     file.write_bytes(content)

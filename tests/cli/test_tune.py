@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import yaml
 
 from deltatune.training.settings import Settings
 from tests.cli.conftest import Call, refused, tune_words
+from tests.project import ROOT
 from tests.training.tiny import LABELS
 
 LINE = {"score", "metric", "trainable_parameters", "total_parameters", "seconds", "delta_bytes", "out"}
@@ -106,3 +111,21 @@ def test_inspect_shows_a_delta_folder(call: Call, finished: Path, encoder: str) 
 
 def test_a_pair_needs_both_texts(call: Call, finished: Path) -> None:
     refused(call("tune", "--text", "a", "--backbone", "x", "--task", "y", "--method", "lora"), "`--text`", "--data FILE")
+
+
+def test_the_keyboard_stops_a_run_that_can_go_on(encoder: str, texts: Path, tmp_path: Path) -> None:
+    words = tune_words(encoder, texts, tmp_path / "run", "--max-steps", 100_000, "--save-steps", 2, "--evaluations", 0)
+    begun = subprocess.Popen([sys.executable, "-m", "deltatune.cli.main", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if any((tmp_path / "run").glob("checkpoints/*/complete.json")) or begun.poll() is not None:
+                break
+            time.sleep(0.1)
+        begun.send_signal(signal.SIGINT)
+        _, err = begun.communicate(timeout=60)
+    finally:
+        begun.kill()
+    assert begun.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"--out {tmp_path / 'run'} goes on from the last checkpoint" in err
+    assert err.endswith("Stopped.\n")
