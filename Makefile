@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt backbones.txt
 	@touch $@
 
 demo: $(STAMP) ## train a LoRA delta for BBC News topics on the CPU, save it, open it, classify two headlines
-	$(BIN)/python examples/demo.py
+	$(BIN)/deltatune demo
 
 test: $(STAMP) ## run all tests that need no GPU and no model hub
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network" $(ARGS)
