@@ -6,7 +6,7 @@ can be unmerged in any order. A tied weight is one Parameter, so it is merged on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from deltatune.injection.weights import run_weight
 from deltatune.methods.kinds import Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
 
 PROBES = 8
+
+Target = tuple[nn.Module, str]
+"""A module, and the name under which it holds a parameter."""
 
 
 @dataclass
@@ -52,10 +55,13 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
     delta._check_alone("merge")
     if delta.merged:
         raise Unsupported(f"Delta `{delta.name}` is merged already. Unmerge it before merging it again.")
-    if not delta.enabled:
+    if not any(delta.name in term.members for term in ledger.terms):
         raise Unsupported(f"Delta `{delta.name}` is disabled, so there is nothing to merge. Enable it first.")
+    ledger.arrange([delta.name])  # ends what Ctrl-C broke off, so that the weights are in their places
     for entry in delta.entries:
         _check(ledger, entry)
+    if keep:
+        _check_not_shared(ledger, delta)
     delta.merged = True
     try:
         kept = _write(ledger, delta)
@@ -79,6 +85,7 @@ def unmerge(delta: Delta) -> None:
     ledger = delta.ledger
     if not delta.merged:
         raise Unsupported(f"Delta `{delta.name}` is not merged. Merge it first.")
+    ledger.arrange([delta.name])
     for entry in delta.entries:
         _check_on_top(ledger, entry)
     delta.merged = False
@@ -87,15 +94,16 @@ def unmerge(delta: Delta) -> None:
     refresh_gradients(delta)
 
 
-def _targets(entry: Entry) -> list[tuple[nn.Module, str]]:
-    """The parameters a merge of this entry writes."""
+def _targets(entry: Entry) -> dict[int, Target]:
+    """The parameters a merge of this entry writes: ``id`` -> an owner and its name for it. A tied one is one, whoever owns it."""
     module = entry.site.module
     if isinstance(entry.patch, SelectionPatch):
-        return []
+        return {}
     if isinstance(entry.patch, WeightPatch):
         owner, _, name = entry.patch.parameter.rpartition(".")
-        return [(module.get_submodule(owner), name)]
-    return [(module, name) for name in ("weight", "bias") if module._parameters.get(name) is not None]
+        return {id(entry.parameter): (module.get_submodule(owner), name)}
+    own = {name: tensor for name in ("weight", "bias") if (tensor := module._parameters.get(name)) is not None}
+    return {id(tensor): (module, name) for name, tensor in own.items()}
 
 
 def _check(ledger: Ledger, entry: Entry) -> None:
@@ -120,17 +128,18 @@ def _check(ledger: Ledger, entry: Entry) -> None:
             f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` adds virtual positions, "
             "not weights. Keep it attached."
         )
-    for owner, name in _targets(entry):
+    for owner, name in _targets(entry).values():
         theta = owner.get_parameter(name)
         if theta.is_meta or not theta.is_floating_point() or type(theta.data) is not Tensor:
             raise Unsupported(
                 f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. "
                 "Load the backbone in full precision."
             )
+    gated = {name for term in ledger.terms if term.gate is not None for name in term.members}  # what gates weigh must not change
     for inner in _others(ledger, entry, before=True, merged=False):
-        if not _commute(inner, patch):
+        if inner.delta in gated or not _commute(inner.patch, patch):
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be merged first: {type(inner).__name__} acts inside it at `{entry.key}` "
+                f"Delta `{entry.delta}` cannot be merged first: {type(inner.patch).__name__} acts inside it at `{entry.key}` "
                 "and the two do not commute. Merge in the order in which they act."
             )
 
@@ -139,20 +148,20 @@ def _check_on_top(ledger: Ledger, entry: Entry) -> None:
     if isinstance(entry.patch, SelectionPatch):
         return  # it is in the weights whether merged or not
     for outer in _others(ledger, entry, before=False, merged=True):
-        if not _commute(outer, entry.patch):
+        if not _commute(outer.patch, entry.patch):
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be unmerged first: {type(outer).__name__} is merged on top of it at `{entry.key}` "
+                f"Delta `{entry.delta}` cannot be unmerged first: {type(outer.patch).__name__} is merged on top of it at `{entry.key}` "
                 "and the two do not commute. Unmerge in the reverse order."
             )
 
 
-def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list[Patch]:
+def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list[Member]:
     """Patches of other acting deltas at the same module that come before (or after) this one, merged or not."""
     order = [name for term in ledger.terms for name in term.members]
     rank = order.index(entry.delta)
     slot = slot_of(entry.site.module)
     assert slot is not None
-    found: list[Patch] = []
+    found: list[Member] = []
     for act in slot.acts.values():
         for name, members in act.members.items():
             other = ledger.deltas[name]
@@ -163,7 +172,7 @@ def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list
                 if isinstance(member.patch, WeightPatch) != isinstance(entry.patch, WeightPatch):
                     inner = isinstance(member.patch, WeightPatch)  # weights are read inside the module
                 if inner == before and isinstance(member.patch, OutputPatch | InputPatch | WeightPatch):
-                    found.append(member.patch)
+                    found.append(member)
     return found
 
 
@@ -177,15 +186,15 @@ def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
     Returns:
         Bytes of the originals of what is written.
     """
-    targets = {(id(owner), name): (owner, name) for entry in delta.entries for owner, name in _targets(entry)}
-    known = {(id(kept.module), kept.name): kept.original for kept in ledger.kept}
-    originals = {key: known[key] if key in known else owner.get_parameter(name).detach() for key, (owner, name) in targets.items()}
-    values = dict(originals)
     merged = [ledger.deltas[name] for term in ledger.terms for name in term.members if ledger.deltas[name].merged]
     entries = [entry for other in merged for entry in other.entries]
+    targets = _reach(delta, entries)
+    known = {id(kept.module.get_parameter(kept.name)): kept.original for kept in ledger.kept}
+    originals = {key: known[key] if key in known else owner.get_parameter(name).detach() for key, (owner, name) in targets.items()}
+    values = dict(originals)
     for entry in sorted(entries, key=lambda entry: not isinstance(entry.patch, WeightPatch)):  # weights act inside the module
-        own = {field: (id(owner), field) for owner, field in _targets(entry)}
-        if own and all(key in values for key in own.values()):
+        own = {name: key for key, (_, name) in _targets(entry).items()}
+        if own and values.keys() >= set(own.values()):
             _fold(entry, values, own, check=check)
     changed = {key: target for key, target in targets.items() if not torch.equal(values[key], originals[key])}
     if check:
@@ -195,11 +204,21 @@ def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
         for key, (owner, name) in targets.items():
             if key in known or key in changed:
                 owner.get_parameter(name).copy_(values[key])
-    ledger.kept = [other for other in ledger.kept if (id(other.module), other.name) not in targets] + kept
+    ledger.kept = [other for other in ledger.kept if id(other.module.get_parameter(other.name)) not in targets] + kept
     return sum(item.original.numel() * item.original.element_size() for item in kept)
 
 
-def _check_not_selected(ledger: Ledger, delta: Delta, changed: Iterable[tuple[nn.Module, str]]) -> None:
+def _reach(delta: Delta, merged: Sequence[Entry]) -> dict[int, Target]:
+    """The parameters this delta touches, and those that merged patches hold together with one of them, as a weight and its bias."""
+    targets = {key: target for entry in delta.entries for key, target in _targets(entry).items()}
+    pairs = [pair for entry in merged if len(pair := _targets(entry)) > 1]
+    for pair in pairs:
+        if targets.keys() & pair.keys():
+            targets = {**pair, **targets}
+    return targets
+
+
+def _check_not_selected(ledger: Ledger, delta: Delta, changed: Iterable[Target]) -> None:
     """Refuse to merge into what a delta trains in place: its change and the merged one could not be told apart."""
     selected = {
         id(entry.parameter): entry
@@ -217,8 +236,8 @@ def _check_not_selected(ledger: Ledger, delta: Delta, changed: Iterable[tuple[nn
 
 
 @torch.no_grad()
-def _fold(entry: Entry, values: dict[tuple[int, str], Tensor], own: dict[str, tuple[int, str]], *, check: bool) -> None:
-    """Replace values[...] of one entry's parameters by their merged form, computed in float32 and rounded once."""
+def _fold(entry: Entry, values: dict[int, Tensor], own: dict[str, int], *, check: bool) -> None:
+    """Replace values[...] of one entry's parameters by their merged form, computed in float32 at least and rounded once."""
     patch = entry.patch
     training = patch.training
     patch.eval()
@@ -226,11 +245,10 @@ def _fold(entry: Entry, values: dict[tuple[int, str], Tensor], own: dict[str, tu
         if isinstance(patch, WeightPatch):
             (key,) = own.values()
             theta = values[key]
-            merged = run_weight(Member(entry.delta, entry.site, patch), theta.float() if theta.dtype != torch.float64 else theta).to(
-                theta.dtype
-            )
+            member = Member(entry.delta, entry.site, patch)
+            merged = run_weight(member, _wide(theta)).to(theta.dtype)
             if check:
-                _check_close(entry, merged, run_weight(Member(entry.delta, entry.site, patch), theta.double()), 1.0)
+                _check_close(entry, merged, run_weight(member, theta.double()), 1.0)
             values[key] = merged
         else:
             weight, bias = values[own["weight"]], values[own["bias"]] if "bias" in own else None
@@ -244,14 +262,18 @@ def _fold(entry: Entry, values: dict[tuple[int, str], Tensor], own: dict[str, tu
         patch.train(training)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or more where it has more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _merge_linear(entry: Entry, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One output or input patch folded into (weight, bias) as stored, on its rows only."""
     site, patch = entry.site, entry.patch
     assert isinstance(patch, Mergeable)
     flat = weight.mT if site.transposed else weight
     part, part_bias = site.rows_of(flat, 0), None if bias is None else site.rows_of(bias, 0)
-    matrix = part.float().reshape(part.shape[0], -1) if not isinstance(site.module, nn.Embedding) else part.float()
-    new, new_bias = patch.merge(matrix, None if part_bias is None else part_bias.float())
+    new, new_bias = patch.merge(_wide(part).reshape(part.shape[0], -1), None if part_bias is None else _wide(part_bias))
     new = new.reshape(part.shape).to(weight.dtype)
     if site.rows is not None:
         new = put_rows(flat, site.rows, new, 0)
@@ -266,16 +288,16 @@ def _probe(entry: Entry, weight: Tensor, bias: Tensor | None, new_weight: Tensor
     site, patch = entry.site, entry.patch
     generator = torch.Generator().manual_seed(0)
     flat, new = (weight.mT, new_weight.mT) if site.transposed else (weight, new_weight)
-    flat, new = site.rows_of(flat, 0).float(), site.rows_of(new, 0).float()
-    b = None if bias is None else site.rows_of(bias, 0).float()
-    new_b = None if new_bias is None else site.rows_of(new_bias, 0).float()
+    flat, new = _wide(site.rows_of(flat, 0)), _wide(site.rows_of(new, 0))
+    b = None if bias is None else _wide(site.rows_of(bias, 0))
+    new_b = None if new_bias is None else _wide(site.rows_of(new_bias, 0))
     if isinstance(site.module, nn.Embedding):
         ids = torch.randint(flat.shape[0], (PROBES,), generator=generator).to(flat.device)
         scale = float(getattr(site.module, "embed_scale", 1.0))
         _check_close(entry, scale * new[ids], patch(ids, scale * flat[ids]), 1.0, dtype=weight.dtype)
         return
     flat, new = flat.reshape(flat.shape[0], -1), new.reshape(new.shape[0], -1)
-    x = torch.randn(PROBES, flat.shape[1], generator=generator).to(flat.device)
+    x = torch.randn(PROBES, flat.shape[1], generator=generator).to(flat)
     expected = F.linear(patch(x), flat, b) if isinstance(patch, InputPatch) else patch(x, F.linear(x, flat, b))
     _check_close(entry, F.linear(x, new, new_b), expected, flat.shape[1] ** 0.5, dtype=weight.dtype)
 
@@ -291,24 +313,26 @@ def _check_close(entry: Entry, found: Tensor, expected: Tensor, growth: float, *
         )
 
 
+def _check_not_shared(ledger: Ledger, delta: Delta) -> None:
+    targets = {key for entry in delta.entries for key in _targets(entry)}
+    for other in ledger.deltas.values():
+        if other is not delta and other.merged and any(targets & _targets(entry).keys() for entry in other.entries):
+            raise Unsupported(
+                f"Delta `{delta.name}` cannot be merged for good while `{other.name}` is merged into the same weights. Unmerge that first."
+            )
+
+
 def _make_permanent(ledger: Ledger, delta: Delta) -> None:
     """Forget the bits before the merge, and the delta with them."""
     from deltatune.injection.attach import detach  # attaching knows how to take apart
 
-    targets = {(id(owner), name) for entry in delta.entries for owner, name in _targets(entry)}
-    shared = [
-        other.name
-        for other in ledger.deltas.values()
-        if other is not delta
-        and other.merged
-        and targets & {(id(owner), name) for entry in other.entries for owner, name in _targets(entry)}
-    ]
-    if shared:
-        unmerge(delta)
-        raise Unsupported(
-            f"Delta `{delta.name}` cannot be merged for good while `{shared[0]}` is merged into the same weights. Unmerge that first."
-        )
-    ledger.kept = [kept for kept in ledger.kept if (id(kept.module), kept.name) not in targets]
+    targets = {key for entry in delta.entries for key in _targets(entry)}
+    changed = {id(kept.module.get_parameter(kept.name)) for kept in ledger.kept} & targets
+    ledger.kept = [kept for kept in ledger.kept if id(kept.module.get_parameter(kept.name)) not in changed]
+    for other in ledger.deltas.values():  # selections that rest now must come back on top of the new weight
+        for entry in other.entries:
+            if isinstance(entry.patch, SelectionPatch) and id(entry.parameter) in changed:
+                entry.choice.move(entry.parameter.detach())
     for entry in delta.entries:
         if isinstance(entry.patch, SelectionPatch):
             entry.choice.make_original(delta.name, entry.parameter)

@@ -75,12 +75,16 @@ class Choice:
     def make_original(self, delta: str, theta: Tensor) -> None:
         """theta_0 <- theta_0 + (theta_i - theta_0): the change of one delta becomes the backbone's own, for good."""
         active = self._read(theta)
-        value = self.values[delta]
-        change = value - self.original
-        self.values = {name: kept + change for name, kept in self.values.items() if name != delta}
-        self.original = value
-        self.values[delta] = value.clone()
+        value = self.values.pop(delta)
+        self.move(value)
+        self.values[delta] = value
         self._write(active, theta)
+
+    def move(self, original: Tensor) -> None:
+        """theta_0 <- ``original``; what each delta changes stays."""
+        change = original - self.original
+        self.values = {delta: value + change for delta, value in self.values.items()}
+        self.original = original.clone()
 
     def _read(self, theta: Tensor) -> tuple[tuple[str, float], ...]:
         """Take what the live delta has learnt into its value; returns what was active, and nothing is from now on."""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.attach import attach, detach, switch
+from deltatune.injection.attach import attach, deltas, detach, disabled, switch
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
+from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.state import backbone_state
-from deltatune.methods import BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
-from tests.conformance.cells import shake
+from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
+from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch
+from deltatune.structure.site import Site
+from tests.conformance.cells import moved, shake
 from tests.conformance.trace import trace
 from tests.models import HIDDEN, TiedMLP, gpt2, mlp, output, tied_mlp
 
@@ -139,8 +145,8 @@ def test_a_share_of_a_fused_bias_is_added_not_selected() -> None:
     x = torch.randn(3, HIDDEN)
     y = c_attn(x)
     shake(delta)
-    moved = (c_attn(x) - y).abs().amax(0).split(HIDDEN)
-    assert [bool(part.max() > 0) for part in moved] == [True, False, True]
+    changes = (c_attn(x) - y).abs().amax(0).split(HIDDEN)
+    assert [bool(part.max() > 0) for part in changes] == [True, False, True]
     detach(delta)
     assert trace(backbone).differences(before) == []
 
@@ -149,3 +155,117 @@ def test_a_tied_parameter_is_selected_once() -> None:
     backbone, _ = tied_mlp()
     delta = attach(backbone, LinearProbe(), lambda site: site.path == "")
     assert [entry.key for entry in delta.entries] == ["first.weight", "first.bias", "second.bias", "last.weight", "last.bias"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_tied_weight_is_merged_once_whoever_owns_it(first: int) -> None:
+    backbone, inputs = tied_mlp()
+    before = trace(backbone)
+    pair = [attach(backbone, LoRA(rank=2), where, name=where) for where in ("first", "second")]
+    for k, delta in enumerate(pair):
+        shake(delta, spread=0.3, seed=k)
+    expected = output(backbone, inputs)
+    for step in (merge, unmerge):
+        for delta in (pair[first], pair[1 - first]):
+            step(delta)
+            assert moved(output(backbone, inputs), expected) < 1e-5
+    for delta in pair:
+        detach(delta)
+    assert trace(backbone).differences(before) == []
+
+
+class Plus(WeightPatch):
+    """theta + w."""
+
+    commutes = "add"
+
+    def __init__(self, theta: Tensor) -> None:
+        super().__init__()
+        self.parameter = "weight"
+        self.w = nn.Parameter(torch.zeros_like(theta))
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return theta + self.w
+
+
+@dataclass(frozen=True)
+class WeightsOnly(Method):
+    """A weight patch for the weight, none for the bias."""
+
+    family: ClassVar[Family] = "specification"
+    kind: ClassVar[Kind] = "weight"
+    where: ClassVar[tuple[str, ...]] = ("*",)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
+        return [Plus(site.weight)]
+
+
+@torch.no_grad()
+def test_a_merge_keeps_what_others_merged_into_weight_and_bias() -> None:
+    backbone, inputs = mlp()
+    pair = [attach(backbone, LoRA(rank=2), "0", name="a"), attach(backbone, WeightsOnly(), "0", name="b")]
+    for k, delta in enumerate(pair):
+        shake(delta, spread=0.3, seed=k)
+    expected = output(backbone, inputs)
+    for step, delta in zip((merge, merge, unmerge, unmerge), pair * 2, strict=True):
+        step(delta)
+        assert moved(output(backbone, inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_nothing_is_merged_past_a_gate() -> None:
+    backbone, inputs = mlp()
+    for name in ("a", "b", "outer"):
+        shake(attach(backbone, LoRA(rank=2), "0", name=name), spread=0.5, seed=ord(name[0]))
+    outer = deltas(backbone)[2]
+    switch(backbone, None)
+    gated = compose(backbone, ["a", "b"], "gated")
+    nn.init.normal_(gated.gates()["0"].U)
+    outer.enable()
+    with pytest.raises(Unsupported, match="Merge in the order in which they act"):
+        merge(outer)
+    gated.disable()
+    gated.enable()
+    expected = output(backbone, inputs)
+    merge(outer)  # now it acts inside
+    assert moved(output(backbone, inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_resting_selections_come_back_on_top_of_what_was_merged_for_good() -> None:
+    backbone, inputs = mlp()
+    full = attach(backbone, FullFineTuning(), "*", name="full")
+    shake(full)
+    full.disable()
+    lora = attach(backbone, LoRA(rank=2), "*", name="lora")
+    shake(lora, spread=0.3)
+    alone = output(backbone, inputs)
+    merge(lora, keep=True)
+    full.enable()
+    assert moved(output(backbone, inputs), alone) > 1e-3
+    full.disable()
+    assert moved(output(backbone, inputs), alone) < 1e-5
+    detach(full)
+    assert moved(output(backbone, inputs), alone) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [LoRA(rank=2), IA3()], ids=str)
+def test_merge_into_double_precision(method: Method) -> None:
+    backbone, inputs = mlp()
+    backbone.double()
+    inputs = {name: tensor.double() for name, tensor in inputs.items()}
+    delta = attach(backbone, method, "*")
+    shake(delta, spread=0.3)
+    expected = output(backbone, inputs)
+    merge(delta)
+    assert moved(output(backbone, inputs), expected) < 1e-12
+
+
+def test_merging_a_delta_that_does_not_act_says_so() -> None:
+    backbone, _ = mlp()
+    delta = attach(backbone, LoRA(rank=2), "*")
+    with disabled(backbone), pytest.raises(Unsupported, match="Enable it first"):
+        merge(delta)
+    assert not delta.merged

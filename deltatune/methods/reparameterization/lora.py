@@ -85,8 +85,8 @@ class LoRALinear(OutputPatch):
         return y + F.linear(h, self.lora_B.to(y.dtype)) * self.scale
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + s B A, in the precision of the factors."""
-        return weight + (self.scale * self.lora_B @ self.lora_A).to(weight.dtype), bias
+        """W + s B A, in the precision of W."""
+        return weight + self.scale * self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype), bias
 
 
 class LoRAEmbedding(OutputPatch):
@@ -108,7 +108,7 @@ class LoRAEmbedding(OutputPatch):
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The table (rows, width) plus s (B A)^T."""
-        return weight + (self.scale * self.lora_B @ self.lora_A).T.to(weight.dtype), bias
+        return weight + (self.scale * self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)).T, bias
 
 
 class LoRAWeight(WeightPatch):
