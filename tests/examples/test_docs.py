@@ -1,0 +1,75 @@
+"""The guide runs from top to bottom and prints what it says; its tables name every error."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import deltatune as dt
+from deltatune import errors
+from tests.models import MODELS
+from tests.project import ROOT
+
+GUIDE = ROOT / "docs" / "guide.md"
+TEXT = GUIDE.read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def printed(code: str, names: dict[str, Any], line: int) -> str:
+    """Run one block, its lines numbered as on the page; what it prints, without blanks at the ends of lines."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile("\n" * line + code, str(GUIDE), "exec"), names)
+    return "\n".join(text.rstrip() for text in output.getvalue().strip().splitlines())
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    names: dict[str, Any] = {}
+    compared = 0
+    for place, (language, code) in enumerate(BLOCKS):
+        if language != "python":
+            continue
+        following = BLOCKS[place + 1] if place + 1 < len(BLOCKS) else ("", "")
+        found = printed(code, names, TEXT[: TEXT.index(code)].count("\n"))
+        if following[0] == "text":
+            assert found == following[1].strip()
+            compared += 1
+    assert compared == sum(language == "text" for language, _ in BLOCKS) > 10
+
+
+def test_every_entry_of_where_in_the_guide_hits_something() -> None:
+    table = TEXT.partition("| `where` | hits |")[2].partition("\n\n")[0]
+    cells = [row.split(" | ")[0].removeprefix("| ") for row in table.strip().splitlines()[2:]]
+    entries = [code.replace("\\|", "|") for cell in cells for code in re.findall(r"`(.+?)`", cell)]
+    assert len(entries) == 7
+    backbones = [MODELS[name]()[0] for name in ("bert", "t5", "opt")]
+    for entry in entries:
+        assert any(hits(backbone, eval(entry)) for backbone in backbones), entry
+
+
+def hits(backbone: nn.Module, where: Any) -> int:
+    try:
+        return len(dt.find_sites(backbone, where))
+    except errors.NoSite:
+        return 0
+
+
+def test_the_guide_names_every_error() -> None:
+    kinds = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.DeltaError)}
+    listed = re.findall(r"^\| `(\w+)` \| ", TEXT, re.MULTILINE)
+    assert kinds - {"DeltaError"} <= set(listed)
+    assert {name for name in listed if name[0].isupper()} <= kinds
+
+
+def test_the_guide_is_one_page_and_linked() -> None:
+    assert len(TEXT.splitlines()) <= 320
+    assert "(guide.md)" in (ROOT / "docs" / "index.md").read_text()
