@@ -23,7 +23,7 @@ from deltatune.training.predict import Predictor
 
 SEEDS = (13, 21, 42)
 RECIPES: dict[str, tuple[Method, dict[str, float]]] = {
-    "LoRA": (LoRA(rank=8), {}),
+    "LoRA": (LoRA(rank=8), {"lr": 3e-3}),
     "full fine-tuning": (FullFineTuning(), {"lr": 5e-5}),
 }
 PLATEAU = {"epochs": 8, "evaluations": 12, "early_stopping": 4, "eval_rows": 0}
