@@ -1,0 +1,1 @@
+"""Training on transformers.Trainer and accelerate: the main job, its checkpoints, and what it writes."""
