@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.errors import require_extra
+from deltatune.structure.index import index
 
 
 def quantize_in_place(model: nn.Module, scheme: str, skip: Collection[str] = ()) -> int:
@@ -15,8 +16,8 @@ def quantize_in_place(model: nn.Module, scheme: str, skip: Collection[str] = ())
 
     ``int8`` keeps the modules and packs their weights (W = s * Q, one scale s per output row, activations stay as they
     are); ``nf4`` replaces the modules by bitsandbytes' ``Linear4bit`` (blocks of 64 weights share one scale). Left as
-    they are: layers whose parameters are named in ``skip`` (fresh heads have to train) and layers whose weight is tied
-    to an embedding.
+    they are: task heads, which have to train, layers whose parameters are named in ``skip``, and layers whose weight is
+    tied to an embedding.
 
     Raises:
         MissingExtra: the quantiser is not installed.
@@ -31,7 +32,10 @@ def quantize_in_place(model: nn.Module, scheme: str, skip: Collection[str] = ())
 
 def _linears(model: nn.Module, skip: frozenset[str]) -> Iterator[tuple[str, nn.Linear]]:
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {id(module) for site in index(model) if site.leaf == "readout" for module in site.module.modules()}
     for path, module in model.named_modules():
+        if id(module) in heads:
+            continue
         if type(module) is nn.Linear and f"{path}.weight" not in skip and id(module.weight) not in embedded:
             yield path, module
 
