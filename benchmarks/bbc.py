@@ -26,7 +26,7 @@ RECIPES: dict[str, tuple[Method, dict[str, float]]] = {
     "LoRA": (LoRA(rank=8), {"lr": 3e-3}),
     "full fine-tuning": (FullFineTuning(), {"lr": 5e-5}),
 }
-PLATEAU = {"epochs": 8, "evaluations": 12, "early_stopping": 4, "eval_rows": 0}
+PLATEAU = {"epochs": 8, "evaluations": 12, "early_stopping": 4, "eval_rows": 0, "max_length": 64}
 
 
 def trial(method: Method, settings: dict[str, float], seed: int) -> tuple[dt.Result, np.ndarray]:
