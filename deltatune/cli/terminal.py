@@ -38,7 +38,7 @@ def show(*things: Any) -> None:
 
 def note(text: str) -> None:
     """A sentence beside the result, on standard error."""
-    console(stderr=True).print(quoted(text, style="dim"))
+    console(stderr=True).print(quoted(text, style="dim"), soft_wrap=True)
 
 
 def show_json(value: Any, *, one_line: bool = False) -> None:

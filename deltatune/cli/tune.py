@@ -82,7 +82,6 @@ def tune(
     run = _run(read_run(config) if config else None, backbone, own or task, method, pairs(set_ or []), settings)
     run = _placed(run, where, layers)
     folder = out or free_folder(run)
-    note(f"{' + '.join(map(str, run.methods))} on `{_task(run)}` for `{run.backbone}`, into `{folder}`")
     try:
         result = replay(run, out=folder, overwrite=overwrite)
     except KeyboardInterrupt:
