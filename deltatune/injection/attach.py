@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite, UnknownName, Unsupported
 from deltatune.injection.delta import Delta, Entry, Host
+from deltatune.injection.freeze import refresh_gradients
+from deltatune.injection.ledger import NAME as NAME
 from deltatune.injection.ledger import Ledger, close_ledger, ledger_of, open_ledger
 from deltatune.injection.outputs import OutputAct
 from deltatune.injection.prefix import PrefixAct
@@ -37,7 +39,6 @@ ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
 """Which act runs which patch; the acts of a slot run in this order ahead of the forward, and in reverse behind it."""
 
 ORDER = list(dict.fromkeys(act.__name__ for _, act in ACTS))
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def attach(
@@ -88,10 +89,7 @@ def attach(
     try:
         name = _name(ledger, method, name)
         asked = list(method.where) if where is None else where
-        matches = find_sites(backbone, asked, layers, ledger.index(backbone))
-        if any(_is_stale(backbone, site) for site in matches):
-            ledger.forget_index()
-            matches = find_sites(backbone, asked, layers, ledger.index(backbone))
+        matches = _find(backbone, ledger, asked, layers)
         index = ledger.index(backbone)
         return place(backbone, method, matches.sites, name, _heads(index) if head else [], matches)
     except BaseException:
@@ -106,16 +104,17 @@ def place(
     """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
     ledger = open_ledger(backbone)
     shared = method.share(sites) if isinstance(method, Sharing) else None
-    entries = _entries(ledger.index(backbone), method, sites, shared, name)
+    with _originals(backbone, ledger) if method.reads_weights else nullcontext():
+        entries = _entries(ledger.index(backbone), method, sites, shared, name)
     if heads:  # they train in full, so a patch there would add nothing
         entries = [entry for entry in entries if not entry.head or isinstance(entry.patch, SelectionPatch)]
     _check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
     taken = {id(entry.parameter) for entry in entries if isinstance(entry.patch, SelectionPatch)}
     entries += [
-        Entry(name, site, SelectionPatch(parameter, by_value=True), (Host(site.module),), True, {})
+        Entry(name, site, patch, (_owner(ledger.index(backbone), site, patch),), True, {})
         for site in heads
-        for parameter in site.all_parameters
-        if id(site.module.get_parameter(parameter)) not in taken
+        for patch in (SelectionPatch(parameter, by_value=True) for parameter in site.all_parameters)
+        if id(site.module.get_parameter(patch.parameter)) not in taken
     ]
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:
@@ -159,6 +158,7 @@ def switch(backbone: nn.Module, name: str | None) -> None:
 
     Raises:
         UnknownName: nothing attached has that name.
+        Unsupported: a delta that would have to rest is merged; nothing is changed then.
     """
     ledger = ledger_of(backbone)
     if ledger is None:
@@ -166,10 +166,12 @@ def switch(backbone: nn.Module, name: str | None) -> None:
             raise UnknownName(f"Cannot switch to delta `{name}`: nothing is attached to this backbone. Attach or load it first.")
         return
     chosen = None if name is None else ledger.compositions.get(name) or ledger.delta(name)
-    for term in list(ledger.terms):
-        acting = ledger.acting(term)
-        if acting is not chosen:
-            acting.disable()
+    others = [acting for term in ledger.terms if (acting := ledger.acting(term)) is not chosen]
+    for other in others:
+        if isinstance(other, Delta):
+            other._check_unmerged("disable")
+    for other in others:
+        other.disable()
     if chosen is not None:
         chosen.enable()
 
@@ -184,27 +186,57 @@ def disabled(backbone: nn.Module) -> Iterator[None]:
     if ledger is None:
         yield
         return
-    terms = ledger.terms
-    acting = [member for term in terms for member in term.members]
-    ledger.terms = []
-    ledger.arrange(acting)
+    ledger.resting += 1
+    ledger.arrange(_acting(ledger))
     try:
         yield
     finally:
-        ledger.terms = terms
-        ledger.arrange(acting)
+        ledger.resting -= 1
+        ledger.arrange(_acting(ledger))
+        for name in _acting(ledger):
+            refresh_gradients(ledger.deltas[name])
+
+
+def _acting(ledger: Ledger) -> list[str]:
+    return [member for term in ledger.terms for member in term.members]
+
+
+@contextmanager
+def _originals(backbone: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """The backbone's own weights for a moment, without what is selected and what is merged."""
+    merged = [(kept.module.get_parameter(kept.name), kept.original) for kept in ledger.kept]
+    held = [theta.detach().clone() for theta, _ in merged]
+    with disabled(backbone), torch.no_grad():
+        for theta, original in merged:
+            theta.copy_(original)
+        try:
+            yield
+        finally:
+            for (theta, _), value in zip(merged, held, strict=True):
+                theta.copy_(value)
 
 
 def _name(ledger: Ledger, method: Method, name: str | None) -> str:
     if name is None:
         stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
         stem = stem.replace("-", "_")
-        return next(free for free in (stem, *(f"{stem}_{n}" for n in range(2, len(ledger.deltas) + 3))) if not ledger.knows(free))
-    if not NAME.fullmatch(name):
-        raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`.")
-    if ledger.knows(name):
-        raise InvalidValue(f"A delta called `{name}` is attached already. Choose another name, or detach it first.")
+        return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}_{n}"))
+    ledger.check_free(name)
     return name
+
+
+def _find(backbone: nn.Module, ledger: Ledger, where: Where, layers: Any) -> Matches:
+    """The sites; the backbone is walked anew where modules were replaced or came since it was indexed."""
+    known = ledger.is_indexed
+    try:
+        matches = find_sites(backbone, where, layers, ledger.index(backbone))
+        if not any(_is_stale(backbone, site) for site in matches):
+            return matches
+    except NoSite:
+        if not known:
+            raise
+    ledger.forget_index()
+    return find_sites(backbone, where, layers, ledger.index(backbone))
 
 
 def _is_stale(backbone: nn.Module, site: Site) -> bool:
@@ -256,6 +288,7 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
     taken: set[tuple[int, str]] = set()
     heads = {id(module) for head in _heads(index) for module in modules_of(head.module).values()}
     for site in _read_sites(index, sites):
+        before = len(entries)
         for patch in method.build(site, shared):
             target: object = site.module
             hosts: tuple[Host, ...] = (Host(site.module),)
@@ -276,8 +309,9 @@ def _entries(index: Index, method: Method, sites: Sequence[Site], shared: nn.Mod
             is_head = id(site.module) in heads
             if isinstance(patch, SelectionPatch):
                 patch.by_value = is_head
+                hosts = (_owner(index, site, patch),)
             entries.append(Entry(name, site, patch, hosts, is_head, flags))
-        taken |= {_target(entry) for entry in entries if entry.site is site}
+        taken |= {_target(entry) for entry in entries[before:]}
     return entries
 
 
@@ -288,22 +322,16 @@ def _target(entry: Entry) -> tuple[int, str]:
 
 
 def _read_sites(index: Index, sites: Sequence[Site]) -> list[Site]:
-    """The sites, with a module that is never called replaced by its parameters, hosted by the module around it.
-
-    ``nn.MultiheadAttention`` reads the tensors of its ``out_proj`` without calling it, so it hosts them.
-    """
+    """The sites, those of whole projections first, with a module that is never called replaced by its parameters at their reader."""
     found: list[Site] = []
-    rehosted: list[Site] = []
     for site in sites:
-        parent, _, name = site.path.rpartition(".")
-        if site.reached or not site.parameters or parent not in index:
+        if site.reached or not site.parameters:
             found.append(site)
             continue
-        host = index[parent].module
-        rehosted += [
-            replace(site, path=f"{site.path}.{own}", module=host, parameter=f"{name}.{own}", reached=True) for own in site.parameters
-        ]
-    return sorted([*found, *rehosted], key=lambda site: site.rows is not None)
+        for own in site.parameters:
+            module, parameter = index.reader(site.path, own)
+            found.append(replace(site, path=f"{site.path}.{own}", module=module, parameter=parameter, reached=True))
+    return sorted(found, key=lambda site: site.rows is not None)
 
 
 def _check_reached(site: Site) -> None:
@@ -324,11 +352,17 @@ def _act_of(patch: Patch) -> type[Act]:
 
 
 def _hosts(index: Index, site: Site, patch: WeightPatch) -> tuple[Host, ...]:
-    """Where the parameter is read: at the site, and at the other owners of a tied one."""
-    parameter = site.module.get_parameter(patch.parameter)
-    own = site.module.get_submodule(patch.parameter.rpartition(".")[0]) if "." in patch.parameter else site.module
-    others = [Host(owner, name) for owner, name, _ in index.owners(parameter) if owner is not own]
+    """Where the parameter is read: at the site, and by the readers of a tied one's other owners."""
+    own = site.module.get_submodule(patch.parameter.rpartition(".")[0])
+    owners = index.owners(site.module.get_parameter(patch.parameter))
+    others = [Host(*index.reader(path.removesuffix(name).rstrip("."), name)) for owner, name, path in owners if owner is not own]
     return (Host(site.module, patch.parameter), *others)
+
+
+def _owner(index: Index, site: Site, patch: SelectionPatch) -> Host:
+    """Where a selected parameter is kept, whichever site, and whichever owner of a tied one, it was selected at."""
+    owner, name, _ = index.owners(site.module.get_parameter(patch.parameter))[0]
+    return Host(owner, name)
 
 
 def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:

@@ -180,7 +180,7 @@ def compose(
         members: their names, or the deltas, in order.
         how: ``sequential``, ``parallel``, ``weighted`` or ``gated``; see the module's formulas.
         weights: one per member, for ``weighted``.
-        name: how the composition is called; the members' names joined by ``+`` are not a name, so ``a-b`` if left out.
+        name: how the composition is called; the members' names joined by ``-`` if left out.
 
     Returns:
         The composition, enabled.
@@ -206,19 +206,30 @@ def compose(
     deltas = [ledger.delta(member) for member in names]
     name = "-".join(names) if name is None else name
     _check(ledger, names, deltas, how, weights, name)
+    composition = Composition(name, backbone, names, how, tuple(weights) if weights is not None else (1.0,) * len(names))
+    terms = list(ledger.terms)
     for delta in deltas:
         delta.disable()
-    composition = Composition(name, backbone, names, how, tuple(weights) if weights is not None else (1.0,) * len(names))
     ledger.compositions[name] = composition
     try:
         if how == "gated":
             _add_gates(composition)
         composition.enable()
     except BaseException:
-        composition.enabled = True
         composition.dissolve()
+        _restore(ledger, deltas, terms)
         raise
     return composition
+
+
+def _restore(ledger: Ledger, deltas: Sequence[Delta], terms: list[Term]) -> None:
+    """Let what acted before act again, in its order."""
+    ledger.terms = terms
+    for delta in deltas:
+        delta.enabled = any(delta.name in term.members for term in terms)
+    ledger.arrange([delta.name for delta in deltas])
+    for delta in deltas:
+        refresh_gradients(delta)
 
 
 def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How, weights: Sequence[float] | None, name: str) -> None:
@@ -231,8 +242,7 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
             f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; "
             "`weighted` takes one weight a member, the others none."
         )
-    if ledger.knows(name):
-        raise InvalidValue(f"Something called `{name}` is attached already. Give the composition another name=.")
+    ledger.check_free(name)
     for delta in deltas:
         delta._check_alone("compose")
         delta._check_unmerged("compose")

@@ -20,7 +20,7 @@ from deltatune.structure.site import Site
 
 @dataclass(frozen=True)
 class Host:
-    """A module whose slot runs a patch, and what the patched parameter is called below it (weight kind only)."""
+    """A module whose slot runs a patch, and what it calls the patched parameter (weight and selection kinds)."""
 
     module: nn.Module
     parameter: str = ""
@@ -34,7 +34,7 @@ class Entry:
         delta: name of the delta.
         site: where it sits.
         patch: what sits there.
-        hosts: where it runs: at the site, and at every other owner of a tied parameter.
+        hosts: where it runs: at the site, and at every other owner of a tied parameter; of a selection, at one owner.
         head: it trains a freshly initialised task head, which is stored by value.
         flags: which of the patch's parameters train, by name.
     """
@@ -67,7 +67,7 @@ class Entry:
         assert slot is not None
         act = slot.acts["SelectionAct"]
         assert isinstance(act, SelectionAct)
-        return act.choices[self.patch.parameter]
+        return act.choices[self.hosts[0].parameter]
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -7,6 +7,7 @@ which deltas act in which order, and the guard of weight swaps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,13 @@ from torch import nn
 
 from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
 from deltatune.injection.freeze import freeze, thaw
-from deltatune.injection.slot import CHILD, Slot, Term, slot_of
+from deltatune.injection.slot import CHILD, Slot, Term, check_vacant, slot_of
 from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+"""Classes of PyTorch that take a module's parameters in hand once, when they are put around it."""
 
 if TYPE_CHECKING:
     from deltatune.injection.compose import Composition
@@ -32,7 +37,8 @@ class Ledger(nn.Module):
         shared: state common to the sites of a delta, under the delta's name.
         deltas: the attached deltas, in order.
         compositions: the named compositions of them.
-        terms: what acts now, in order; merged deltas act through the weights.
+        terms: what acts, in order; merged deltas act through the weights.
+        resting: how many ``disabled`` blocks are open; within them nothing acts.
         kept: parameters as they were before something was merged into them.
         around: what acts keep once per backbone.
         watch: the root's own hooks.
@@ -46,6 +52,7 @@ class Ledger(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.compositions: dict[str, Composition] = {}
         self.terms: list[Term] = []
+        self.resting = 0
         self.kept: list[Kept] = []
         self.around: dict[str, Any] = {}
         self.frozen = freeze(backbone)
@@ -65,6 +72,11 @@ class Ledger(nn.Module):
             self._index = index(backbone)
         return self._index
 
+    @property
+    def is_indexed(self) -> bool:
+        """The backbone has been walked, perhaps before modules of it were replaced."""
+        return self._index is not None
+
     def forget_index(self) -> None:
         """Walk anew at the next use: a module was replaced, as by resizing the vocabulary."""
         self._index = None
@@ -72,7 +84,8 @@ class Ledger(nn.Module):
     def arrange(self, deltas: Iterable[str]) -> None:
         """Bring the slots that these deltas touch in line with ``terms``."""
         # a merged delta acts through the weights; a selection is in them anyway
-        unmerged = [term for term in self.terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
+        terms = [] if self.resting else self.terms
+        unmerged = [term for term in terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
         slots: dict[int, tuple[nn.Module, Slot]] = {}
         for name in deltas:
             for entry in self.deltas[name].entries:
@@ -82,7 +95,7 @@ class Ledger(nn.Module):
                         slots[id(slot)] = (host.module, slot)
         for module, slot in slots.values():
             for act in slot.acts.values():
-                act.arrange(module, unmerged if act.listens else self.terms, slot.gates)
+                act.arrange(module, unmerged if act.listens else terms, slot.gates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -96,6 +109,19 @@ class Ledger(nn.Module):
             return self.deltas[term.members[0]]
         return next(composition for composition in self.compositions.values() if composition.members == term.members)
 
+    def check_free(self, name: str) -> None:
+        """A delta or composition may be called ``name``.
+
+        Raises:
+            InvalidValue: the name is malformed or taken.
+        """
+        if not NAME.fullmatch(name):
+            raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`.")
+        if hasattr(self.shared, name) and name not in self.deltas:
+            raise InvalidValue(f"`{name}` cannot name a delta: PyTorch's modules have an attribute of that name. Choose another one.")
+        if self.knows(name):
+            raise InvalidValue(f"Something called `{name}` is attached already. Choose another name, or detach that first.")
+
     def knows(self, name: str) -> bool:
         """Whether a delta or composition is called so."""
         return name in self.deltas or name in self.compositions
@@ -106,8 +132,12 @@ class Ledger(nn.Module):
         Raises:
             UnknownName: none is attached under it.
         """
+        if name in self.compositions:
+            members = ", ".join(f"`{member}`" for member in self.compositions[name].members)
+            raise UnknownName(f"`{name}` is a composition, not a delta. Name its members instead: {members}.")
         if name not in self.deltas:
-            raise UnknownName(f"No delta called `{name}` is attached to this backbone. {nearest(name, self.deltas)}")
+            known = nearest(name, [*self.deltas, *self.compositions])
+            raise UnknownName(f"No delta called `{name}` is attached to this backbone. {known}")
         return self.deltas[name]
 
 
@@ -122,7 +152,7 @@ def open_ledger(backbone: nn.Module) -> Ledger:
 
     Raises:
         Unsupported: deltas are attached to a module above or below this one.
-        InvalidValue: the backbone has a child of its own called ``deltatune``.
+        InvalidValue: the backbone has an attribute of its own called ``deltatune``.
     """
     ledger = ledger_of(backbone)
     if ledger is not None:
@@ -136,6 +166,7 @@ def open_ledger(backbone: nn.Module) -> Ledger:
 
 
 def _check_root(backbone: nn.Module) -> None:
+    check_vacant(backbone)
     for path, module in backbone.named_modules():
         child = module._modules.get(CHILD)
         if isinstance(child, Ledger | Slot):
@@ -144,13 +175,12 @@ def _check_root(backbone: nn.Module) -> None:
                 f"This {type(backbone).__name__} cannot take a delta: deltas are attached already to a module {where}. "
                 "Attach all deltas to one and the same module, or detach those first."
             )
-        if child is not None and not path:
-            raise InvalidValue(f"{type(backbone).__name__} has a child called `{CHILD}` that is not ours. Rename it before attaching.")
-    wrapped = {"DistributedDataParallel", "FullyShardedDataParallel"} & {cls.__name__ for cls in type(backbone).__mro__}
-    if wrapped:
-        raise Unsupported(
-            f"The backbone is wrapped in {wrapped.pop()} already, which would miss the delta's parameters. Attach first, then wrap."
-        )
+        wrapped = WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+        if wrapped:
+            what = f"`{path}`" if path else "The backbone"
+            raise Unsupported(
+                f"{what} is wrapped in {wrapped.pop()} already, which would miss the delta's parameters. Attach first, then wrap."
+            )
 
 
 def close_ledger(backbone: nn.Module) -> None:

@@ -55,7 +55,7 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
     delta._check_alone("merge")
     if delta.merged:
         raise Unsupported(f"Delta `{delta.name}` is merged already. Unmerge it before merging it again.")
-    if not any(delta.name in term.members for term in ledger.terms):
+    if not delta.enabled or ledger.resting:
         raise Unsupported(f"Delta `{delta.name}` is disabled, so there is nothing to merge. Enable it first.")
     ledger.arrange([delta.name])  # ends what Ctrl-C broke off, so that the weights are in their places
     for entry in delta.entries:

@@ -116,7 +116,7 @@ class Choice:
 
 
 class SelectionAct(Act):
-    """The selected parameters at or below one module; nothing runs in the forward."""
+    """The selected parameters of one module; nothing runs in the forward."""
 
     listens = False
 
@@ -135,7 +135,7 @@ class SelectionAct(Act):
 
     def add(self, module: nn.Module, member: Member) -> None:
         """Keep theta_0 at the first selection of a parameter."""
-        name = selected(member).parameter
+        name = member.parameter
         theta = module.get_parameter(name)
         if theta.is_meta or not theta.is_floating_point():
             raise Unsupported(
@@ -149,11 +149,11 @@ class SelectionAct(Act):
     def remove(self, module: nn.Module, delta: str) -> None:
         """Give the parameter back; the delta is inactive by now."""
         for member in self.members.get(delta, ()):
-            choice = self.choices[selected(member).parameter]
+            choice = self.choices[member.parameter]
             choice.values.pop(delta, None)
             choice.gradients.pop(delta, None)
             if not choice.values and not choice.active:
-                del self.choices[selected(member).parameter]
+                del self.choices[member.parameter]
         super().remove(module, delta)
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
@@ -168,7 +168,7 @@ class SelectionAct(Act):
                 for term in terms
                 for delta, weight in zip(term.members, term.weights, strict=True)
                 for member in self.members.get(delta, ())
-                if selected(member).parameter == name
+                if member.parameter == name
             ]
             active = [(member.delta, weight) for _, member, weight in acting]
             if any(selected(member).by_value for _, member, _ in acting):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltatune.errors import InvalidValue
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.methods.kinds import Patch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
@@ -46,7 +46,7 @@ class Term:
 
 @dataclass
 class Member:
-    """One patch of one delta on the slot's module; of the weight kind, with the parameter's path below that module."""
+    """One patch of one delta on the slot's module; of the weight and selection kinds, with the path of the parameter."""
 
     delta: str
     site: Site
@@ -113,7 +113,7 @@ class Act(ABC):
 
 @dataclass
 class Fired:
-    """Whether the host of a slot has run since its last patch came; see ``injection.ledger``."""
+    """Whether the module of a slot has run since the slot is there; ``injection.watch`` asks."""
 
     ever: bool = field(default=False)
 
@@ -166,6 +166,11 @@ class Slot(nn.Module):
         """Pre-hook: every act ahead of the module's forward."""
         if not torch.compiler.is_compiling():
             self.fired.ever = True
+            if "_is_replica" in module.__dict__:
+                raise Unsupported(
+                    "nn.DataParallel was asked to run a backbone with deltas: its replicas share hooks, so all would use the patches of "
+                    "the first. Use DistributedDataParallel, with one process a device."
+                )
         for act in self.acts.values():
             args, kwargs = act.before(module, args, kwargs)
         return args, kwargs
@@ -205,7 +210,7 @@ def open_slot(module: nn.Module) -> Slot:
     """The module's slot, made if it had none.
 
     Raises:
-        InvalidValue: the module has a child of its own called ``deltatune``.
+        InvalidValue: the module has an attribute of its own called ``deltatune``.
     """
     slot = slot_of(module)
     if slot is not None:
@@ -213,15 +218,26 @@ def open_slot(module: nn.Module) -> Slot:
     slot = Slot()
     slot.train(module.training)
     child = module._modules.get(CHILD)
-    if child is None:
-        module.add_module(CHILD, slot)
-    elif hasattr(child, "slot"):
+    if child is not None and hasattr(child, "slot"):
         child.slot = slot
     else:
-        raise InvalidValue(
-            f"{type(module).__name__} has a child called `{CHILD}` that is not ours ({type(child).__name__}). Rename it before attaching."
-        )
+        check_vacant(module)
+        module.add_module(CHILD, slot)
     return slot
+
+
+def check_vacant(module: nn.Module) -> None:
+    """The module has room for a child called ``deltatune``: nothing, or something of ours, is there.
+
+    Raises:
+        InvalidValue: it has an attribute of that name.
+    """
+    found = getattr(module, CHILD, None)
+    if found is not None and not isinstance(found, Slot) and not hasattr(found, "slot"):
+        raise InvalidValue(
+            f"{type(module).__name__} has an attribute called `{CHILD}` that is not ours ({type(found).__name__}). "
+            "Rename it before attaching."
+        )
 
 
 def close_slot(module: nn.Module) -> None:

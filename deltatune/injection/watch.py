@@ -28,6 +28,7 @@ class Watch:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._unseen: list[Entry] = []
+        self._reached: set[str | None] = set()
         self._stochastic: dict[str, list[Stochastic]] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -73,14 +74,14 @@ class Watch:
         if not self._unseen or torch.compiler.is_compiling():
             return
         acting = {name for term in self._ledger.terms for name in term.members}
-        reached = {entry.site.role for entry in self._unseen if _has_fired(entry)}
+        self._reached |= {entry.site.role for entry in self._unseen if _has_fired(entry)}
         self._unseen = [entry for entry in self._unseen if not _has_fired(entry)]
         # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own
         silent = [
             entry
             for entry in self._unseen
             if entry.delta in acting
-            and not (backbone.training and entry.site.role is not None and entry.site.role in reached)
+            and not (backbone.training and entry.site.role is not None and entry.site.role in self._reached)
             and "experts" not in (entry.site.role or "")
         ]
         if silent:

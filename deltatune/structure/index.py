@@ -63,6 +63,7 @@ class Index:
         modules = modules_of(backbone)
         anatomy = assign(modules, use_files)
         self._owners = _owners(modules)
+        self._unreached = anatomy.unreached | {path for path, module in modules.items() if isinstance(module, CONTAINERS)}
         self._layer_of, self.depths = _layers(modules, anatomy)
         self.sites: tuple[Site, ...] = tuple(
             site for path, module in modules.items() for site in self._sites_at(path, module, anatomy, modules)
@@ -100,11 +101,22 @@ class Index:
             found = self._owners.get(id(parameter), [])
         return list(found)
 
+    def reader(self, path: str, parameter: str) -> tuple[nn.Module, str]:
+        """The module whose forward reads ``parameter`` of the module at ``path``, and what it calls the parameter.
+
+        That is the module itself; or the one around it if it is never called, as ``nn.MultiheadAttention`` reads
+        ``out_proj.weight``, and any module the members of its ``nn.ParameterList``.
+        """
+        while path in self._unreached and path:
+            path, _, name = path.rpartition(".")
+            parameter = f"{name}.{parameter}"
+        return self.backbone.get_submodule(path), parameter
+
     def _sites_at(self, path: str, module: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> list[Site]:
         """The module as a whole, then its parts, then the parameters it reads itself, each with its parts."""
         layer = self._layer_of[path][1] if path in self._layer_of else None
         entries = anatomy.assignments.get(path, [])
-        reached = path not in anatomy.unreached and not isinstance(module, CONTAINERS)
+        reached = path not in self._unreached
         routable = path not in anatomy.unroutable
         sites = []
         for parameter in (None, *_raw_parameters(module, entries)):
@@ -113,10 +125,9 @@ class Index:
                 mine = [Assignment(None, parameter), *mine]
             where = path if parameter is None else f"{path}.{parameter}" if path else parameter
             tied = self._is_tied(module, parameter or "weight")
+            host, read = (module, None) if parameter is None else self.reader(path, parameter)
             for entry in mine:
-                sites.append(
-                    Site(where, module, entry.role, layer, entry.rows, parameter, tied, parameter is not None or reached, routable)
-                )
+                sites.append(Site(where, host, entry.role, layer, entry.rows, read, tied, read is not None or reached, routable))
         return sites
 
     def _is_tied(self, module: nn.Module, parameter: str) -> bool:

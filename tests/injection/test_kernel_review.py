@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import Unsupported
+from deltatune.errors import Idle, InvalidValue, UnknownName, Unsupported
 from deltatune.injection.attach import attach, deltas, detach, disabled, switch
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
@@ -269,3 +269,172 @@ def test_merging_a_delta_that_does_not_act_says_so() -> None:
     with disabled(backbone), pytest.raises(Unsupported, match="Enable it first"):
         merge(delta)
     assert not delta.merged
+
+
+class TiedAttention(nn.Module):
+    """A linear map whose weight an attention reads as its ``out_proj``, without calling a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear = nn.Linear(8, 8)
+        self.linear.weight = self.attention.out_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.attention(x, x, x)[0])
+
+
+@torch.no_grad()
+def test_a_tied_weight_acts_wherever_it_is_read() -> None:
+    backbone, x = TiedAttention().eval(), torch.randn(2, 3, 8)
+    before = trace(backbone)
+    delta = attach(backbone, LoRA(rank=2), "linear")
+    shake(delta, spread=0.3)
+    found, theta = backbone(x), delta.patches[0](delta.entries[0].parameter).clone()
+    detach(delta)
+    assert trace(backbone).differences(before) == []
+    backbone.linear.weight.copy_(theta)
+    assert torch.allclose(found, backbone(x), atol=1e-6)
+
+
+class Listed(nn.Module):
+    """y = x W_0 W_1, with both in a ``ParameterList``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.W[0] @ self.W[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [LoRA(rank=2), DiffPruning(), FullFineTuning()], ids=str)
+def test_members_of_a_parameter_list_are_swapped_by_their_reader(method: Method) -> None:
+    backbone, x = Listed().eval(), torch.randn(2, 4)
+    before, plain = trace(backbone), backbone(x)
+    delta = attach(backbone, method, ["W.0", "W.1"])
+    shake(delta, spread=0.3)
+    assert moved(backbone(x), plain) > 1e-3
+    detach(delta)
+    assert trace(backbone).differences(before) == []
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "training", "a b", "a.b", ""])
+def test_names_that_cannot_be(name: str) -> None:
+    backbone, _ = mlp()
+    before = trace(backbone)
+    with pytest.raises(InvalidValue, match=f"`{name}` cannot name a delta"):
+        attach(backbone, LoRA(rank=2), "*", name=name)
+    assert trace(backbone).differences(before) == []
+    pair = [attach(backbone, LoRA(rank=2), "*") for _ in range(2)]
+    with pytest.raises(InvalidValue, match=f"`{name}` cannot name a delta"):
+        compose(backbone, pair, name=name)
+    assert all(delta.enabled for delta in pair)
+
+
+def test_a_composition_is_no_delta() -> None:
+    backbone, _ = mlp()
+    for name in ("a", "b", "c"):
+        attach(backbone, LoRA(rank=2), "*", name=name)
+    compose(backbone, ["a", "b"])
+    with pytest.raises(UnknownName, match=r"`a-b` is a composition, not a delta\. Name its members instead: `a`, `b`"):
+        compose(backbone, ["a-b", "c"])
+    with pytest.raises(UnknownName, match="Did you mean `a-b`"):
+        switch(backbone, "a-b-")
+
+
+def test_a_failed_composition_changes_nothing() -> None:
+    backbone, _ = mlp()
+    for name, method in (("a", LoRA(rank=2)), ("b", BitFit()), ("c", IA3())):
+        attach(backbone, method, "*", name=name)
+    first = deltas(backbone)[0]
+    first.disable()
+    ledger = first.ledger
+    terms, wanting = list(ledger.terms), [parameter.requires_grad for parameter in backbone.parameters()]
+    with pytest.raises(Unsupported, match="gated"):
+        compose(backbone, ["a", "b"], "gated")
+    assert ledger.terms == terms
+    assert not first.enabled
+    assert [parameter.requires_grad for parameter in backbone.parameters()] == wanting
+    assert not ledger.compositions
+
+
+def test_a_failed_switch_changes_nothing() -> None:
+    backbone, _ = mlp()
+    chain = [attach(backbone, LoRA(rank=2), "*", name=name) for name in ("a", "b", "c")]
+    merge(chain[1])
+    with pytest.raises(Unsupported, match="merged"):
+        switch(backbone, "c")
+    assert [delta.enabled for delta in chain] == [True, True, True]
+
+
+def test_what_changes_inside_disabled_holds_afterwards() -> None:
+    backbone, inputs = mlp()
+    plain = output(backbone, inputs)
+    gone, resting, waking = (attach(backbone, BitFit(), "*", name=name) for name in ("gone", "resting", "waking"))
+    waking.disable()
+    shake(resting, spread=1.0)
+    with disabled(backbone):
+        with disabled(backbone):
+            detach(gone)
+            resting.disable()
+            waking.enable()
+            fresh = attach(backbone, LoRA(rank=2), "*", name="fresh")
+            shake(fresh)
+        assert torch.equal(output(backbone, inputs), plain)
+    assert [term.members for term in fresh.ledger.terms] == [("waking",), ("fresh",)]
+    assert not torch.equal(output(backbone, inputs), plain)
+    assert all(parameter.requires_grad for delta in (waking, fresh) for parameter in delta.parameters())
+
+
+def test_a_module_that_came_later_is_found() -> None:
+    backbone, _ = mlp()
+    attach(backbone, LoRA(rank=2), "*", name="first")
+    backbone.add_module("late", nn.Linear(3, 3))
+    delta = attach(backbone, LoRA(rank=2), "late", name="second")
+    assert [entry.key for entry in delta.entries] == ["late"]
+
+
+@pytest.mark.parametrize("path", ["", "0"])
+def test_an_attribute_of_our_name_is_refused_without_a_trace(path: str) -> None:
+    backbone, _ = mlp()
+    backbone.get_submodule(path).deltatune = 3  # type: ignore[assignment]
+    before = trace(backbone)
+    with pytest.raises(InvalidValue, match="has an attribute called `deltatune` that is not ours"):
+        attach(backbone, LoRA(rank=2), "*")
+    assert trace(backbone).differences(before) == []
+
+
+def test_data_parallel_is_refused() -> None:
+    backbone, inputs = mlp()
+    with pytest.raises(Unsupported, match=r"wrapped in DataParallel already.*Attach first, then wrap"):
+        attach(nn.Sequential(nn.DataParallel(backbone)), LoRA(rank=2), "*")
+    attach(backbone, LoRA(rank=2), "*")
+    replica = backbone.get_submodule("0")._replicate_for_data_parallel()  # type: ignore[operator]
+    with pytest.raises(Unsupported, match="Use DistributedDataParallel"):
+        replica(*inputs.values())
+
+
+class Skipping(nn.Module):
+    """Three layers, of which a training forward may skip one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(3)])
+        self.skipped = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, layer in enumerate(self.layers):
+            x = x if k == self.skipped else layer(x)
+        return x
+
+
+def test_a_layer_skipped_twice_in_training_is_not_idle() -> None:
+    backbone, x = Skipping().train(), torch.randn(2, 3, 8)
+    attach(backbone, LoRA(rank=2), "feed_forward.up")
+    for _ in range(3):
+        backbone(x)
+    backbone.eval()
+    with pytest.raises(Idle, match=r"layers\.1\.linear1"):
+        backbone(x)

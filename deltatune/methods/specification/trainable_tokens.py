@@ -34,6 +34,7 @@ class TrainableTokens(Method):
     family: ClassVar[Family] = "specification"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("embedding", "lm_head?")
+    reads_weights: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = "PEFT's method of the same name"
 
