@@ -19,6 +19,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TIMED", demo.TIMED | {"max_steps": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_whole_demo(call: Call, finished: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(finished, tmp_path / "demo"))  # what an earlier demo left is replaced
