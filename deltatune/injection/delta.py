@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.selections import Choice, SelectionAct
 from deltatune.injection.slot import Term, slot_of
 from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch, WeightPatch
+from deltatune.structure.anatomy import modules_of
 from deltatune.structure.site import Site
 
 
@@ -193,8 +195,35 @@ class Delta:
 
         Raises:
             CheckpointError: tensors are missing, unexpected or misshapen.
+            Unsupported: the delta is merged, so the weights would not follow.
         """
-        self._reform(state)
+        self._check_unmerged("load into")
+        reforming = {key: module for key, module in self._modules() if isinstance(module, Reforming)}
+        forms = {key: _form(module) for key, module in reforming.items()}
+        try:
+            for key, module in reforming.items():
+                module.reform({name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")})
+            self._check_fits(state)
+        except BaseException:
+            for key, module in reforming.items():
+                vars(module).clear()
+                vars(module).update(forms[key])
+            raise
+        with torch.no_grad():
+            for entry in self.entries:
+                if isinstance(entry.patch, SelectionPatch):
+                    entry.choice.assign(self.name, state[entry.key], entry.parameter)
+            for key, holder in self._modules():
+                holder.load_state_dict({name: state[f"{key}.{name}"] for name in holder.state_dict()})
+        refresh_gradients(self)  # a new form has new Parameters
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """What holds its own tensors, under its key in delta files."""
+        yield from ((entry.key, entry.patch) for entry in self.entries)
+        if self.shared is not None:
+            yield "shared", self.shared
+
+    def _check_fits(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         misshapen = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
@@ -208,27 +237,12 @@ class Delta:
                 f"The tensors do not fit delta `{self.name}` ({self.method}): {'; '.join(faults)}. "
                 "Use the state of the same method and sites."
             )
-        with torch.no_grad():
-            for entry in self.entries:
-                if isinstance(entry.patch, SelectionPatch):
-                    entry.choice.assign(self.name, state[entry.key], entry.parameter)
-                part = {name: state[f"{entry.key}.{name}"] for name in entry.patch.state_dict()}
-                entry.patch.load_state_dict(part)
-            if self.shared is not None:
-                self.shared.load_state_dict({name: state[f"shared.{name}"] for name in self.shared.state_dict()})
-
-    def _reform(self, state: Mapping[str, Tensor]) -> None:
-        modules = [(entry.key, entry.patch) for entry in self.entries] + ([("shared", self.shared)] if self.shared is not None else [])
-        for key, module in modules:
-            if isinstance(module, Reforming):
-                module.reform({name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")})
 
     def budget(self) -> Budget:
         """N, M, |delta|, their ratio, and bytes of the stored tensors."""
         selected = {id(entry.parameter) for entry in self.entries if isinstance(entry.patch, SelectionPatch)}
-        own = {id(parameter) for delta in self.ledger.deltas.values() for entry in delta.entries for parameter in entry.patch.parameters()}
-        own |= {id(parameter) for parameter in self.ledger.parameters()}
-        n = sum(parameter.numel() for parameter in self.backbone.parameters() if id(parameter) not in own)
+        own = {id(parameter): parameter for module in modules_of(self.backbone).values() for parameter in module.parameters(recurse=False)}
+        n = sum(parameter.numel() for parameter in own.values())
         trained = self.trained_parameters().values()
         added = sum(parameter.numel() for parameter in trained if id(parameter) not in selected)
         size = sum(parameter.numel() for parameter in trained)
@@ -299,3 +313,8 @@ class Delta:
     def _check_unmerged(self, verb: str) -> None:
         if self.merged:
             raise Unsupported(f"Cannot {verb} delta `{self.name}` while it is merged into the weights. Call dt.unmerge(delta) first.")
+
+
+def _form(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` is made of now, tensors not copied: to go back to if it cannot take another form."""
+    return {name: copy(value) if isinstance(value, dict | set) else value for name, value in vars(module).items()}

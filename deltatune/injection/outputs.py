@@ -108,7 +108,15 @@ class OutputAct(Act):
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
-        """Refuse parameters: they have no input and no output; but an attention returns what its output projection returns."""
+        """Refuse what is no module's own: a part of a fused projection has no input of its own, and a parameter neither input nor output.
+
+        But an attention returns what its output projection returns.
+        """
+        if site.rows is not None and isinstance(patch, InputPatch):
+            raise Unsupported(
+                f"{type(patch).__name__} cannot sit at `{site.key}`: the roles of a fused projection share one input, so the others would "
+                f"see it edited, too. Choose `{site.path}`, or a method that edits outputs or weights."
+            )
         if site.parameter is not None and (isinstance(patch, InputPatch) or site.leaf != "output"):
             raise Unsupported(
                 f"{type(patch).__name__} cannot sit at `{site.key}`: {type(site.module).__name__} reads this parameter itself, so there is "

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import Idle, InvalidValue, UnknownName, Unsupported
+from deltatune.errors import CheckpointError, Idle, InvalidValue, UnknownName, Unsupported
 from deltatune.injection.attach import attach, deltas, detach, disabled, switch
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.state import backbone_state
 from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
+from deltatune.methods.addition.ia3 import ScaledInput
 from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch
 from deltatune.structure.site import Site
 from tests.conformance.cells import moved, shake
@@ -438,3 +439,55 @@ def test_a_layer_skipped_twice_in_training_is_not_idle() -> None:
     backbone.eval()
     with pytest.raises(Idle, match=r"layers\.1\.linear1"):
         backbone(x)
+
+
+def test_a_state_that_does_not_fit_leaves_the_form_as_it_was() -> None:
+    backbone, inputs = mlp()
+    delta = attach(backbone, DiffPruning(), "*")
+    shake(delta)
+    before, expected = _bits(delta), output(backbone, inputs)
+    with pytest.raises(CheckpointError, match="missing"):
+        delta.load_state_dict({"0.weight.values": torch.zeros(3), "0.weight.index": torch.arange(3)})
+    assert {name: tuple(tensor.shape) for name, tensor in delta.state_dict().items()} == {
+        name: tuple(t.shape) for name, t in before.items()
+    }
+    assert torch.equal(output(backbone, inputs), expected)
+    assert all(parameter.requires_grad for parameter in delta.parameters())
+
+
+def test_a_new_form_trains_no_more_than_the_old_one() -> None:
+    backbone, _ = mlp()
+    sparse = attach(backbone, DiffPruning(density=0.1), "*", name="sparse")
+    sparse.method.export(sparse.patches, None)  # type: ignore[attr-defined]
+    resting = attach(backbone, DiffPruning(density=0.1), "*", name="resting")
+    resting.disable()
+    resting.load_state_dict(sparse.state_dict())
+    assert not any(parameter.requires_grad for parameter in resting.parameters())
+
+
+def test_nothing_is_loaded_into_a_merged_delta() -> None:
+    backbone, _ = mlp()
+    delta = attach(backbone, LoRA(rank=2), "*")
+    merge(delta)
+    with pytest.raises(Unsupported, match="Cannot load into delta `lora` while it is merged"):
+        delta.load_state_dict(delta.state_dict())
+
+
+@dataclass(frozen=True)
+class ScaledInputs(Method):
+    """(IA)^3 at the input, anywhere."""
+
+    family: ClassVar[Family] = "addition"
+    kind: ClassVar[Kind] = "output"
+    where: ClassVar[tuple[str, ...]] = ("*",)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
+        return [ScaledInput(site.in_features)]
+
+
+def test_the_input_of_a_fused_projection_belongs_to_all_its_roles() -> None:
+    backbone, _ = gpt2()
+    before = trace(backbone)
+    with pytest.raises(Unsupported, match="the roles of a fused projection share one input"):
+        attach(backbone, ScaledInputs(), "attention.query")
+    assert trace(backbone).differences(before) == []
