@@ -58,7 +58,8 @@ class PrefixAct(Act):
 
     def leave(self, around: dict[str, Any]) -> None:
         """Leave the switch, which undoes everything with the last prefix."""
-        if around["switch"].leave():
+        switch = around.get("switch")  # none where the first prefix failed to join
+        if switch is not None and switch.leave():
             del around["switch"]
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:

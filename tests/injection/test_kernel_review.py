@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,14 @@ from deltatune.injection.attach import attach, deltas, detach, disabled, switch
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.outputs import OutputAct
+from deltatune.injection.prefix import PrefixAct
+from deltatune.injection.prompt import PromptAct
+from deltatune.injection.selections import SelectionAct
+from deltatune.injection.slot import Act
 from deltatune.injection.state import backbone_state
-from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
+from deltatune.injection.weights import WeightAct
+from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.addition.ia3 import ScaledInput
 from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch
 from deltatune.structure.site import Site
@@ -491,3 +497,34 @@ def test_the_input_of_a_fused_projection_belongs_to_all_its_roles() -> None:
     with pytest.raises(Unsupported, match="the roles of a fused projection share one input"):
         attach(backbone, ScaledInputs(), "attention.query")
     assert trace(backbone).differences(before) == []
+
+
+ACTING = {
+    OutputAct: LoRA(rank=2),
+    SelectionAct: BitFit(),
+    WeightAct: DiffPruning(),
+    PrefixAct: PrefixTuning(num_virtual_tokens=2),
+    PromptAct: PromptTuning(num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("step", ["__init__", "add", "join", "arrange"])
+@pytest.mark.parametrize("act", ACTING, ids=lambda act: act.__name__)
+def test_an_attach_that_fails_half_way_leaves_no_trace(act: type[Act], step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, inputs = gpt2()
+    before, plain = trace(backbone), output(backbone, inputs)
+    original, calls = getattr(act, step), []
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        calls.append(step)
+        if len(calls) == (1 if act is PromptAct else 2):  # a model has one stack
+            raise MemoryError(step)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(act, step, fail_once)
+    with pytest.raises(MemoryError, match=step):
+        attach(backbone, ACTING[act])
+    monkeypatch.undo()
+    assert trace(backbone).differences(before) == []
+    assert torch.equal(output(backbone, inputs), plain)
+    attach(backbone, ACTING[act])
