@@ -1,0 +1,145 @@
+"""Gradient checkpointing, both ways of it: every delta gets the gradients it gets without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deltatune.injection.attach import attach
+from deltatune.injection.delta import Delta
+from deltatune.methods import DiffPruning, LoRA
+from deltatune.methods.kinds import Stochastic
+from tests.conformance.cells import TAKEN, Cell, fresh, moved, over, shake
+from tests.models import HIDDEN, MODELS, output
+
+WITHOUT = frozenset({"mpnet", "torch_encoder", "conv_net", "mlp", "tied_mlp"})
+"""MPNet's layers do not checkpoint; the others are not transformers'."""
+CHECKPOINTED = [cell for cell in TAKEN if cell.model not in WITHOUT]
+
+ONE_GRAPH = {(method, "deberta_v2") for method in ("bitfit", "diff-pruning", "full")}
+"""Methods that train DeBERTa's relative positions: all its layers share that graph, which the reentrant way frees at the first."""
+
+
+def _gradients(backbone: nn.Module, inputs: dict[str, Tensor], delta: Delta) -> tuple[Tensor, list[Tensor]]:
+    backbone.zero_grad()
+    found = output(backbone, inputs)
+    found.float().square().mean().backward()
+    return found.detach(), [p.grad.clone() for p in delta.trained_parameters().values() if p.grad is not None]
+
+
+def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    scale = max(float(gradient.abs().max()) for gradient in expected)
+    return len(found) == len(expected) and all(
+        float((one - other).abs().max()) <= 1e-5 * scale for one, other in zip(found, expected, strict=True)
+    )
+
+
+def _checkpoint(backbone: Any, reentrant: bool) -> None:
+    """Layers checkpoint in training mode only; their dropouts stay in evaluation mode."""
+    kwargs = {"use_reentrant": reentrant}
+    if hasattr(backbone, "activation_checkpointing_enable"):
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # its name in the lower end of our range
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if reentrant:
+        backbone.enable_input_require_grads()
+    layers = [module for module in backbone.modules() if hasattr(module, "gradient_checkpointing")]
+    assert layers
+    for layer in layers:
+        layer.training = True
+        for name in [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(layer, name, 0.0)
+
+
+def test_all_that_checkpoint_are_there() -> None:
+    assert {cell.model for cell in CHECKPOINTED} == MODELS.keys() - WITHOUT
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensor-hooks", "reentrant"])
+@over(CHECKPOINTED)
+def test_gradients_are_those_without(cell: Cell, reentrant: bool) -> None:
+    backbone, inputs = cell.fresh()
+    delta = cell.attach(backbone)
+    shake(delta)
+    expected = _gradients(backbone, inputs, delta)
+    _checkpoint(backbone, reentrant)
+    if reentrant and (cell.method, cell.model) in ONE_GRAPH:
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            _gradients(backbone, inputs, delta)
+        return
+    found = _gradients(backbone, inputs, delta)
+    assert moved(found[0], expected[0]) < 1e-6
+    assert _equal(found[1], expected[1])
+
+
+def test_reentrant_deberta_cannot_train_its_relative_positions_without_us_either() -> None:
+    backbone, inputs = fresh("deberta_v2")
+    _checkpoint(backbone, reentrant=True)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output(backbone, inputs).square().mean().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensor-hooks", "reentrant"])
+def test_random_draws_are_the_same_when_recomputed(reentrant: bool) -> None:
+    backbone, inputs = fresh("bert")
+    delta = attach(backbone, DiffPruning(alpha_init=0.0))
+    shake(delta, spread=0.2)
+    backbone.training = True  # it draws; its dropouts rest
+    for patch in delta.patches:
+        patch.train()
+    stochastic = [patch for patch in delta.patches if isinstance(patch, Stochastic)]
+    torch.manual_seed(0)
+    expected = _gradients(backbone, inputs, delta)
+    again = _gradients(backbone, inputs, delta)
+    assert not torch.equal(again[0], expected[0])
+    assert len(stochastic) > 10
+    _checkpoint(backbone, reentrant)
+    torch.manual_seed(0)
+    found = _gradients(backbone, inputs, delta)
+    assert torch.equal(found[0], expected[0])
+    assert _equal(found[1], expected[1])
+
+
+class Stack(nn.Module):
+    """Layers that hold raw parameters themselves, each checkpointed as a whole."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+class Layer(nn.Module):
+    """tanh(x W) with W read by the layer itself, and a linear map behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x @ self.W))
+
+
+@pytest.mark.parametrize("method", [DiffPruning(), LoRA(rank=2)], ids=["diff-pruning", "lora"])
+def test_parameters_of_a_checkpointed_layer_itself(method: DiffPruning | LoRA) -> None:
+    results = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        backbone = Stack(reentrant).eval()
+        x = torch.randn(3, HIDDEN, requires_grad=True)
+        delta = attach(backbone, method, ["layers.*.W", "layers.*.out"])
+        shake(delta)
+        results.append(_gradients(backbone, {"x": x}, delta))
+    for found in results[1:]:
+        assert torch.equal(found[0], results[0][0])
+        assert _equal(found[1], results[0][1])

@@ -1,0 +1,129 @@
+"""``torch.compile``: no graph break of ours, and what is attached, disabled or merged after compilation is seen.
+
+Pairwise: every architecture once and every method at least twice, not all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltatune.injection.attach import attach, detach, switch
+from deltatune.injection.compose import compose
+from deltatune.injection.merge import merge, unmerge
+from deltatune.methods import BitFit, DiffPruning, LoRA, methods
+from tests.conformance.cells import MODELS, TAKEN, Cell, fresh, moved, shake
+from tests.models import output
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo hides it itself
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # BLOOM's GeLU
+]
+
+
+def _pairwise() -> list[Cell]:
+    """For each architecture the method that has come up least, among those it takes."""
+    used = dict.fromkeys(methods, 0)
+    chosen = []
+    for model in MODELS:
+        cell = min((cell for cell in TAKEN if cell.model == model), key=lambda cell: used[cell.method])
+        used[cell.method] += 1
+        chosen.append(cell)
+    return chosen
+
+
+PAIRWISE = _pairwise()
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_every_architecture_and_every_method_is_there() -> None:
+    assert [cell.model for cell in PAIRWISE] == list(MODELS)
+    assert all(sum(cell.method == method for cell in PAIRWISE) >= 2 for method in methods)
+
+
+@pytest.mark.parametrize("cell", PAIRWISE, ids=str)
+def test_it_compiles_whole(cell: Cell) -> None:
+    backbone, inputs = cell.fresh()
+    delta = cell.attach(backbone)
+    shake(delta)
+    trained = list(delta.trained_parameters().values())
+    expected = output(backbone, inputs)
+    gradients = torch.autograd.grad(expected.float().square().mean(), trained)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    found = output(compiled, inputs)
+    assert moved(found.detach(), expected.detach()) < 1e-5
+    scale = max(float(gradient.abs().max()) for gradient in gradients)
+    for one, other in zip(torch.autograd.grad(found.float().square().mean(), trained), gradients, strict=True):
+        assert float((one - other).abs().max()) < 1e-4 * scale
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return moved(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("model", ["llama", "tied_mlp"])
+@torch.no_grad()
+def test_everything_after_compilation_is_seen(model: str) -> None:
+    backbone, inputs = fresh(model)
+    compiled = torch.compile(backbone, backend="aot_eager")
+    plain = output(compiled, inputs)
+    for method in (LoRA(rank=2), DiffPruning(), BitFit()):
+        delta = attach(backbone, method, "*" if model == "tied_mlp" else None, name="one")
+        shake(delta)
+        acting = output(backbone, inputs)
+        assert not _same(acting, plain)
+        assert _same(output(compiled, inputs), acting), "attached"
+        delta.disable()
+        assert _same(output(compiled, inputs), plain), "disabled"
+        delta.enable()
+        assert _same(output(compiled, inputs), acting), "enabled"
+        shake(delta, seed=9)
+        trained = output(backbone, inputs)
+        assert not _same(trained, acting)
+        assert _same(output(compiled, inputs), trained), "trained"
+        if not any("AddedBias" in type(patch).__name__ for patch in delta.patches):
+            merge(delta)
+            assert _same(output(compiled, inputs), trained), "merged"
+            unmerge(delta)
+        detach(delta)
+        assert _same(output(compiled, inputs), plain), "detached"
+
+
+@torch.no_grad()
+def test_switching_and_composing_after_compilation_are_seen() -> None:
+    backbone, inputs = fresh("bert")
+    compiled = torch.compile(backbone, backend="aot_eager")
+    pair = [attach(backbone, LoRA(rank=2), name=name, head=False) for name in ("a", "b")]
+    for k, delta in enumerate(pair):
+        shake(delta, seed=k)
+    for name in ("a", "b", None, "a"):
+        switch(backbone, name)
+        assert _same(output(compiled, inputs), output(backbone, inputs)), name
+    compose(backbone, pair, "weighted", weights=[0.5, 2.0])
+    assert _same(output(compiled, inputs), output(backbone, inputs))
+
+
+def test_a_compiled_backbone_trains() -> None:
+    backbone, inputs = fresh("gpt2")
+    delta = attach(backbone, LoRA(rank=2))
+    compiled = torch.compile(backbone, backend="aot_eager")
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        loss = output(compiled, inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    with torch.no_grad():
+        assert _same(output(compiled, inputs), output(backbone, inputs))
