@@ -186,19 +186,16 @@ def disabled(backbone: nn.Module) -> Iterator[None]:
     if ledger is None:
         yield
         return
+    acting = ledger.acting_deltas
     ledger.resting += 1
-    ledger.arrange(_acting(ledger))
+    ledger.arrange(acting)
     try:
         yield
     finally:
         ledger.resting -= 1
-        ledger.arrange(_acting(ledger))
-        for name in _acting(ledger):
+        ledger.arrange(ledger.acting_deltas)
+        for name in ledger.acting_deltas:
             refresh_gradients(ledger.deltas[name])
-
-
-def _acting(ledger: Ledger) -> list[str]:
-    return [member for term in ledger.terms for member in term.members]
 
 
 @contextmanager

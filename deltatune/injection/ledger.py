@@ -54,10 +54,10 @@ class Ledger(nn.Module):
         self.terms: list[Term] = []
         self.resting = 0
         self.kept: list[Kept] = []
-        self.around: dict[str, Any] = {}
         self.frozen = freeze(backbone)
         self._index: Index | None = None
         self.watch = Watch(self)
+        self.around: dict[str, Any] = {"draws": self.watch.draws}
 
     def forward(self, x: Any) -> Any:
         """Identity: a root that is a container and walks its children passes through."""
@@ -81,11 +81,20 @@ class Ledger(nn.Module):
         """Walk anew at the next use: a module was replaced, as by resizing the vocabulary."""
         self._index = None
 
+    @property
+    def acting_terms(self) -> list[Term]:
+        """What acts at this moment: nothing within ``disabled``."""
+        return [] if self.resting else self.terms
+
+    @property
+    def acting_deltas(self) -> list[str]:
+        """The names in it, in order."""
+        return [member for term in self.acting_terms for member in term.members]
+
     def arrange(self, deltas: Iterable[str]) -> None:
         """Bring the slots that these deltas touch in line with ``terms``."""
         # a merged delta acts through the weights; a selection is in them anyway
-        terms = [] if self.resting else self.terms
-        unmerged = [term for term in terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
+        unmerged = [term for term in self.acting_terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
         slots: dict[int, tuple[nn.Module, Slot]] = {}
         for name in deltas:
             for entry in self.deltas[name].entries:
@@ -95,7 +104,7 @@ class Ledger(nn.Module):
                         slots[id(slot)] = (host.module, slot)
         for module, slot in slots.values():
             for act in slot.acts.values():
-                act.arrange(module, unmerged if act.listens else terms, slot.gates)
+                act.arrange(module, unmerged if act.listens else self.acting_terms, slot.gates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import Idle
+from deltatune.injection.draws import Draws
 from deltatune.injection.slot import slot_of
-from deltatune.methods.kinds import Stochastic
 
 if TYPE_CHECKING:
     from deltatune.injection.delta import Entry
@@ -29,7 +29,7 @@ class Watch:
         self._ledger = ledger
         self._unseen: list[Entry] = []
         self._reached: set[str | None] = set()
-        self._stochastic: dict[str, list[Stochastic]] = {}
+        self.draws = Draws()
         self._handles: list[RemovableHandle] = []
 
     def listen(self, backbone: nn.Module) -> None:
@@ -50,20 +50,17 @@ class Watch:
         for entry in entries:
             if entry.listens:
                 self._unseen.append(entry)
-            if isinstance(entry.patch, Stochastic):
-                self._stochastic.setdefault(entry.delta, []).append(entry.patch)
+            self.draws.add(entry.delta, entry.patch)
 
     def drop(self, delta: str) -> None:
         """Forget the entries of a delta."""
         self._unseen = [entry for entry in self._unseen if entry.delta != delta]
-        self._stochastic.pop(delta, None)
+        self.draws.drop(delta)
 
     def before(self, backbone: nn.Module, args: Any) -> None:
-        """Pre-hook of the root: random draws, once per forward, so that every reader of a parameter sees the same one."""
+        """Pre-hook of the root: the random draws of this forward."""
         if backbone.training:
-            for term in self._ledger.terms:
-                for patch in (patch for name in term.members for patch in self._stochastic.get(name, ())):
-                    patch.draw()
+            self.draws.take(self._ledger.acting_deltas)
 
     def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the root: every patch must sit where the forward comes by.
@@ -71,9 +68,13 @@ class Watch:
         Raises:
             Idle: an active patch's host was never called.
         """
-        if not self._unseen or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        acting = {name for term in self._ledger.terms for name in term.members}
+        if backbone.training:
+            self.draws.count()
+        if not self._unseen:
+            return
+        acting = set(self._ledger.acting_deltas)
         self._reached |= {entry.site.role for entry in self._unseen if _has_fired(entry)}
         self._unseen = [entry for entry in self._unseen if not _has_fired(entry)]
         # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own

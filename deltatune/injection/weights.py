@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Busy, Unsupported
+from deltatune.injection.draws import Draws
 from deltatune.injection.outputs import put_rows
-from deltatune.injection.slot import Act, Member, Term
-from deltatune.methods.kinds import Stochastic
+from deltatune.injection.slot import Act, How, Member, Term
+from deltatune.methods.kinds import Patch, Stochastic
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
@@ -56,16 +57,29 @@ class Guard:
         return Guard, ()
 
 
+FoldTerm = tuple[How, tuple[tuple[Member, ...], ...], tuple[float, ...]]
+"""How the members act together; for each of them its patches on the parameter, in order; and its weight."""
+
+
 class Fold:
     """All weight patches on one parameter, as one function theta -> theta'."""
 
     def __init__(self, parameter: str) -> None:
         self.owner_path, _, self.name = parameter.rpartition(".")
-        self.terms: tuple[tuple[str, tuple[tuple[Member, ...], ...], tuple[float, ...]], ...] = ()
+        self.terms: tuple[FoldTerm, ...] = ()
+        self._patches: list[Patch] = []
+        self._stochastic: list[Patch] = []
         self._cache: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
+
+    def arrange(self, terms: tuple[FoldTerm, ...]) -> None:
+        """Set what acts from now on."""
+        self.terms = terms
+        self._patches = [member.patch for _, groups, _ in terms for group in groups for member in group]
+        self._stochastic = [patch for patch in self._patches if isinstance(patch, Stochastic)]
+        self.drop_cache()
 
     def owner(self, host: nn.Module) -> nn.Module:
         """The module that holds the parameter, at or below the host."""
@@ -78,16 +92,20 @@ class Fold:
         if torch.is_grad_enabled():
             self.drop_cache()
             return self._compute(theta)
-        patches = [member.patch for _, groups, _ in self.terms for group in groups for member in group]
-        if any(isinstance(patch, Stochastic) and patch.training for patch in patches):
+        if self.draws_now:
             return self._compute(theta)
-        phi = [tensor for patch in patches for tensor in (*patch.parameters(), *patch.buffers())]
+        phi = [tensor for patch in self._patches for tensor in (*patch.parameters(), *patch.buffers())]
         if any(tensor.is_inference() for tensor in phi):
             return self._compute(theta)
         key = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (theta, *phi))
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self._compute(theta))
         return self._cache[1]
+
+    @property
+    def draws_now(self) -> bool:
+        """A patch draws random numbers in training."""
+        return any(patch.training for patch in self._stochastic)
 
     def drop_cache(self) -> None:
         """Forget the cached theta'."""
@@ -135,14 +153,16 @@ class WeightAct(Act):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.guard = Guard()
+        self.draws: Draws | None = None
         self.folds: dict[str, Fold] = {}
         self.swapped: list[tuple[nn.Module, str, Tensor]] = []
         self._calls = 0
         self._holder: int | None = None
 
     def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
-        """Share one guard with the other hosts of the backbone."""
+        """Share one guard with the other hosts of the backbone, and its random draws."""
         self.guard = around.setdefault("guard", self.guard)
+        self.draws = around["draws"]
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""
@@ -151,13 +171,12 @@ class WeightAct(Act):
         folds = {}
         for name in dict.fromkeys(member.parameter for group in acting for member in group):
             fold = self.folds.get(name) or Fold(name)
-            fold.drop_cache()
-            fold.terms = tuple(entry for term in terms if (entry := self._entry(term, name)) is not None)
+            fold.arrange(tuple(entry for term in terms if (entry := self._entry(term, name)) is not None))
             if fold.terms:
                 folds[name] = fold
         self.folds = folds
 
-    def _entry(self, term: Term, name: str) -> tuple[str, tuple[tuple[Member, ...], ...], tuple[float, ...]] | None:
+    def _entry(self, term: Term, name: str) -> FoldTerm | None:
         groups, weights = [], []
         for delta, weight in zip(term.members, term.weights, strict=True):
             members = tuple(member for member in self.members.get(delta, ()) if member.parameter == name)
@@ -190,6 +209,8 @@ class WeightAct(Act):
         self._holder = threading.get_ident()
         self._calls += 1
         if self._calls == 1:
+            if self.draws is not None and any(fold.draws_now for fold in self.folds.values()):
+                self.draws.read()
             self._swap(module)
         return args, kwargs
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltatune.errors import CheckpointError, Idle, InvalidValue, UnknownName, Unsupported
 from deltatune.injection.attach import attach, deltas, detach, disabled, switch
@@ -528,3 +529,44 @@ def test_an_attach_that_fails_half_way_leaves_no_trace(act: type[Act], step: str
     assert trace(backbone).differences(before) == []
     assert torch.equal(output(backbone, inputs), plain)
     attach(backbone, ACTING[act])
+
+
+class Checkpointed(nn.Module):
+    """Two linear maps, the first one checkpointed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(self.first, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_draws_of_an_earlier_forward_are_not_mixed_up(reentrant: bool) -> None:
+    backbone, x = Checkpointed(reentrant).train(), torch.randn(3, 4, requires_grad=True)
+    attach(backbone, DiffPruning(), "first")
+    with pytest.raises(Unsupported, match=r"repeat one of 2 forwards.*Join the batches into one forward"):
+        (backbone(x) + backbone(x)).sum().backward()
+    for _ in range(2):
+        backbone(x).sum().backward()
+    for _ in range(2):
+        backbone.second(backbone.first(x)).sum().backward()  # nothing to repeat
+    with torch.no_grad():
+        backbone(x)
+    backbone(x).sum().backward()
+    switch(backbone, None)
+    (backbone(x) + backbone(x)).sum().backward()
+
+
+def test_resting_deltas_draw_nothing() -> None:
+    backbone, inputs = tied_mlp()
+    backbone.train()
+    attach(backbone, DiffPruning(), "*")
+    with disabled(backbone):
+        torch.manual_seed(0)
+        output(backbone, inputs)
+        found = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.rand(1))
