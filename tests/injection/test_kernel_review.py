@@ -272,9 +272,7 @@ def test_a_state_that_does_not_fit_leaves_the_form_as_it_was() -> None:
     before, expected = {name: tensor.shape for name, tensor in delta.state_dict().items()}, output(backbone, inputs)
     with pytest.raises(CheckpointError, match="missing"):
         delta.load_state_dict({"0.weight.values": torch.zeros(3), "0.weight.index": torch.arange(3)})
-    assert {name: tuple(tensor.shape) for name, tensor in delta.state_dict().items()} == {
-        name: tuple(t.shape) for name, t in before.items()
-    }
+    assert {name: tensor.shape for name, tensor in delta.state_dict().items()} == before
     assert torch.equal(output(backbone, inputs), expected)
     assert all(parameter.requires_grad for parameter in delta.parameters())
 
