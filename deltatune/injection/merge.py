@@ -21,6 +21,7 @@ from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Member, slot_of
 from deltatune.injection.weights import run_weight
 from deltatune.methods.kinds import Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
+from deltatune.structure.site import is_packed
 
 PROBES = 8
 
@@ -130,7 +131,7 @@ def _check(ledger: Ledger, entry: Entry) -> None:
         )
     for owner, name in _targets(entry).values():
         theta = owner.get_parameter(name)
-        if theta.is_meta or not theta.is_floating_point() or type(theta.data) is not Tensor:
+        if theta.is_meta or is_packed(theta):
             raise Unsupported(
                 f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. "
                 "Load the backbone in full precision."

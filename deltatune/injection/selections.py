@@ -21,7 +21,7 @@ from deltatune.errors import Unsupported
 from deltatune.injection.slot import Act, Member, Term
 from deltatune.methods.kinds import Patch, SelectionPatch
 from deltatune.structure.index import Index
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, is_packed
 
 
 class Choice:
@@ -137,9 +137,10 @@ class SelectionAct(Act):
         """Keep theta_0 at the first selection of a parameter."""
         name = member.parameter
         theta = module.get_parameter(name)
-        if theta.is_meta or not theta.is_floating_point():
+        if theta.is_meta or is_packed(theta):
+            found = "offloaded" if theta.is_meta else f"quantised ({type(theta.data).__name__}, {theta.dtype})"
             raise Unsupported(
-                f"`{member.site.path}` cannot train in place: its `{name}` is {'offloaded' if theta.is_meta else theta.dtype}. "
+                f"`{member.site.path}` cannot train in place: its `{name}` is {found}. "
                 "Load the backbone in memory and unquantised, or use an output-kind method such as LoRA."
             )
         super().add(module, member)

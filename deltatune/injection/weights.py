@@ -23,9 +23,9 @@ from deltatune.errors import Busy, Unsupported
 from deltatune.injection.draws import Draws
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, How, Member, Term
-from deltatune.methods.kinds import Patch, Stochastic
+from deltatune.methods.kinds import Patch, Stochastic, WeightPatch
 from deltatune.structure.index import Index
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, is_packed
 
 
 class Guard:
@@ -158,6 +158,17 @@ class WeightAct(Act):
         self.swapped: list[tuple[nn.Module, str, Tensor]] = []
         self._calls = 0
         self._holder: int | None = None
+
+    @classmethod
+    def check(cls, index: Index, site: Site, patch: Patch) -> None:
+        """Refuse a quantised parameter: what is added to its codes is no weight. One on the meta device may be filled later."""
+        assert isinstance(patch, WeightPatch)
+        theta = site.module.get_parameter(patch.parameter)
+        if not theta.is_meta and is_packed(theta):
+            raise Unsupported(
+                f"`{site.key}` cannot take a {type(patch).__name__}: its `{patch.parameter}` is quantised ({type(theta.data).__name__}, "
+                f"{theta.dtype}). Load the backbone unquantised, or use an output-kind method such as LoRA on its linears."
+            )
 
     def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
         """Share one guard with the other hosts of the backbone, and its random draws."""

@@ -179,6 +179,11 @@ class Site:
         return matrix[transposed_axis] if self.transposed else matrix[axis]
 
 
+def is_packed(theta: Tensor) -> bool:
+    """Whether a parameter is quantised: integers, or a tensor of a quantiser's own class."""
+    return not theta.is_floating_point() or type(theta.data) is not Tensor
+
+
 def modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
     """Path -> module in module order, each module once, without what deltas put there.
 

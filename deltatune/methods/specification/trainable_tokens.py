@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.errors import InvalidValue
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, is_packed
 
 
 @methods.register("trainable-tokens")
@@ -55,6 +55,11 @@ class TrainableTokens(Method):
         if max(self.token_ids) >= rows:
             raise InvalidValue(
                 f"TrainableTokens names token {max(self.token_ids)}, but `{site.path}` has {rows} rows. Resize the vocabulary first."
+            )
+        if site.weight.is_meta or is_packed(site.weight):
+            raise Unsupported(
+                f"The rows of `{site.path}` cannot be read: it is {'offloaded' if site.weight.is_meta else 'quantised'}. "
+                "Load the backbone in memory and unquantised, or use another method, such as LoRA."
             )
         if isinstance(site.module, nn.Embedding) and not site.tied:
             return [LookedUpRows(site.module, self.token_ids)]
