@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from deltatune.errors import InvalidValue, UnknownName, nearest
+from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
 
 T = TypeVar("T")
 
@@ -75,9 +75,19 @@ class Registry(Generic[T]):
         raise UnknownName(f"{entry!r} is not a registered {self.noun}. Register it first.")
 
     def _read(self) -> dict[str, T]:
-        """The table, plug-ins included; they load at the first look-up, not at import."""
+        """The table, plug-ins included; they load at the first look-up, not at import.
+
+        Raises:
+            Unsupported: a plug-in cannot be loaded.
+        """
         if not self._plugins_read:
-            self._plugins_read = True
+            self._plugins_read = True  # a plug-in may look things up itself
             for plugin in entry_points(group=self.group):
-                plugin.load()
+                try:
+                    plugin.load()
+                except Exception as cause:
+                    self._plugins_read = False
+                    raise Unsupported(
+                        f"The {self.noun} `{plugin.name}` ({plugin.value}) could not be loaded: {cause!r}. Repair or uninstall its package."
+                    ) from cause
         return self._entries

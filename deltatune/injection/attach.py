@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from deltatune.methods.kinds import InputPatch, Method, OutputPatch, Patch, Pref
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site, modules_of
-from deltatune.structure.where import Matches, Where, find_sites
+from deltatune.structure.where import Layers, Matches, Where, find_sites
 
 ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
     (SelectionPatch, SelectionAct),
@@ -46,7 +45,7 @@ def attach(
     method: Method,
     where: Where | None = None,
     *,
-    layers: Any = None,
+    layers: Layers | None = None,
     name: str | None = None,
     head: bool = True,
 ) -> Delta:
@@ -222,7 +221,7 @@ def _name(ledger: Ledger, method: Method, name: str | None) -> str:
     return name
 
 
-def _find(backbone: nn.Module, ledger: Ledger, where: Where, layers: Any) -> Matches:
+def _find(backbone: nn.Module, ledger: Ledger, where: Where, layers: Layers | None) -> Matches:
     """The sites; the backbone is walked anew where modules were replaced or came since it was indexed."""
     known = ledger.is_indexed
     try:

@@ -21,9 +21,10 @@ def freeze(backbone: nn.Module) -> dict[str, bool]:
 
 
 def thaw(backbone: nn.Module, before: dict[str, bool]) -> None:
-    """Restore what ``freeze`` recorded; a parameter that came later trains, as PyTorch's default is."""
+    """Restore what ``freeze`` recorded; a parameter that came later trains if it can, as PyTorch's default is."""
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(before.get(name, True))
+        can_train = parameter.is_floating_point() or parameter.is_complex()  # not what was quantised meanwhile
+        parameter.requires_grad_(can_train and before.get(name, True))
 
 
 def refresh_gradients(delta: Delta) -> None:

@@ -139,11 +139,6 @@ class Slot(nn.Module):
         """Identity: a container that walks its children passes through."""
         return x
 
-    @property
-    def deltas(self) -> tuple[str, ...]:
-        """Names of the deltas with patches here."""
-        return tuple(dict.fromkeys(member.delta for act in self.acts.values() for group in act.members.values() for member in group))
-
     def listen(self, module: nn.Module) -> None:
         """Register the hooks on the module this slot belongs to, once an act runs in its forward."""
         if self._handles or not any(act.listens for act in self.acts.values()):

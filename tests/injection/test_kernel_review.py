@@ -377,3 +377,12 @@ def test_resting_deltas_draw_nothing() -> None:
         found = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(found, torch.rand(1))
+
+
+def test_what_was_quantised_meanwhile_is_detached_from() -> None:
+    backbone, _ = mlp()
+    delta = attach(backbone, LoRA(rank=2), "0")
+    backbone.register_parameter("codes", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))
+    detach(delta)
+    assert not backbone.get_parameter("codes").requires_grad
+    assert backbone.get_parameter("0.weight").requires_grad

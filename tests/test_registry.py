@@ -1,0 +1,50 @@
+"""Names and what they stand for, plug-ins included."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from deltatune import registry
+from deltatune.errors import InvalidValue, UnknownName, Unsupported
+from deltatune.registry import Registry
+
+
+def _colours() -> Registry[str]:
+    colours = Registry[str]("colour", "colours")
+    colours.register("red")("#f00")
+    return colours
+
+
+def test_names() -> None:
+    colours = _colours()
+    assert list(colours) == ["red"]
+    assert "red" in colours
+    assert colours.name_of(colours["red"]) == "red"
+    with pytest.raises(UnknownName, match=r"No colour is called `rde`\. Did you mean `red`"):
+        colours["rde"]
+    with pytest.raises(UnknownName, match="is not a registered colour"):
+        colours.name_of("#0f0")
+    with pytest.raises(InvalidValue, match="The colour `red` is registered already"):
+        colours.register("red")("#e00")
+
+
+def test_a_plug_in_that_cannot_be_loaded_is_named_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("blue", "no_such_package.blue", "deltatune.colours")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken] if group == "deltatune.colours" else [])
+    colours = _colours()
+    for _ in range(2):
+        with pytest.raises(Unsupported, match=r"The colour `blue` \(no_such_package\.blue\) could not be loaded.*uninstall its package"):
+            colours["red"]
+
+
+def test_a_plug_in_may_look_things_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    colours = _colours()
+
+    class Loading:
+        def load(self) -> None:
+            colours.register("darkred")(colours["red"].replace("f", "8"))
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Loading()])
+    assert colours["darkred"] == "#800"
