@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from deltatune.injection.attach import attach
 from deltatune.injection.delta import Delta
 from deltatune.methods import Method, methods
 from tests.models import DECODERS, MODELS, SEQ2SEQ, Example, tokens
+
+Test = TypeVar("Test", bound=Callable[..., None])
 
 SMALL: dict[str, Any] = {
     "rank": 2,
@@ -101,9 +103,15 @@ MERGING = [cell for cell in TAKEN if cell.merges]
 KEPT_APART = [cell for cell in TAKEN if not cell.merges]
 
 
-def over(cells: Iterable[Cell]) -> pytest.MarkDecorator:
-    """Run a test once for each of these cells, as its argument ``cell``."""
-    return pytest.mark.parametrize("cell", cells, ids=str)
+def over(cells: Iterable[Cell]) -> Callable[[Test], Test]:
+    """Run a test on every one of these cells; ``test_matrix`` checks that none is left out of such a test."""
+
+    def decorate(test: Test) -> Test:
+        marked: Test = pytest.mark.parametrize("cell", cells, ids=str)(test)
+        marked.whole_matrix = True  # type: ignore[attr-defined]
+        return marked
+
+    return decorate
 
 
 def small(name: str) -> Method:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltatune.injection.attach import deltas, detach, switch
-from tests.conformance.cells import TAKEN, Cell, over
+from tests.conformance.cells import TAKEN, Cell
 from tests.models import output
 
 MODELS = ("bert", "gpt2", "mixtral", "torch_encoder", "tied_mlp")
@@ -35,7 +35,7 @@ def steps(function: Callable[[], Any]) -> int:
     return count
 
 
-@over([cell for cell in TAKEN if cell.model in MODELS])
+@pytest.mark.parametrize("cell", [cell for cell in TAKEN if cell.model in MODELS], ids=str)
 @torch.no_grad()
 def test_the_fifteenth_costs_what_the_third_did(cell: Cell) -> None:
     backbone, inputs = cell.fresh()
