@@ -1,0 +1,139 @@
+"""The slot: one child with two hooks on a site, whatever sits in it and whatever it does."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deltatune.injection.attach import attach, detach, disabled, switch
+from deltatune.injection.compose import compose
+from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.slot import CHILD, Slot, slot_of
+from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LoRA
+from tests.conformance.cells import TAKEN, fresh
+from tests.models import output
+
+
+def _hooks(module: nn.Module) -> tuple[list[int], list[int]]:
+    return list(module._forward_pre_hooks), list(module._forward_hooks)
+
+
+def test_hooks_come_with_the_first_patch_and_go_with_the_last() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4))
+    site = backbone[0]
+    a = attach(backbone, LoRA(rank=2), "0", name="a")
+    hooks = _hooks(site)
+    slot = slot_of(site)
+    assert [len(kind) for kind in hooks] == [1, 1]
+    assert isinstance(slot, Slot)
+    assert site._modules[CHILD] is slot
+    b = attach(backbone, DiffPruning(), "0", name="b")
+    c = attach(backbone, IA3(), "0", name="c")
+    for act in (a.disable, a.enable, lambda: switch(backbone, "c"), lambda: switch(backbone, "a"), lambda: merge(a), lambda: unmerge(a)):
+        act()
+        assert _hooks(site) == hooks
+        assert slot_of(site) is slot
+    composition = compose(backbone, ["a", "b"], "weighted", weights=[1.0, 2.0])
+    assert _hooks(site) == hooks
+    composition.dissolve()
+    with disabled(backbone):
+        assert _hooks(site) == hooks
+    detach(a)
+    detach(b)
+    assert _hooks(site) == hooks
+    detach(c)
+    assert _hooks(site) == ([], [])
+    assert slot_of(site) is None
+
+
+def test_what_trains_in_place_needs_no_hook() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4))
+    attach(backbone, FullFineTuning())
+    assert _hooks(backbone[0]) == ([], [])
+    assert slot_of(backbone[0]) is not None
+    lora = attach(backbone, LoRA(rank=2), "0")
+    assert [len(kind) for kind in _hooks(backbone[0])] == [1, 1]
+    detach(lora)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in TAKEN if cell.model in ("bert", "t5", "conv_net", "torch_encoder")], ids=str)
+def test_patches_hold_bare_parameters(cell: object) -> None:
+    """Quantisers and init walks take an ``nn.Linear`` of ours for the model's."""
+    backbone, _ = cell.fresh()  # type: ignore[attr-defined]
+    delta = cell.attach(backbone)  # type: ignore[attr-defined]
+    modules = [module for part in (*delta.patches, delta.shared) if part is not None for module in part.modules()]
+    assert modules
+    assert not [type(module).__name__ for module in modules if type(module).__module__.startswith("torch.nn.modules.")]
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), BitFit(), DiffPruning()])
+def test_an_initialising_walk_leaves_deltas_alone(method: LoRA | BitFit | DiffPruning) -> None:
+    backbone, inputs = fresh("llama")
+    delta = attach(backbone, method)
+    before = {name: tensor.clone() for name, tensor in delta.state_dict().items()}
+    backbone.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
+    added = [name for name in before if delta.state_dict()[name].shape == before[name].shape]
+    assert added
+    assert all(torch.equal(delta.state_dict()[name], before[name]) for name in added)
+    assert output(backbone, inputs).isfinite().all()
+
+
+def test_a_root_that_is_a_site_keeps_its_slot_in_the_ledger() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Linear(4, 3)
+    x = torch.randn(2, 4)
+    plain = backbone(x)
+    delta = attach(backbone, LoRA(rank=2), "*")
+    slot = slot_of(backbone)
+    assert isinstance(slot, Slot)
+    assert list(backbone._modules) == [CHILD]
+    assert torch.equal(backbone(x), plain)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.fill_(0.5)
+    assert not torch.equal(backbone(x), plain)
+    copy = pickle.loads(pickle.dumps(backbone))
+    assert torch.equal(copy(x), backbone(x))
+    detach(delta)
+    assert torch.equal(backbone(x), plain)
+    assert not backbone._modules
+
+
+def test_containers_that_walk_their_children_pass_through() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), inner=nn.Sequential(nn.Linear(4, 4), nn.Tanh()), b=nn.Linear(4, 2)))
+    x = torch.randn(3, 4)
+    plain = backbone(x)
+    delta = attach(backbone, LoRA(rank=2), ["a", "inner.0", "b"])
+    assert torch.equal(backbone(x), plain)
+    detach(delta)
+    assert [name for name, _ in backbone.named_children()] == ["a", "inner", "b"]
+
+
+def test_hooks_of_the_users_own_stay() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4))
+    seen: list[Tensor] = []
+    backbone[0].register_forward_hook(lambda _, args, y: seen.append(y))
+    delta = attach(backbone, LoRA(rank=2), "0")
+    later = backbone[0].register_forward_hook(lambda _, args, y: y + 1)
+    x = torch.randn(2, 4)
+    found = backbone(x)
+    assert torch.equal(found, seen[0] + 1)
+    detach(delta)
+    assert torch.equal(backbone(x), found)
+    assert len(backbone[0]._forward_hooks) == 2
+    later.remove()
+
+
+def test_training_mode_reaches_patches() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4)).eval()
+    delta = attach(backbone, LoRA(rank=2, dropout=0.5), "0")
+    assert not any(patch.training for patch in delta.patches)
+    backbone.train()
+    assert all(patch.training for patch in delta.patches)
+    second = attach(backbone, LoRA(rank=2), "0")
+    assert all(patch.training for patch in second.patches)
