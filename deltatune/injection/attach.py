@@ -86,7 +86,7 @@ def attach(
     fresh = ledger_of(backbone) is None
     ledger = open_ledger(backbone)
     try:
-        name = _name(ledger, method, name)
+        name = _free_name(ledger, method) if name is None else name
         asked = list(method.where) if where is None else where
         matches = _find(backbone, ledger, asked, layers)
         index = ledger.index(backbone)
@@ -102,6 +102,7 @@ def place(
 ) -> Delta:
     """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
     ledger = open_ledger(backbone)
+    ledger.check_free(name)
     shared = method.share(sites) if isinstance(method, Sharing) else None
     with _originals(backbone, ledger) if method.reads_weights else nullcontext():
         entries = _entries(ledger.index(backbone), method, sites, shared, name)
@@ -212,13 +213,11 @@ def _originals(backbone: nn.Module, ledger: Ledger) -> Iterator[None]:
                 theta.copy_(value)
 
 
-def _name(ledger: Ledger, method: Method, name: str | None) -> str:
-    if name is None:
-        stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
-        stem = stem.replace("-", "_")
-        return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}_{n}"))
-    ledger.check_free(name)
-    return name
+def _free_name(ledger: Ledger, method: Method) -> str:
+    """The method's name, numbered where it is taken."""
+    stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
+    stem = stem.replace("-", "_")
+    return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}_{n}"))
 
 
 def _find(backbone: nn.Module, ledger: Ledger, where: Where, layers: Layers | None) -> Matches:
