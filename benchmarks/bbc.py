@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from paired import report
@@ -25,16 +26,16 @@ from deltatune.training.curve import curve_of
 from deltatune.training.predict import Predictor
 
 SEEDS = (13, 21, 42)
-RECIPES: dict[str, tuple[Method, dict[str, float]]] = {
+RECIPES: dict[str, tuple[Method, dict[str, Any]]] = {
     "LoRA": (LoRA(rank=8), {"lr": 3e-3}),
     "full fine-tuning": (FullFineTuning(), {"lr": 5e-5}),
 }
-PLATEAU = {"epochs": 4, "evaluations": 12, "eval_rows": 0, "max_length": 96}
+PLATEAU: dict[str, Any] = {"epochs": 4, "evaluations": 12, "eval_rows": 0, "max_length": 96}
 RISE = 0.005
 """Of the mean validation accuracy between the middle and the last third of training: less than one row in 200 is none."""
 
 
-def trial(method: Method, settings: dict[str, float], seed: int) -> tuple[dt.Result, np.ndarray]:
+def trial(method: Method, settings: dict[str, Any], seed: int) -> tuple[dt.Result, np.ndarray]:
     """One run, and which test articles it got right."""
     data = load_task("bbc-news")
     with tempfile.TemporaryDirectory() as folder:
