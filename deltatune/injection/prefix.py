@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from deltatune.errors import Unsupported
 from deltatune.injection.attention import MARK, PAST, has_variant, is_on_interface, register
 from deltatune.injection.positions import Shift
-from deltatune.injection.slot import Act, Term, forget_compiled, slot_of
-from deltatune.methods.kinds import Patch, PrefixPatch
+from deltatune.injection.slot import Act, Term, first_input, forget_compiled, slot_of, thread_key
+from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
@@ -40,8 +40,9 @@ class PrefixAct(Act):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.patches: list[PrefixPatch] = []
+        self.patches: list[PrefixPatch | ConditionalPrefixPatch] = []
         self.length = 0
+        self._inputs: dict[int, Tensor] = {}
         self.switch: Switch | None = None
         self.relative: Any = None
 
@@ -66,9 +67,10 @@ class PrefixAct(Act):
         """Concatenate the prefixes in the order of the terms."""
         acted = bool(self.length)
         names = [name for term in terms for name in term.members]
-        self.patches = [member.patch for name in names for member in self.members.get(name, []) if isinstance(member.patch, PrefixPatch)]
+        patches = [member.patch for name in names for member in self.members.get(name, [])]
+        self.patches = [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
         with torch.no_grad():
-            self.length = sum(patch()[0].shape[-2] for patch in self.patches)
+            self.length = sum(_length(patch) for patch in self.patches)
         if self.switch is not None and bool(self.length) != acted:
             self.switch.count(1 if self.length else -1)
 
@@ -87,6 +89,8 @@ class PrefixAct(Act):
                 f"The attention implementation of {type(module).__name__} was set to `{name}` while prefixes act in it, so they would be "
                 "ignored. Detach them, set the implementation, and attach or load them again."
             )
+        if any(isinstance(patch, ConditionalPrefixPatch) for patch in self.patches):
+            self._inputs[thread_key()] = first_input(args, kwargs)
         if self.relative is None or kwargs.get("key_value_states") is not None:
             return args, kwargs
         cache = kwargs.get("past_key_values")
@@ -94,7 +98,8 @@ class PrefixAct(Act):
         return args, {**kwargs, PAST: past.clone() if isinstance(past, Tensor) else past}  # a static cache counts in place
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output as it is."""
+        """The output as it is; what the prefixes read is let go."""
+        self._inputs.pop(thread_key(), None)
         return output
 
     def prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,16 +115,8 @@ class PrefixAct(Act):
         Raises:
             Unsupported: the keys have another shape than the patches were built for.
         """
-        pairs = [patch() for patch in self.patches]
-        found = []
-        for rows, text in ((torch.cat([k for k, _ in pairs], dim=1), key), (torch.cat([v for _, v in pairs], dim=1), value)):
-            if (rows.shape[0], rows.shape[2]) != (text.shape[1], text.shape[3]):
-                raise Unsupported(
-                    f"A prefix of {rows.shape[0]} heads of width {rows.shape[2]} was asked to join keys or values of {text.shape[1]} heads "
-                    f"of width {text.shape[3]}. This attention does not keep its keys per head; choose another method for it, such as LoRA."
-                )
-            found.append(rows.to(text)[None].expand(text.shape[0], -1, -1, -1))
-        return found[0], found[1]
+        pairs = [patch(self._inputs[thread_key()]) if isinstance(patch, ConditionalPrefixPatch) else patch() for patch in self.patches]
+        return torch.cat([_rows(k, key) for k, _ in pairs], dim=2), torch.cat([_rows(v, value) for _, v in pairs], dim=2)
 
     def bias_columns(self, position_bias: Tensor, query: Tensor, key: Tensor, past: int | Tensor | None) -> Tensor:
         """Bias of the virtual keys, at the relative positions -length to -1 before the text: (1, heads, queries, length).
@@ -134,6 +131,21 @@ class PrefixAct(Act):
             return position_bias.new_zeros(()).expand(*position_bias.shape[:-1], self.length)
         columns: Tensor = self.relative.compute_bias(query.shape[2], self.length, device=key.device, past_seen_tokens=past + self.length)
         return columns.to(position_bias.dtype)
+
+
+def _length(patch: PrefixPatch | ConditionalPrefixPatch) -> int:
+    return patch.num_virtual_tokens if isinstance(patch, ConditionalPrefixPatch) else int(patch()[0].shape[-2])
+
+
+def _rows(virtual: Tensor, text: Tensor) -> Tensor:
+    """Virtual keys or values ([batch,] heads, length, head_dim) for every row of those of the text (batch, heads, keys, head_dim)."""
+    heads, _, head_dim = virtual.shape[-3:]
+    if (heads, head_dim) != (text.shape[1], text.shape[3]):
+        raise Unsupported(
+            f"A prefix of {heads} heads of width {head_dim} was asked to join keys or values of {text.shape[1]} heads "
+            f"of width {text.shape[3]}. This attention does not keep its keys per head; choose another method for it, such as LoRA."
+        )
+    return virtual.to(text).expand(text.shape[0], -1, -1, -1)
 
 
 @dataclass

@@ -9,6 +9,7 @@ per way of acting, because ``torch.compile`` ignores hooks added after its first
 from __future__ import annotations
 
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -245,6 +246,11 @@ def close_slot(module: nn.Module) -> None:
         del module._modules[CHILD]
     else:
         module._modules[CHILD].slot = None  # type: ignore[union-attr]
+
+
+def thread_key() -> int:
+    """Key of what one forward has in flight. Compiled code is single: Dynamo cannot ask for the thread."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def forget_compiled() -> None:

@@ -11,6 +11,7 @@ abstract class here, never by its name, and the engine in ``injection`` runs one
 | ``WeightPatch`` | theta <- g(theta; phi): edits a parameter the module reads |
 | ``SelectionPatch`` | lets a parameter of the backbone train in place |
 | ``PrefixPatch`` | adds virtual keys and values to an attention |
+| ``ConditionalPrefixPatch`` | adds virtual keys and values that depend on the attention's input |
 | ``PromptPatch`` | adds virtual input embeddings to a text stack |
 """
 
@@ -93,6 +94,28 @@ class PrefixPatch(Patch):
     @abstractmethod
     def forward(self) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (key_value_heads, num_virtual_tokens, head_dim)."""
+
+
+class ConditionalPrefixPatch(Patch):
+    """K <- [P_k(x); K], V <- [P_v(x); V] in one attention module whose input is x.
+
+    Attributes:
+        num_virtual_tokens: how many, whatever x is.
+    """
+
+    num_virtual_tokens: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """P_k and P_v of every row.
+
+        Args:
+            x: the hidden states the attention module was given (the queries' side of a cross-attention), (batch, seq, hidden);
+                padding included, and with a key-value cache the new tokens only.
+
+        Returns:
+            Two tensors (batch, key_value_heads, num_virtual_tokens, head_dim).
+        """
 
 
 class PromptPatch(Patch):
