@@ -17,10 +17,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from deltatune.injection.attach import attach, deltas, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Budget, Delta
 from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.switching import deltas, disabled, switch
 from deltatune.structure.where import find_sites
 
 if TYPE_CHECKING:

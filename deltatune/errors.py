@@ -73,6 +73,6 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     return f"Known: {shown}{', ...' if len(options) > 12 else ''}."
 
 
-def require_extra(module: str, extra: str) -> DeltaError:
+def missing_extra(module: str, extra: str) -> DeltaError:
     """The error for an import of ``module`` that failed: it names the extra to install."""
     return MissingExtra(f"This needs the package `{module}`, which is not installed. Install the extra: pip install 'deltatune[{extra}]'.")

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from deltatune.backbones.quiet import quiet
-from deltatune.errors import CheckpointError, OutputError, require_extra
+from deltatune.errors import CheckpointError, OutputError, missing_extra
 
 _RECIPE = 1  # raise it when the conversion changes, so that folders of an older one are not used
 
@@ -115,7 +115,7 @@ def _convert(file: Path, folder: Path) -> None:
             import gguf  # noqa: F401  transformers' own message does not name our extra
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as cause:
-            raise require_extra("gguf", "gguf") from cause
+            raise missing_extra("gguf", "gguf") from cause
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

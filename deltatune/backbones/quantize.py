@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.errors import require_extra
+from deltatune.errors import missing_extra
 from deltatune.structure.index import index
 
 
@@ -44,7 +44,7 @@ def _int8(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as cause:
-        raise require_extra("torchao", "quantize") from cause
+        raise missing_extra("torchao", "quantize") from cause
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, path: path in linears)
     for linear in linears.values():
         linear.weight.requires_grad_(False)
@@ -54,7 +54,7 @@ def _nf4(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
     try:
         from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError as cause:
-        raise require_extra("bitsandbytes", "quantize") from cause
+        raise missing_extra("bitsandbytes", "quantize") from cause
     empty: Any = Linear4bit  # bitsandbytes has no types
     for path, linear in linears.items():
         weight = linear.weight

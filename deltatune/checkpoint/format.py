@@ -25,7 +25,8 @@ from deltatune.checkpoint.record import MEMBERS, RECORD, TENSORS, About, Origin,
 from deltatune.checkpoint.tensors import named, not_finite, write_tensors
 from deltatune.errors import CheckpointError
 from deltatune.injection.compose import Composition
-from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
 from deltatune.methods.kinds import Exported, SelectionPatch, methods
 from deltatune.structure.anatomy import modules_of
 

@@ -12,12 +12,12 @@ from deltatune.checkpoint.bounded import Bounded
 from deltatune.checkpoint.fingerprint import differences, fingerprint
 from deltatune.checkpoint.record import MEMBERS, TENSORS, Record
 from deltatune.checkpoint.tensors import named, not_finite, read_tensors
-from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, nearest
-from deltatune.injection.attach import NAME, detach, place
+from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, nearest
+from deltatune.injection.attach import detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.freeze import refresh_gradients
-from deltatune.injection.ledger import close_ledger, ledger_of
+from deltatune.injection.ledger import check_free, close_ledger, ledger_of
 from deltatune.methods.kinds import Exported, Method, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
 from deltatune.structure.index import Index, index
@@ -57,7 +57,7 @@ class Plan:
 
 def load_delta(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Delta:
     """Check one delta's files against the backbone, and attach it."""
-    _check_name(backbone, name)
+    check_free(name, ledger_of(backbone))
     sites = _index(backbone)
     _check_origin(backbone, sites, record, allowed)
     return _attach(backbone, _plan(sites, folder, record, name, allowed), allowed)
@@ -68,14 +68,14 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
 
     A member keeps its name; where that is taken it is called after the composition, too.
     """
-    _check_name(backbone, name)
+    check_free(name, ledger_of(backbone))
     sites = _index(backbone)
     _check_origin(backbone, sites, record, allowed)
     taken = _taken(backbone) | {name}
     plans = []
     for member in record.member_records:
         called = member.name if member.name not in taken else f"{name}-{member.name}"
-        _check_name(backbone, called)
+        check_free(called, ledger_of(backbone))
         plans.append(_plan(sites, folder / MEMBERS / member.name, member, called, allowed))
         taken.add(called)
     gates = {} if record.stored is None else _tensors(folder, record, allowed)
@@ -95,13 +95,6 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
             detach(delta)
         raise
     return composition
-
-
-def _check_name(backbone: nn.Module, name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, and pass it as name=.")
-    if name in _taken(backbone):
-        raise InvalidValue(f"Something called `{name}` is attached already. Load it under another name=, or detach that first.")
 
 
 def _taken(backbone: nn.Module) -> set[str]:

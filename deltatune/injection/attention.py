@@ -8,7 +8,6 @@ own may return None and leave causality to a flag, which counts the prefix colum
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,28 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
+from deltatune.injection.interface import MARK, PAST
+from deltatune.injection.prefix import PrefixAct
 from deltatune.injection.slot import slot_of
-
-MARK = "deltatune_"
-PAST = "deltatune_past"
-"""Keyword that carries the number of cached tokens from an attention's pre-hook to ``attend`` (relative positions only)."""
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 _BASES: dict[str, Attention] = {}
 _EAGER: dict[type[nn.Module], Attention] = {}
-
-
-def is_on_interface(module: nn.Module) -> bool:
-    """Whether the attention module asks transformers' ``AttentionInterface`` which implementation to run."""
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
-
-
-def has_variant(implementation: str | None) -> bool:
-    """Whether an implementation can be extended: eager, sdpa, and the flash kernels, none of them paged."""
-    return implementation is not None and "|" not in implementation and (implementation in ("eager", "sdpa") or "flash" in implementation)
 
 
 def register(implementation: str, kind: type[nn.Module]) -> None:
@@ -99,8 +84,8 @@ def attend(
     flash = "flash" in name
     past = kwargs.pop(PAST, None)
     slot = slot_of(module)
-    act: Any = slot.acts.get("PrefixAct") if slot is not None else None
-    if act is not None and act.length:
+    act = slot.acts.get(PrefixAct) if slot is not None else None
+    if isinstance(act, PrefixAct) and act.length:
         _refuse(flash, key, act.length, kwargs)
         prefix_key, prefix_value = act.prefix(key, value)
         attention_mask = extend_mask(attention_mask, query, key, act.length, _is_causal(module, name, kwargs))

@@ -3,7 +3,7 @@
     sequential          F_n(... F_1(f) ...)
     parallel            y + sum_i (F_i(f, x) - y)
     weighted            y + sum_i w_i (F_i(f, x) - y)
-    gated               y + sum_i g_i(y) (F_i(f, x) - y),  g(y) = sigmoid(y U + c), trained
+    gated, fusion       y mixed with the changes F_i(f, x) - y by a trained layer, token by token (``injection.mixers``)
 
 Context kinds concatenate in order whatever ``how`` says; weight kinds chain or add differences; selections always add
 differences. Deltas attached one after the other act sequentially without being composed.
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from deltatune.errors import CheckpointError, InvalidValue, Unsupported
 from deltatune.injection.delta import Delta
 from deltatune.injection.freeze import refresh_gradients
-from deltatune.injection.ledger import Ledger, ledger_of
-from deltatune.injection.outputs import Gate, OutputAct
+from deltatune.injection.ledger import Ledger, check_free, ledger_of
+from deltatune.injection.mixers import MIXERS, Mixer
+from deltatune.injection.outputs import OutputAct
+from deltatune.injection.refusals import check_alone, check_selects_unmerged, check_unmerged
 from deltatune.injection.slot import How, Slot, Term, slot_of
 
 
@@ -31,7 +33,7 @@ class Composition:
 
     Attributes:
         name: its name on this backbone.
-        how: sequential, parallel, weighted or gated.
+        how: sequential, parallel, weighted, gated or fusion.
         weights: one per member; ones unless ``weighted``.
         enabled: it acts.
     """
@@ -67,46 +69,46 @@ class Composition:
     @property
     def term(self) -> Term:
         """Its entry among what acts."""
-        return Term(self.how, self.members, self.weights, self.name if self.how == "gated" else None)
+        return Term(self.how, self.members, self.weights, self.name if self.how in MIXERS else None)
 
-    def gates(self) -> dict[str, Gate]:
-        """Path of the module -> the gate there; empty unless gated."""
-        found: dict[str, Gate] = {}
+    def mixers(self) -> dict[str, Mixer]:
+        """Path of the module -> the mixer there; empty unless ``how`` trains one."""
+        found: dict[str, Mixer] = {}
         for path, slot in self._slots():
-            if self.name in slot.gates:
-                gate = slot.gates[self.name]
-                assert isinstance(gate, Gate)
-                found[path] = gate
+            if self.name in slot.mixers:
+                mixer = slot.mixers[self.name]
+                assert isinstance(mixer, Mixer)
+                found[path] = mixer
         return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The gates' parameters, then the members' ones under the members' names."""
-        for path, gate in self.gates().items():
-            for name, parameter in gate.named_parameters():
-                yield f"gate.{path}.{name}", parameter
+        """The mixers' parameters, then the members' ones under the members' names."""
+        for path, mixer in self.mixers().items():
+            for name, parameter in mixer.named_parameters():
+                yield f"mixer.{path}.{name}", parameter
         for delta in self.deltas:
             for name, parameter in delta.named_parameters():
                 yield f"{delta.name}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every Parameter of the gates and of the members."""
+        """Every Parameter of the mixers and of the members."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The gates' tensors; the members have their own."""
-        return {f"{path}.{name}": tensor.detach() for path, gate in self.gates().items() for name, tensor in gate.state_dict().items()}
+        """The mixers' tensors; the members have their own."""
+        return {f"{path}.{name}": tensor.detach() for path, mixer in self.mixers().items() for name, tensor in mixer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the tensors of ``state_dict``.
 
         Raises:
-            CheckpointError: they are not those of this composition's gates.
+            CheckpointError: they are not those of this composition's mixers.
         """
         own = self.state_dict()
         if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
             raise CheckpointError(
-                f"The tensors do not fit the gates of composition `{self.name}`: found {sorted(state)}, needed {sorted(own)}."
+                f"The tensors do not fit the mixers of composition `{self.name}`: found {sorted(state)}, needed {sorted(own)}."
             )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -118,7 +120,7 @@ class Composition:
             return
         ledger = self.ledger
         for delta in self.deltas:
-            delta._check_selects_unmerged()
+            check_selects_unmerged(delta)
         self.enabled = True
         ledger.terms.append(self.term)
         self._follow(True)
@@ -138,8 +140,8 @@ class Composition:
         enabled = self.enabled
         self.disable()
         for _, slot in self._slots():
-            if self.name in slot.gates:
-                del slot.gates[self.name]
+            if self.name in slot.mixers:
+                del slot.mixers[self.name]
         deltas = self.deltas
         del ledger.compositions[self.name]
         if enabled:
@@ -151,8 +153,8 @@ class Composition:
         for delta in self.deltas:
             delta.enabled = enabled
             refresh_gradients(delta)
-        for gate in self.gates().values():
-            gate.requires_grad_(enabled)
+        for mixer in self.mixers().values():
+            mixer.requires_grad_(enabled)
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         """The slots of modules on which a member acts, once each, with the module's path."""
@@ -178,7 +180,7 @@ def compose(
     Args:
         backbone: where they are attached.
         members: their names, or the deltas, in order.
-        how: ``sequential``, ``parallel``, ``weighted`` or ``gated``; see the module's formulas.
+        how: ``sequential``, ``parallel``, ``weighted``, ``gated`` or ``fusion``; see the module's formulas.
         weights: one per member, for ``weighted``.
         name: how the composition is called; the members' names joined by ``-`` if left out.
 
@@ -188,7 +190,7 @@ def compose(
     Raises:
         UnknownName: a member is not attached.
         InvalidValue: members, weights or names that do not fit.
-        Unsupported: a member is merged or composed already, or cannot be gated.
+        Unsupported: a member is merged or composed already, or cannot be weighed by token.
 
     Example:
         >>> from deltatune.injection.attach import attach, detach
@@ -212,8 +214,8 @@ def compose(
         delta.disable()
     ledger.compositions[name] = composition
     try:
-        if how == "gated":
-            _add_gates(composition)
+        if how in MIXERS:
+            _add_mixers(composition, MIXERS[how])
         composition.enable()
     except BaseException:
         composition.dissolve()
@@ -242,19 +244,22 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
             f"compose was given weights={weights!r} for {len(names)} members and how={how!r}; "
             "`weighted` takes one weight a member, the others none."
         )
-    ledger.check_free(name)
+    check_free(name, ledger)
     for delta in deltas:
-        delta._check_alone("compose")
-        delta._check_unmerged("compose")
+        check_alone(delta, "compose")
+        check_unmerged(delta, "compose")
 
 
-def _add_gates(composition: Composition) -> None:
+def _add_mixers(composition: Composition, kind: type[Mixer]) -> None:
+    """One on each module whose output members edit; of a fused projection, for the whole of it."""
     for _, slot in composition._slots():
-        acts = [act for act in slot.acts.values() if isinstance(act, OutputAct)]
-        for act in acts:
-            present = [member for member in composition.members if member in act.members]
-            if present:
-                site = replace(act.members[present[0]][0].site, rows=None)
-                if site.channel_axis != -1:
-                    raise Unsupported(f"`{site.path}` is a convolution; gates weigh tokens. Compose with how='weighted'.")
-                slot.gates[composition.name] = Gate(site.out_features, len(present), site.device)
+        act = slot.acts.get(OutputAct)
+        present = [member for member in composition.members if act is not None and member in act.members]
+        if act is None or not present:
+            continue
+        site = replace(act.members[present[0]][0].site, rows=None)
+        if site.channel_axis != -1:
+            raise Unsupported(
+                f"`{site.path}` is a convolution; a {composition.how} composition weighs tokens. Compose with how='weighted'."
+            )
+        slot.mixers[composition.name] = kind(site.out_features, len(present)).to(site.device)

@@ -11,71 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import CheckpointError, Unsupported
+from deltatune.injection.entries import Entry
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, ledger_of
-from deltatune.injection.selections import Choice, SelectionAct
-from deltatune.injection.slot import Term, slot_of
-from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch, WeightPatch
+from deltatune.injection.refusals import check_alone, check_selects_unmerged, check_unmerged
+from deltatune.injection.slot import Term
+from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
-from deltatune.structure.site import Site
-
-
-@dataclass(frozen=True)
-class Host:
-    """A module whose slot runs a patch, and what it calls the patched parameter (weight and selection kinds)."""
-
-    module: nn.Module
-    parameter: str = ""
-
-
-@dataclass
-class Entry:
-    """One patch of a delta at its place.
-
-    Attributes:
-        delta: name of the delta.
-        site: where it sits.
-        patch: what sits there.
-        hosts: where it runs: at the site, and at every other owner of a tied parameter; of a selection, at one owner.
-        head: it trains a freshly initialised task head, which is stored by value.
-        flags: which of the patch's parameters train, by name.
-    """
-
-    delta: str
-    site: Site
-    patch: Patch
-    hosts: tuple[Host, ...]
-    head: bool
-    flags: dict[str, bool]
-
-    @property
-    def key(self) -> str:
-        """Stable name in delta files: the site's key, or the parameter's path with its rows."""
-        if isinstance(self.patch, WeightPatch | SelectionPatch):
-            path = ".".join(part for part in (self.site.module_path, self.patch.parameter) if part)
-            return path if self.site.rows is None else f"{path}:{self.site.leaf}"
-        return self.site.key
-
-    @property
-    def listens(self) -> bool:
-        """The patch runs in the forward of its host."""
-        return not isinstance(self.patch, SelectionPatch)
-
-    @property
-    def choice(self) -> Choice:
-        """Of a selection: the deltas that share its parameter."""
-        assert isinstance(self.patch, SelectionPatch)
-        slot = slot_of(self.hosts[0].module)
-        assert slot is not None
-        act = slot.acts["SelectionAct"]
-        assert isinstance(act, SelectionAct)
-        return act.choices[self.hosts[0].parameter]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """Of a selection or weight patch: the backbone's Parameter."""
-        assert isinstance(self.patch, SelectionPatch | WeightPatch)
-        return self.site.module.get_parameter(self.patch.parameter)
 
 
 @dataclass(frozen=True)
@@ -197,7 +139,7 @@ class Delta:
             CheckpointError: tensors are missing, unexpected or misshapen.
             Unsupported: the delta is merged, so the weights would not follow.
         """
-        self._check_unmerged("load into")
+        check_unmerged(self, "load into")
         reforming = {key: module for key, module in self._modules() if isinstance(module, Reforming)}
         forms = {key: _form(module) for key, module in reforming.items()}
         try:
@@ -253,8 +195,8 @@ class Delta:
         """Let it act, behind what acts already; its parameters want gradients again."""
         if self.enabled:
             return
-        self._check_alone("enable")
-        self._check_selects_unmerged()
+        check_alone(self, "enable")
+        check_selects_unmerged(self)
         self.enabled = True
         self.ledger.terms.append(Term("sequential", (self.name,), (1.0,)))
         self.ledger.arrange([self.name])
@@ -264,8 +206,8 @@ class Delta:
         """Let it rest: the backbone computes as without it, and its parameters want no gradients."""
         if not self.enabled:
             return
-        self._check_alone("disable")
-        self._check_unmerged("disable")
+        check_alone(self, "disable")
+        check_unmerged(self, "disable")
         self.enabled = False
         self.ledger.terms = [term for term in self.ledger.terms if term.members != (self.name,)]
         self.ledger.arrange([self.name])
@@ -293,26 +235,6 @@ class Delta:
         if isinstance(self.method, Grouped):
             return self.method.parameter_groups(parameters, lr)
         return [{"params": list(parameters.values()), "lr": lr}]
-
-    def _check_alone(self, verb: str) -> None:
-        for composition in self.ledger.compositions.values():
-            if self.name in composition.members:
-                raise Unsupported(
-                    f"Delta `{self.name}` acts within the composition `{composition.name}`. {verb.capitalize()} that, or dissolve it first."
-                )
-
-    def _check_selects_unmerged(self) -> None:
-        """Refuse to train in place what holds another delta's merged change: the two could not be told apart."""
-        held = {id(kept.module.get_parameter(kept.name)) for kept in self.ledger.kept}
-        entry = next((e for e in self.entries if isinstance(e.patch, SelectionPatch) and id(e.parameter) in held), None)
-        if entry is not None:
-            raise Unsupported(
-                f"Delta `{self.name}` cannot train `{entry.key}` in place while another delta is merged into it. Unmerge that one first."
-            )
-
-    def _check_unmerged(self, verb: str) -> None:
-        if self.merged:
-            raise Unsupported(f"Cannot {verb} delta `{self.name}` while it is merged into the weights. Call dt.unmerge(delta) first.")
 
 
 def _form(module: nn.Module) -> dict[str, Any]:

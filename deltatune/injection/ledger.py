@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
+from deltatune.injection.around import Around
 from deltatune.injection.freeze import freeze, thaw
 from deltatune.injection.slot import CHILD, Slot, Term, check_vacant, slot_of
 from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+RESERVED = frozenset(dir(nn.ModuleDict()))
+"""Names that PyTorch would not let a child of a module have."""
+
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 """Classes of PyTorch that take a module's parameters in hand once, when they are put around it."""
 
@@ -56,8 +60,8 @@ class Ledger(nn.Module):
         self.kept: list[Kept] = []
         self.frozen = freeze(backbone)
         self._index: Index | None = None
+        self.around = Around()
         self.watch = Watch(self)
-        self.around: dict[str, Any] = {"draws": self.watch.draws}
 
     def forward(self, x: Any) -> Any:
         """Identity: a root that is a container and walks its children passes through."""
@@ -104,7 +108,7 @@ class Ledger(nn.Module):
                         slots[id(slot)] = (host.module, slot)
         for module, slot in slots.values():
             for act in slot.acts.values():
-                act.arrange(module, unmerged if act.listens else self.acting_terms, slot.gates)
+                act.arrange(module, unmerged if act.listens else self.acting_terms, slot.mixers)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -117,19 +121,6 @@ class Ledger(nn.Module):
         if len(term.members) == 1:
             return self.deltas[term.members[0]]
         return next(composition for composition in self.compositions.values() if composition.members == term.members)
-
-    def check_free(self, name: str) -> None:
-        """A delta or composition may be called ``name``.
-
-        Raises:
-            InvalidValue: the name is malformed or taken.
-        """
-        if not NAME.fullmatch(name):
-            raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`.")
-        if hasattr(self.shared, name) and name not in self.deltas:
-            raise InvalidValue(f"`{name}` cannot name a delta: PyTorch's modules have an attribute of that name. Choose another one.")
-        if self.knows(name):
-            raise InvalidValue(f"Something called `{name}` is attached already. Choose another name, or detach that first.")
 
     def knows(self, name: str) -> bool:
         """Whether a delta or composition is called so."""
@@ -148,6 +139,20 @@ class Ledger(nn.Module):
             known = nearest(name, [*self.deltas, *self.compositions])
             raise UnknownName(f"No delta called `{name}` is attached to this backbone. {known}")
         return self.deltas[name]
+
+
+def check_free(name: str, ledger: Ledger | None) -> None:
+    """A delta or composition may be called ``name`` on a backbone with this ledger, or with none yet.
+
+    Raises:
+        InvalidValue: the name is malformed or taken.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`, and pass it as name=.")
+    if name in RESERVED:
+        raise InvalidValue(f"`{name}` cannot name a delta: PyTorch's modules have an attribute of that name. Choose another one.")
+    if ledger is not None and ledger.knows(name):
+        raise InvalidValue(f"Something called `{name}` is attached already. Choose another name=, or detach that first.")
 
 
 def ledger_of(backbone: nn.Module) -> Ledger | None:

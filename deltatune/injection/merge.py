@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
-from deltatune.injection.delta import Delta, Entry
+from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger
 from deltatune.injection.outputs import put_rows
+from deltatune.injection.refusals import check_alone
 from deltatune.injection.slot import Member, slot_of
 from deltatune.injection.weights import run_weight
 from deltatune.methods.kinds import Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
@@ -53,7 +55,7 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
             merged weight fails its check; nothing is changed then.
     """
     ledger = delta.ledger
-    delta._check_alone("merge")
+    check_alone(delta, "merge")
     if delta.merged:
         raise Unsupported(f"Delta `{delta.name}` is merged already. Unmerge it before merging it again.")
     if not delta.enabled or ledger.resting:
@@ -136,9 +138,9 @@ def _check(ledger: Ledger, entry: Entry) -> None:
                 f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. "
                 "Load the backbone in full precision."
             )
-    gated = {name for term in ledger.terms if term.gate is not None for name in term.members}  # what gates weigh must not change
+    mixed = {name for term in ledger.terms if term.mixer is not None for name in term.members}  # what mixers weigh must not change
     for inner in _others(ledger, entry, before=True, merged=False):
-        if inner.delta in gated or not _commute(inner.patch, patch):
+        if inner.delta in mixed or not _commute(inner.patch, patch):
             raise Unsupported(
                 f"Delta `{entry.delta}` cannot be merged first: {type(inner.patch).__name__} acts inside it at `{entry.key}` "
                 "and the two do not commute. Merge in the order in which they act."

@@ -1,30 +1,30 @@
 """How prefix patches run: K <- [P_k; K] and V <- [P_v; V] inside an attention module.
 
 The keys and values of an attention exist only within its forward, behind the key-value cache, so a prefix enters where
-transformers lets one in: the attention implementation (``injection.attention``). The *switch* of a backbone puts
-that in place while any prefix is attached. It works on copies of the configs, because the setting would reach every
-model that shares a config object, and it names the plain implementation again whenever no prefix acts, so that a
-disabled prefix leaves bit-identical outputs.
+transformers lets one in: the attention implementation (``injection.attention``). The *switch* of a backbone
+(``injection.variants``) puts that in place while any prefix is attached.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.attention import MARK, PAST, has_variant, is_on_interface, register
+from deltatune.injection.interface import MARK, PAST, has_table, has_variant, is_on_interface
 from deltatune.injection.positions import Shift
-from deltatune.injection.slot import Act, Term, first_input, forget_compiled, slot_of, thread_key
+from deltatune.injection.slot import Act, Term, first_input, thread_key
 from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
+
+if TYPE_CHECKING:
+    from deltatune.injection.around import Around
+    from deltatune.injection.variants import Switch
 
 
 class PrefixAct(Act):
@@ -51,19 +51,16 @@ class PrefixAct(Act):
         """Refuse an attention that a prefix cannot enter."""
         check_prefix(site, index)
 
-    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+    def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Enter the backbone's switch, made with the first prefix."""
-        if "switch" not in around:
-            around["switch"] = Switch(backbone, index)
-        around["switch"].join(site)
+        around.switch_of(backbone, index).join(self, site)
 
-    def leave(self, around: dict[str, Any]) -> None:
+    def leave(self, around: Around) -> None:
         """Leave the switch, which undoes everything with the last prefix."""
-        switch = around.get("switch")  # none where the first prefix failed to join
-        if switch is not None and switch.leave():
-            del around["switch"]
+        if around.switch is not None and around.switch.leave():  # none where the first prefix failed to join
+            around.switch = None
 
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Concatenate the prefixes in the order of the terms."""
         acted = bool(self.length)
         names = [name for term in terms for name in term.members]
@@ -148,136 +145,6 @@ def _rows(virtual: Tensor, text: Tensor) -> Tensor:
     return virtual.to(text).expand(text.shape[0], -1, -1, -1)
 
 
-@dataclass
-class Copied:
-    """A config that was replaced by a copy of itself.
-
-    Attributes:
-        original: the object that was there.
-        copy: what stands in its place.
-        before: the copy's values when it was made; what a user sets meanwhile is carried over to the original.
-        holders: the modules that hold it, each with the name of the attribute.
-        plain: the implementation it asks for without prefixes; None where nothing has to be switched.
-    """
-
-    original: Any
-    copy: Any
-    before: dict[str, Any]
-    holders: list[tuple[nn.Module, str]]
-    plain: str | None = None
-
-    def switch_from(self, implementation: str | None) -> str | None:
-        """Make it switch between ``implementation`` and its variant; None where that has no variant."""
-        if has_variant(implementation):
-            self.plain = implementation
-        return self.plain
-
-    def set(self, acting: bool) -> None:
-        """Name the implementation the attention runs from now on."""
-        if self.plain is not None:
-            self.copy._attn_implementation_internal = MARK + self.plain if acting else self.plain
-
-    def restore(self) -> None:
-        """Put the original back, with what was set on the copy meanwhile."""
-        from transformers import PreTrainedConfig
-
-        self.set(False)
-        for name, value in vars(self.copy).items():
-            if not isinstance(value, PreTrainedConfig) and (name not in self.before or self.before[name] != value):
-                self.original.__dict__[name] = value
-        for module, name in self.holders:
-            if module.__dict__.get(name) is self.copy:
-                module.__dict__[name] = self.original
-
-
-class Switch:
-    """What a backbone needs as a whole while prefixes are attached to it.
-
-    Args:
-        backbone: the model.
-        index: its index.
-
-    Raises:
-        Unsupported: a module whose positions must be shifted receives no position ids.
-    """
-
-    def __init__(self, backbone: nn.Module, index: Index) -> None:
-        attentions = [site for site in index.sites if site.leaf in ("attention", "cross_attention")]
-        self._acting = 0
-        self._acts: list[PrefixAct] = []
-        self._stack_of = {site.path: stack.site.path for stack in index.stacks for site in stack.attentions}
-        self._relative: dict[str | None, nn.Module] = {}
-        for site in attentions:
-            if _has_table(site.module):
-                self._relative.setdefault(self._stack_of.get(site.path), site.module)
-        self._shifts: dict[str | None, list[Shift]] = {
-            stack.site.path: [Shift(site.module, site.path) for site in stack.positions] for stack in index.stacks
-        }
-        self._copied = _copy_configs(backbone)
-        held = {id(item.copy): item for item in self._copied}
-        self._variants: set[tuple[str, type[nn.Module]]] = set()
-        for site in attentions:
-            if is_on_interface(site.module):
-                config: Any = site.module.config
-                implementation = held[id(config)].switch_from(config._attn_implementation)
-                self._variants |= {(implementation, type(site.module))} if implementation else set()
-        self._register()
-        for stack in index.stacks:
-            for site, shift in zip(stack.positions, self._shifts[stack.site.path], strict=True):
-                shift.listen(site.module)
-        forget_compiled()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
-        self._register()  # a fresh process does not know the variants yet
-
-    def _register(self) -> None:
-        for implementation, kind in self._variants:
-            register(implementation, kind)
-
-    def join(self, site: Site) -> None:
-        """Take in the act of an attention."""
-        slot = slot_of(site.module)
-        act = slot.acts["PrefixAct"] if slot is not None else None
-        assert isinstance(act, PrefixAct)
-        if act in self._acts:
-            return
-        act.switch = self
-        self._acts.append(act)
-        stack = self._stack_of.get(site.path)
-        if _has_table(site.module):
-            act.relative = site.module
-        if site.leaf != "cross_attention":
-            act.relative = act.relative or self._relative.get(stack)
-            for shift in self._shifts.get(stack, []):
-                shift.acts.append(act)
-        if act.length:
-            self.count(1)
-
-    def leave(self) -> bool:
-        """Forget the acts that lost their last prefix; without any left, undo everything and return True."""
-        self._acts = [act for act in self._acts if act.members]
-        for shift in self._all_shifts():
-            shift.acts = [act for act in shift.acts if act in self._acts]
-        if self._acts:
-            return False
-        for shift in self._all_shifts():
-            shift.remove()
-        for item in self._copied:
-            item.restore()
-        forget_compiled()
-        return True
-
-    def _all_shifts(self) -> list[Shift]:
-        return [shift for shifts in self._shifts.values() for shift in shifts]
-
-    def count(self, change: int) -> None:
-        """One more or one fewer attention has acting prefixes."""
-        self._acting += change
-        for item in self._copied:
-            item.set(self._acting > 0)
-
-
 def check_prefix(site: Site, index: Index) -> None:
     """Refuse an attention that a prefix cannot enter.
 
@@ -308,7 +175,7 @@ def check_prefix(site: Site, index: Index) -> None:
             f"A prefix was asked for at `{site.path}` ({kind}), which runs its own attention under `reorder_and_upcast_attn`. "
             "Load the backbone with attn_implementation='sdpa'."
         )
-    if _has_table(module) and "past_seen_tokens" not in inspect.signature(module.compute_bias).parameters:  # type: ignore[arg-type]
+    if has_table(module) and "past_seen_tokens" not in inspect.signature(module.compute_bias).parameters:  # type: ignore[arg-type]
         raise Unsupported(
             f"A prefix was asked for at `{site.path}` ({kind}), whose relative positions cannot be computed for virtual keys. "
             "Choose another method for this backbone, such as LoRA."
@@ -317,27 +184,3 @@ def check_prefix(site: Site, index: Index) -> None:
         if any(other.module is module for other in stack.attentions):
             for position in stack.positions:
                 Shift(position.module, position.path)
-
-
-def _has_table(module: nn.Module) -> bool:
-    """The attention has its own table of relative positions, as T5's first blocks."""
-    return isinstance(getattr(module, "relative_attention_bias", None), nn.Module) and hasattr(module, "compute_bias")
-
-
-def _copy_configs(backbone: nn.Module) -> list[Copied]:
-    from transformers import PreTrainedConfig
-
-    copies: dict[int, Copied] = {}
-    memo: dict[int, Any] = {}
-    for module in backbone.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                if id(value) not in copies:
-                    stand_in = copy.deepcopy(value, memo)  # one memo, so that a config inside a config is copied once
-                    before = {k: copy.deepcopy(v) for k, v in vars(stand_in).items() if not isinstance(v, PreTrainedConfig)}
-                    copies[id(value)] = Copied(value, stand_in, before, [])
-                copies[id(value)].holders.append((module, name))
-    for item in copies.values():
-        for module, name in item.holders:
-            module.__dict__[name] = item.copy
-    return list(copies.values())

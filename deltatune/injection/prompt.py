@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from deltatune.injection.slot import Act, Term
 from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
+
+if TYPE_CHECKING:
+    from deltatune.injection.around import Around
 
 
 @dataclass
@@ -99,7 +102,7 @@ class PromptAct(Act):
         """Refuse a module that is no text stack."""
         check_prompt(site, index)
 
-    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+    def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Learn what the stack is made of; hook the module that ends its token sequence, where that is not the stack itself."""
         module = site.module
         stack = next(stack for stack in index.stacks if stack.site.module is module)
@@ -114,7 +117,7 @@ class PromptAct(Act):
             self._handle.remove()
             self._handle = None
 
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Concatenate the prompts in the order of the terms."""
         names = [name for term in terms for name in term.members]
         self.patches = [member.patch for name in names for member in self.members.get(name, []) if isinstance(member.patch, PromptPatch)]

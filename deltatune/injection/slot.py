@@ -12,8 +12,8 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ from deltatune.methods.kinds import Patch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
-How = Literal["sequential", "parallel", "weighted", "gated"]
+if TYPE_CHECKING:
+    from deltatune.injection.around import Around
+
+How = Literal["sequential", "parallel", "weighted", "gated", "fusion"]
 CHILD = "deltatune"
 
 
@@ -33,16 +36,16 @@ class Term:
     """One entry of the backbone's active list: a delta alone, or a composition of several.
 
     Attributes:
-        how: ``sequential`` chains the members; the others add what each changes, times its weight.
+        how: ``sequential`` chains the members; the others add what each changes, weighed by numbers or by a trained mixer.
         members: names of deltas, in order.
         weights: one per member.
-        gate: name of the composition that learns the weights; None unless ``gated``.
+        mixer: name of the composition whose mixers weigh the members; None where nothing is trained for that.
     """
 
     how: How
     members: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    gate: str | None = None
+    mixer: str | None = None
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Act(ABC):
             Unsupported: it would never run, or run on something else.
         """
 
-    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+    def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Called once, when the act has its first member.
 
         Args:
@@ -85,7 +88,7 @@ class Act(ABC):
             site: the first member's.
         """
 
-    def leave(self, around: dict[str, Any]) -> None:
+    def leave(self, around: Around) -> None:
         """Called once, when the act has lost its last member."""
 
     def add(self, module: nn.Module, member: Member) -> None:
@@ -97,7 +100,7 @@ class Act(ABC):
         self.members.pop(delta, None)
 
     @abstractmethod
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Set what acts from now on, and in which order."""
 
     @abstractmethod
@@ -112,28 +115,22 @@ class Act(ABC):
         """Move the tensors that are neither parameters nor buffers, as ``nn.Module._apply`` moves those."""
 
 
-@dataclass
-class Fired:
-    """Whether the module of a slot has run since the slot is there; ``injection.watch`` asks."""
-
-    ever: bool = field(default=False)
-
-
 class Slot(nn.Module):
     """Holds and runs the patches of one module.
 
     Attributes:
         patches: every patch, under ``<delta>`` or ``<delta>/<leaf>`` where a fused projection has several.
-        gates: the learned weights of gated compositions, under the composition's name.
+        mixers: what compositions train here to weigh their members, under the composition's name.
         acts: one act per way of acting in use, in the order they run before the forward.
+        has_fired: the module has run since the slot is there; ``injection.watch`` asks.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.ModuleDict()
-        self.gates = nn.ModuleDict()
-        self.acts: dict[str, Act] = {}
-        self.fired = Fired()
+        self.mixers = nn.ModuleDict()
+        self.acts: dict[type[Act], Act] = {}
+        self.has_fired = False
         self._handles: list[RemovableHandle] = []
 
     def forward(self, x: Any) -> Any:
@@ -161,7 +158,8 @@ class Slot(nn.Module):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook: every act ahead of the module's forward."""
         if not torch.compiler.is_compiling():
-            self.fired.ever = True
+            if not self.has_fired:
+                self.has_fired = True
             if "_is_replica" in module.__dict__:
                 raise Unsupported(
                     "nn.DataParallel was asked to run a backbone with deltas: its replicas share hooks, so all would use the patches of "

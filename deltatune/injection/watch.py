@@ -10,11 +10,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import Idle
-from deltatune.injection.draws import Draws
 from deltatune.injection.slot import slot_of
 
 if TYPE_CHECKING:
-    from deltatune.injection.delta import Entry
+    from deltatune.injection.entries import Entry
     from deltatune.injection.ledger import Ledger
 
 
@@ -29,7 +28,7 @@ class Watch:
         self._ledger = ledger
         self._unseen: list[Entry] = []
         self._reached: set[str | None] = set()
-        self.draws = Draws()
+        self.draws = ledger.around.draws
         self._handles: list[RemovableHandle] = []
 
     def listen(self, backbone: nn.Module) -> None:
@@ -48,7 +47,7 @@ class Watch:
     def add(self, entries: Iterable[Entry]) -> None:
         """Take in the entries of a new delta."""
         for entry in entries:
-            if entry.listens:
+            if entry.act.listens:
                 self._unseen.append(entry)
             self.draws.add(entry.delta, entry.patch)
 
@@ -96,4 +95,4 @@ class Watch:
 
 def _has_fired(entry: Entry) -> bool:
     slots = [slot_of(host.module) for host in entry.hosts]
-    return any(slot is None or slot.fired.ever for slot in slots)  # of tied owners, one reader is enough
+    return any(slot is None or slot.has_fired for slot in slots)  # of tied owners, one reader is enough

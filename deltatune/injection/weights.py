@@ -14,47 +14,22 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import Busy, Unsupported
+from deltatune.errors import Unsupported
 from deltatune.injection.draws import Draws
+from deltatune.injection.guard import Guard
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, How, Member, Term
 from deltatune.methods.kinds import Patch, Stochastic, WeightPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site, is_packed
 
-
-class Guard:
-    """One thread at a time swaps the weights of a backbone; the same thread may nest."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def enter(self) -> None:
-        """Take the guard.
-
-        Raises:
-            Busy: another thread is inside a forward with swapped weights.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise Busy(
-                "A second thread called this backbone while the first was inside a forward with swapped weights. "
-                "Run one forward at a time, or give each thread its own copy.deepcopy(backbone)."
-            )
-
-    def leave(self) -> None:
-        """Give it back."""
-        self._lock.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        return Guard()
-
-    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
-        return Guard, ()
+if TYPE_CHECKING:
+    from deltatune.injection.around import Around
 
 
 FoldTerm = tuple[How, tuple[tuple[Member, ...], ...], tuple[float, ...]]
@@ -170,12 +145,11 @@ class WeightAct(Act):
                 f"{theta.dtype}). Load the backbone unquantised, or use an output-kind method such as LoRA on its linears."
             )
 
-    def join(self, around: dict[str, Any], backbone: nn.Module, index: Index, site: Site) -> None:
+    def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Share one guard with the other hosts of the backbone, and its random draws."""
-        self.guard = around.setdefault("guard", self.guard)
-        self.draws = around["draws"]
+        self.guard, self.draws = around.guard, around.draws
 
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""
         self._settle()
         acting = [self.members[delta] for term in terms for delta in term.members if delta in self.members]
@@ -196,9 +170,9 @@ class WeightAct(Act):
                 weights.append(weight)
         if not groups:
             return None
-        if term.how == "gated":
+        if term.mixer is not None:
             raise Unsupported(
-                "A gated composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'."
+                f"A {term.how} composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'."
             )
         return term.how, tuple(groups), tuple(weights)
 

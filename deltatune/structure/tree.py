@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deltatune.errors import require_extra
+from deltatune.errors import missing_extra
 from deltatune.structure.anatomy import DELTA_CHILD
 from deltatune.structure.index import Index
 from deltatune.structure.index import index as index_of
@@ -140,7 +140,7 @@ def tree(backbone: nn.Module, index: Index | None = None) -> Tree:
     try:
         from rich.tree import Tree
     except ImportError as cause:
-        raise require_extra("rich", "cli") from cause
+        raise missing_extra("rich", "cli") from cause
     root = outline(backbone, index)
     drawn = Tree(_label(root), highlight=False)
     _draw(root.children, drawn)

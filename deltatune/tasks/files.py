@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import DataError, nearest, require_extra
+from deltatune.errors import DataError, missing_extra, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Split, Task, TaskType
@@ -144,7 +144,7 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as cause:
-        raise require_extra("pyarrow", "train") from cause
+        raise missing_extra("pyarrow", "train") from cause
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as cause:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltatune.errors import DataError, require_extra
+from deltatune.errors import DataError, missing_extra
 from deltatune.registry import Registry
 
 Score = Callable[[Sequence[Any], Sequence[Any]], float]
@@ -57,7 +57,7 @@ def _sklearn(function: str, **options: Any) -> Score:
         try:
             import sklearn.metrics
         except ImportError as cause:
-            raise require_extra("scikit-learn", "train") from cause
+            raise missing_extra("scikit-learn", "train") from cause
         return float(getattr(sklearn.metrics, function)(*_indicators(references, predictions), **options))
 
     return score
@@ -78,7 +78,7 @@ def _correlation(function: str) -> Score:
         try:
             import scipy.stats
         except ImportError as cause:
-            raise require_extra("scipy", "train") from cause
+            raise missing_extra("scipy", "train") from cause
         if min(len(set(predictions)), len(set(references))) < 2:
             return 0.0  # no correlation with a constant; scipy says nan
         value = float(getattr(scipy.stats, function)(predictions, references).statistic)

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from deltatune.errors import DataError, MissingExtra, nearest, require_extra
+from deltatune.errors import DataError, MissingExtra, missing_extra, nearest
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Hub, Packaged, Task
 
@@ -101,7 +101,7 @@ def _read(task: Task, names: Mapping[str, str], path: str, **options: Any) -> di
     try:
         import datasets
     except ImportError as cause:
-        raise require_extra("datasets", "train") from cause
+        raise missing_extra("datasets", "train") from cause
     with _quietly(datasets, online=path == "parquet" or hub_answers()):
         found = datasets.load_dataset(path, **options)
     splits = {name: found[names.get(name, name)] for name in SPLITS if names.get(name, name) in found}

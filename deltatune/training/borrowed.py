@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from deltatune.backbones.quiet import quiet
-from deltatune.errors import InvalidValue, require_extra
-from deltatune.injection.attach import deltas as attached
+from deltatune.errors import InvalidValue, missing_extra
 from deltatune.injection.delta import Delta
+from deltatune.injection.switching import deltas as attached
 
 if TYPE_CHECKING:
     from deltatune.training.trainer import DeltaTrainer
@@ -48,7 +48,7 @@ def trainer_modules() -> Iterator[None]:
             import_module("deltatune.training.trainer")
             from transformers.utils.logging import get_verbosity, set_verbosity
     except ImportError as cause:
-        raise require_extra(str(cause.name or "transformers").partition(".")[0], "train") from cause
+        raise missing_extra(str(cause.name or "transformers").partition(".")[0], "train") from cause
     verbosity = get_verbosity()
     chatty = logging.getLogger("bitsandbytes")  # accelerate imports it in passing, and it misses its optional kernels aloud
     level = chatty.level

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import require_extra
+from deltatune.errors import missing_extra
 from deltatune.training.files import write_whole
 
 SMOOTHING = 0.9
@@ -59,7 +59,7 @@ def draw_curve(curve: Curve, target: Path, *, title: str, metric: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as cause:
-        raise require_extra("matplotlib", "train") from cause
+        raise missing_extra("matplotlib", "train") from cause
     rows = 2 if curve.score else 1
     figure = Figure(figsize=(7, 2.6 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)

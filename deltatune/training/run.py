@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import InvalidValue, UnknownName, nearest, require_extra
+from deltatune.errors import InvalidValue, UnknownName, missing_extra, nearest
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
@@ -191,5 +191,5 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError as cause:
-        raise require_extra("yaml", "train") from cause
+        raise missing_extra("yaml", "train") from cause
     return yaml

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatune.injection.attach import attach, detach, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.switching import switch
 from deltatune.methods import BitFit, DiffPruning, LoRA, methods
 from tests.conformance.cells import MODELS, TAKEN, Cell, fresh, moved, shake
 from tests.models import output

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from deltatune.checkpoint.format import load, save
 from deltatune.errors import DeltaError, Unsupported
-from deltatune.injection.attach import attach, deltas, detach, disabled
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.outputs import Gate
+from deltatune.injection.switching import deltas, disabled
 from deltatune.methods import methods
 from tests.conformance.cells import REFUSED, Cell, fresh, moved, shake, small
 from tests.conformance.trace import trace

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltatune.injection.attach import deltas, detach, switch
+from deltatune.injection.attach import detach
+from deltatune.injection.switching import deltas, switch
 from tests.conformance.cells import TAKEN, Cell
 from tests.models import output
 

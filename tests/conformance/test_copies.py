@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltatune.injection.attach import deltas, detach
+from deltatune.injection.attach import detach
+from deltatune.injection.switching import deltas
 from tests.conformance.cells import TAKEN, Cell, over, shake
 from tests.models import output
 
@@ -51,7 +52,8 @@ def test_copy_is_independent(cell: Cell, way: str) -> None:
 
 FRESH_PROCESS = """
 import pickle, sys, torch
-from deltatune.injection.attach import attach, deltas, detach
+from deltatune.injection.attach import attach, detach
+from deltatune.injection.switching import deltas
 from deltatune.methods import LoRA
 from tests.models import output
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import DeltaError, Idle, InvalidValue, NoSite, UnknownName, Unsupported
-from deltatune.injection.attach import attach, deltas, detach, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.ledger import ledger_of
+from deltatune.injection.switching import deltas, switch
 from deltatune.methods import LoRA, methods
 from deltatune.methods.kinds import SelectionPatch
 from tests.conformance.cells import TAKEN, Cell, fresh, small

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from deltatune.errors import DeltaError, NoSite, Unsupported
-from deltatune.injection.attach import deltas
+from deltatune.injection.switching import deltas
 from deltatune.methods import methods
 from tests.conformance.cells import CELLS, KEPT_APART, MERGING, REFUSED, REFUSING, TAKEN, UNMERGEABLE, Cell, over
 from tests.conformance.trace import trace

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from deltatune.errors import Unsupported
-from deltatune.injection.attach import deltas
 from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.slot import CHILD
+from deltatune.injection.switching import deltas
 from deltatune.methods.kinds import Commuting, SelectionPatch
 from tests.conformance.cells import KEPT_APART, MERGING, Cell, moved, over, shake
 from tests.conformance.trace import trace

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import DeltaError
-from deltatune.injection.attach import attach, deltas, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.slot import Slot
 from deltatune.injection.state import backbone_state
+from deltatune.injection.switching import deltas, disabled, switch
 from deltatune.methods import IA3, Adapter, BitFit, DiffPruning, FullFineTuning, LoRA, Method
 from tests.conformance.cells import fresh, moved, shake
 from tests.models import output

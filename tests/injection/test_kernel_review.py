@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltatune.errors import CheckpointError, Idle, InvalidValue, UnknownName, Unsupported
-from deltatune.injection.attach import attach, deltas, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.merge import merge
 from deltatune.injection.outputs import OutputAct
@@ -22,6 +22,7 @@ from deltatune.injection.prompt import PromptAct
 from deltatune.injection.selections import SelectionAct
 from deltatune.injection.slot import Act
 from deltatune.injection.state import backbone_state
+from deltatune.injection.switching import deltas, disabled, switch
 from deltatune.injection.weights import WeightAct
 from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.addition.ia3 import ScaledInput

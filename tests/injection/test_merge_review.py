@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.attach import attach, deltas, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.switching import deltas, disabled, switch
 from deltatune.methods import IA3, BitFit, FullFineTuning, LinearProbe, LoRA
 from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch
 from deltatune.structure.site import Site

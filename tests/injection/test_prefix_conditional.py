@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
+from deltatune.injection.prefix import PrefixAct
 from deltatune.methods import PrefixTuning
 from deltatune.methods.addition.prefix_tuning import key_value_shape
 from deltatune.methods.kinds import ConditionalPrefixPatch, Family, Kind, Method, Patch
@@ -65,7 +66,7 @@ def test_every_row_sees_the_prefix_that_its_input_asks_for(name: str) -> None:
                 other.patch.P_k.copy_(entry.patch.P_k * g[row])
                 other.patch.P_v.copy_(entry.patch.P_v * g[row])
         torch.testing.assert_close(found[row], output(plain, inputs)[row], atol=1e-5, rtol=1e-5)
-    assert all(not entry.site.module.deltatune.acts["PrefixAct"]._inputs for entry in delta.entries)
+    assert all(not entry.site.module.deltatune.acts[PrefixAct]._inputs for entry in delta.entries)
 
 
 def test_constant_and_conditional_prefixes_join_in_order() -> None:

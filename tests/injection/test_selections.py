@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.attach import attach, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.merge import merge, unmerge
+from deltatune.injection.switching import disabled, switch
 from deltatune.methods import BitFit, DiffPruning, FullFineTuning, LinearProbe, LoRA
 from tests.conformance.cells import fresh, shake
 from tests.conformance.trace import trace

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.injection.attach import attach, detach, disabled, switch
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
 from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.slot import CHILD, Slot, slot_of
+from deltatune.injection.switching import disabled, switch
 from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LoRA
 from tests.conformance.cells import TAKEN, fresh
 from tests.models import output

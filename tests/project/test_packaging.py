@@ -66,7 +66,7 @@ def test_every_import_of_another_package_is_declared() -> None:
 
 def test_an_error_for_a_missing_extra_names_one_that_brings_the_package() -> None:
     source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    named = re.findall(r"require_extra\(\s*\"([\w.]+)\",\s*\"(\w+)\"\s*\)", source)
+    named = re.findall(r"missing_extra\(\s*\"([\w.]+)\",\s*\"(\w+)\"\s*\)", source)
     assert named
     for module, extra in named:
         package = module.partition(".")[0]

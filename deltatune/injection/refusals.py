@@ -1,0 +1,48 @@
+"""What a delta refuses in the state it is in: to act alone within a composition, to rest or change while it is merged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltatune.errors import Unsupported
+from deltatune.methods.kinds import SelectionPatch
+
+if TYPE_CHECKING:
+    from deltatune.injection.delta import Delta
+
+
+def check_alone(delta: Delta, verb: str) -> None:
+    """It is no member of a composition, which enables and disables its members together.
+
+    Raises:
+        Unsupported: it is one.
+    """
+    for composition in delta.ledger.compositions.values():
+        if delta.name in composition.members:
+            raise Unsupported(
+                f"Delta `{delta.name}` acts within the composition `{composition.name}`. {verb.capitalize()} that, or dissolve it first."
+            )
+
+
+def check_unmerged(delta: Delta, verb: str) -> None:
+    """It is not merged.
+
+    Raises:
+        Unsupported: it is, so the weights would not follow.
+    """
+    if delta.merged:
+        raise Unsupported(f"Cannot {verb} delta `{delta.name}` while it is merged into the weights. Call dt.unmerge(delta) first.")
+
+
+def check_selects_unmerged(delta: Delta) -> None:
+    """It trains nothing in place that holds another delta's merged change: the two could not be told apart.
+
+    Raises:
+        Unsupported: it does.
+    """
+    held = {id(kept.module.get_parameter(kept.name)) for kept in delta.ledger.kept}
+    entry = next((e for e in delta.entries if isinstance(e.patch, SelectionPatch) and id(e.parameter) in held), None)
+    if entry is not None:
+        raise Unsupported(
+            f"Delta `{delta.name}` cannot train `{entry.key}` in place while another delta is merged into it. Unmerge that one first."
+        )
