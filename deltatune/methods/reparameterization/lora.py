@@ -100,10 +100,11 @@ class LoRAEmbedding(OutputPatch):
         self.lora_B = nn.Parameter(torch.randn(table.embedding_dim, method.rank))
         self.scale = method.scale
         self.embed_scale = float(getattr(table, "embed_scale", 1.0))
+        self.padding_idx = table.padding_idx
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Ids (...), embeddings (..., width) -> (..., width)."""
-        h = F.embedding(x, self.lora_A.T)  # (..., rank)
+        h = F.embedding(x, self.lora_A.T, self.padding_idx)  # (..., rank); padding does not train, as in the table
         return y + F.linear(h, self.lora_B).to(y.dtype) * (self.scale * self.embed_scale)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
