@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Composition:
         how: sequential, parallel, weighted, gated or fusion.
         weights: one per member; ones unless ``weighted``.
         enabled: it acts.
+        frozen: members that it froze when it was made, and unfreezes when it is dissolved.
     """
 
     def __init__(self, name: str, backbone: nn.Module, members: tuple[str, ...], how: How, weights: tuple[float, ...]) -> None:
@@ -45,6 +46,7 @@ class Composition:
         self.how: How = how
         self.weights = weights
         self.enabled = False
+        self.frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Composition({self.name!r}, {self.how}, {list(self.members)})"
@@ -114,6 +116,14 @@ class Composition:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
+    def penalty(self) -> Tensor:
+        """The mixers' own term in the loss; zero for most."""
+        return sum((mixer.penalty() for mixer in self.mixers().values()), torch.zeros(()))
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer over the mixers' parameters; the members have their own."""
+        return [{"params": [parameter for mixer in self.mixers().values() for parameter in mixer.parameters()], "lr": lr}]
+
     def enable(self) -> None:
         """Let the members act together."""
         if self.enabled:
@@ -144,6 +154,9 @@ class Composition:
                 del slot.mixers[self.name]
         deltas = self.deltas
         del ledger.compositions[self.name]
+        for delta in deltas:
+            if delta.name in self.frozen:
+                delta.unfreeze()
         if enabled:
             for delta in deltas:
                 delta.enable()
@@ -217,6 +230,8 @@ def compose(
         if how in MIXERS:
             _add_mixers(composition, MIXERS[how])
         composition.enable()
+        if how in MIXERS and MIXERS[how].freezes_members:
+            _freeze_mixed(composition)
     except BaseException:
         composition.dissolve()
         _restore(ledger, deltas, terms)
@@ -251,7 +266,11 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
 
 
 def _add_mixers(composition: Composition, kind: type[Mixer]) -> None:
-    """One on each module whose output members edit; of a fused projection, for the whole of it."""
+    """One on each module whose output members edit; of a fused projection, for the whole of it.
+
+    Raises:
+        Unsupported: the module is a convolution.
+    """
     for _, slot in composition._slots():
         act = slot.acts.get(OutputAct)
         present = [member for member in composition.members if act is not None and member in act.members]
@@ -263,3 +282,12 @@ def _add_mixers(composition: Composition, kind: type[Mixer]) -> None:
                 f"`{site.path}` is a convolution; a {composition.how} composition weighs tokens. Compose with how='weighted'."
             )
         slot.mixers[composition.name] = kind(site.out_features, len(present)).to(site.device)
+
+
+def _freeze_mixed(composition: Composition) -> None:
+    """Freeze the members whose changes are mixed; one that only trains a task head goes on training."""
+    mixed = {member for _, slot in composition._slots() if composition.name in slot.mixers for member in slot.acts[OutputAct].members}
+    composition.frozen = tuple(delta.name for delta in composition.deltas if delta.trainable and delta.name in mixed)
+    for delta in composition.deltas:
+        if delta.name in composition.frozen:
+            delta.freeze()

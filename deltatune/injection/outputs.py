@@ -5,12 +5,11 @@ an input patch of step k edits what steps 1..k-1 and f see, an output patch of s
 
     one delta            g_k(x) = F_k(g_{k-1}, x)
     parallel, weighted   g_k(x) = y + sum_i w_i (F_i(g_{k-1}, x) - y),   y = g_{k-1}(x)
-    gated                the same with w = sigmoid(y U + c), one weight per member and token
+    gated, fusion        y mixed with the changes F_i(g_{k-1}, x) - y by a trained layer, token by token (``injection.mixers``)
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,30 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.slot import Act, Member, Term, first_input, replace_input
+from deltatune.injection.mixers import Mixer
+from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
 from deltatune.methods.kinds import InputPatch, OutputPatch, Patch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Rows, Site
 
 Inner = Callable[[Tensor], Tensor]
-
-
-class Gate(nn.Module):
-    """w = sigmoid(y U + c): how much of each member acts, per token; starts at one half.
-
-    Args:
-        width: width of y.
-        members: number of members.
-    """
-
-    def __init__(self, width: int, members: int, device: torch.device) -> None:
-        super().__init__()
-        self.U = nn.Parameter(torch.zeros(width, members, device=device))
-        self.c = nn.Parameter(torch.zeros(members, device=device))
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Weights (..., members) for y (..., width)."""
-        return torch.sigmoid(y @ self.U.to(y.dtype) + self.c.to(y.dtype))
 
 
 @dataclass(frozen=True)
@@ -72,23 +54,25 @@ class Group:
 
     members: tuple[tuple[Member, ...], ...]
     weights: tuple[float, ...]
-    gate: Gate | None
+    mixer: Mixer | None
 
     def edit(self, x: Tensor) -> Tensor:
         """Side by side, every member sees the same input, so the inner steps see it unedited."""
         return x
 
     def apply(self, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        """y + sum_i w_i (F_i(x) - y)."""
-        gates = self.gate(y) if self.gate is not None else None  # (..., members)
-        total = y
-        for i, members in enumerate(self.members):
+        """y + sum_i w_i z_i, or what the mixer makes of y and the changes z_i = F_i(g_{k-1}, x) - y."""
+        changes = []
+        for members in self.members:
             step = Single(members)
             edits_input = any(isinstance(member.patch, InputPatch) for member in members)
             start = inner(step.edit(x)) if edits_input else y
-            change = step.apply(x, start, inner) - y
-            total = total + change * (gates[..., i : i + 1] if gates is not None else self.weights[i])
-        return total
+            changes.append(step.apply(x, start, inner) - y)
+        if self.mixer is not None:
+            return self.mixer(y, changes)  # type: ignore[no-any-return]
+        for weight, change in zip(self.weights, changes, strict=True):
+            y = y + change * weight
+        return y
 
 
 Step = Single | Group
@@ -123,9 +107,9 @@ class OutputAct(Act):
                 "no module whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
             )
 
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""
-        steps = [step for term in terms if (step := self._step(term, gates)) is not None]
+        steps = [step for term in terms if (step := self._step(term, mixers)) is not None]
         self.steps = tuple(steps)
         acting = [member for step in steps for member in _flat(step)]
         self._edits_input = any(isinstance(member.patch, InputPatch) for member in acting)
@@ -133,15 +117,15 @@ class OutputAct(Act):
             isinstance(step, Group) for step in steps
         )
 
-    def _step(self, term: Term, gates: nn.ModuleDict) -> Step | None:
+    def _step(self, term: Term, mixers: nn.ModuleDict) -> Step | None:
         present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
         if not present:
             return None
         groups = tuple(tuple(self.members[name]) for name, _ in present)
         if term.how == "sequential":
             return Single(tuple(member for group in groups for member in group))
-        gate = gates[term.gate] if term.gate is not None and term.gate in gates else None
-        return Group(groups, tuple(weight for _, weight in present), gate)  # type: ignore[arg-type]
+        mixer = mixers[term.mixer] if term.mixer is not None and term.mixer in mixers else None
+        return Group(groups, tuple(weight for _, weight in present), mixer)  # type: ignore[arg-type]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""
@@ -153,12 +137,12 @@ class OutputAct(Act):
             seen.append(x)
             x = step.edit(x)
         if self._reads_input:
-            self._seen[_thread()] = seen[::-1]
+            self._seen[thread_key()] = seen[::-1]
         return replace_input(args, kwargs, x)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Edit the output, innermost step first."""
-        seen = self._seen.pop(_thread(), None) if self._edits_input else None
+        seen = self._seen.pop(thread_key(), None) if self._edits_input else None
         if output is None or not self._reads_input:
             return output
         if seen is None:
@@ -221,8 +205,3 @@ def replace_output(output: Any, y: Tensor) -> Any:
 
 def _flat(step: Step) -> tuple[Member, ...]:
     return step.members if isinstance(step, Single) else tuple(member for group in step.members for member in group)
-
-
-def _thread() -> int:
-    """Key of what one forward has in flight. Compiled code is single: Dynamo cannot ask for the thread."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

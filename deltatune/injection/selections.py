@@ -157,15 +157,15 @@ class SelectionAct(Act):
                 del self.choices[member.parameter]
         super().remove(module, delta)
 
-    def arrange(self, module: nn.Module, terms: Sequence[Term], gates: nn.ModuleDict) -> None:
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Write the sum over the active deltas into each parameter.
 
         Raises:
-            Unsupported: a gated composition of selections.
+            Unsupported: a composition of selections that trains how much of each acts.
         """
         for name, choice in self.choices.items():
             acting = [
-                (term.how, member, weight)
+                (term, member, weight)
                 for term in terms
                 for delta, weight in zip(term.members, term.weights, strict=True)
                 for member in self.members.get(delta, ())
@@ -174,8 +174,8 @@ class SelectionAct(Act):
             active = [(member.delta, weight) for _, member, weight in acting]
             if any(selected(member).by_value for _, member, _ in acting):
                 active = [(active[-1][0], 1.0)]
-            elif any(how == "gated" for how, _, _ in acting):
-                raise Unsupported("A gated composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
+            elif how := next((term.how for term, _, _ in acting if term.mixer is not None), None):
+                raise Unsupported(f"A {how} composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
             choice.arrange(tuple(active), module.get_parameter(name))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

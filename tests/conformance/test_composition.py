@@ -14,7 +14,7 @@ from deltatune.errors import DeltaError, Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
-from deltatune.injection.outputs import Gate
+from deltatune.injection.mixers import Gate
 from deltatune.injection.switching import deltas, disabled
 from deltatune.methods import methods
 from tests.conformance.cells import REFUSED, Cell, fresh, moved, shake, small
@@ -201,7 +201,7 @@ def test_gates_weigh_tokens_or_are_refused(names: tuple[str, str]) -> None:
     with disabled(backbone):
         y = backbone(x).detach()
     composition = compose(backbone, pair, "gated")
-    (gate,) = composition.gates().values()
+    (gate,) = composition.mixers().values()
     assert isinstance(gate, Gate)
     with torch.no_grad():
         for parameter in gate.parameters():
@@ -251,7 +251,7 @@ def test_members_are_not_moved_behind_their_composition() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (dict(how="sideways"), r"how='sideways'; it is one of `sequential`, `parallel`, `weighted`, `gated`"),
+        (dict(how="sideways"), r"how='sideways'; it is one of `sequential`, `parallel`, `weighted`, `gated`, `fusion`"),
         (dict(how="weighted"), r"weights=None for 2 members and how='weighted'"),
         (dict(how="weighted", weights=[1.0]), r"`weighted` takes one weight a member"),
         (dict(how="parallel", weights=[1.0, 1.0]), r"the others none"),

@@ -88,7 +88,7 @@ class Walk:
         how = self.random.choice(["sequential", "parallel", "weighted", "gated"])
         weights = [self.random.choice([0.0, 0.5, 2.0]) for _ in members] if how == "weighted" else None
         composition = compose(self.backbone, members, how, weights=weights)  # type: ignore[arg-type]
-        for gate in composition.gates().values():
+        for gate in composition.mixers().values():
             nn.init.normal_(gate.U, std=0.1)
 
     def load(self) -> None:

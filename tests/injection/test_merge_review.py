@@ -156,7 +156,7 @@ def test_nothing_is_merged_past_a_gate() -> None:
     outer = deltas(backbone)[2]
     switch(backbone, None)
     gated = compose(backbone, ["a", "b"], "gated")
-    nn.init.normal_(gated.gates()["0"].U)
+    nn.init.normal_(gated.mixers()["0"].U)
     outer.enable()
     with pytest.raises(Unsupported, match="Merge in the order in which they act"):
         merge(outer)
