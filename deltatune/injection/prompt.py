@@ -9,7 +9,6 @@ length of its prompt, because one that was filled under another prompt would giv
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.cached import capacity, enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
-from deltatune.injection.slot import Act, Term
+from deltatune.injection.slot import Act, Term, thread_key
 from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
@@ -179,7 +178,7 @@ class PromptAct(Act):
         if cache is not None:
             enlarge(cache, self.length, getattr(module.config, "sliding_window", None))
             store(cache, self.length, mask)
-        self._layouts[_thread()] = layout
+        self._layouts[thread_key()] = layout
         return call
 
     def _positions(self, positions: Tensor | None, ids: Tensor | None, embeds: Tensor, layout: Layout) -> Tensor | None:
@@ -204,12 +203,12 @@ class PromptAct(Act):
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Post-hook of the inner module: cut the virtual tokens off before anything reads single positions."""
-        layout = self._layouts.get(_thread())
+        layout = self._layouts.get(thread_key())
         return output if layout is None else strip(output, layout)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Cut the virtual tokens off the last hidden state and the hidden states; attentions keep their columns."""
-        layout = self._layouts.pop(_thread(), None)
+        layout = self._layouts.pop(thread_key(), None)
         if layout is None or output is None:
             return output
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
@@ -290,8 +289,3 @@ def check_prompt(site: Site, index: Index) -> None:
             f"A prompt was asked for at `{site.path}` ({kind}), whose tokens cannot be given as embeddings alone. "
             "Choose another method for this backbone, such as PrefixTuning or LoRA."
         )
-
-
-def _thread() -> int:
-    """Key of what one forward has in flight. Compiled code is single: Dynamo cannot ask for the thread."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
