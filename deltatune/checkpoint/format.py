@@ -112,6 +112,7 @@ def load(
     *,
     name: str | None = None,
     enable: bool = True,
+    head: bool = True,
     allow_foreign: bool = False,
     allow_vocabulary: bool = False,
     allow_missing: bool = False,
@@ -127,6 +128,7 @@ def load(
         folder: what ``save`` wrote.
         name: how it is called here; as it was called if left out.
         enable: let it act; else it rests.
+        head: take along the task head it was saved with; else the backbone's own stays, as for another task.
         allow_foreign: take another backbone than the one it was trained on.
         allow_vocabulary: take a backbone with another number of vocabulary rows.
         allow_missing: leave tensors fresh that the file lacks.
@@ -157,6 +159,7 @@ def load(
         'tiny'
     """
     allowed = Allowed(
+        head=head,
         foreign=allow_foreign,
         vocabulary=allow_vocabulary,
         missing=allow_missing,
@@ -332,11 +335,11 @@ def _write(record: Record, tensors: Mapping[str, Tensor], folder: Path) -> str:
 
 
 def _write_composition(composition: Composition, parts: list[tuple[Record, dict[str, Tensor]]], about: About, folder: Path) -> None:
-    """The members below ``members``, and on top how they act together, with the tensors of the gates."""
+    """The members below ``members``, and on top how they act together, with the tensors of the mixers."""
     members = tuple((part.name, _write(part, tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
     origins = [part.origin for part, _ in parts]
     origin = next((origin for origin in origins if origin.num_labels is not None), origins[0])
-    gates = composition.state_dict()
-    stored = Stored(write_tensors(folder / TENSORS, gates)) if gates else None
+    mixers = composition.state_dict()
+    stored = Stored(write_tensors(folder / TENSORS, mixers)) if mixers else None
     whole = Record(composition.name, origin, about, stored, how=composition.how, weights=composition.weights, members=members)
     (folder / RECORD).write_bytes(whole.to_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from deltatune.checkpoint.bounded import Bounded
 from deltatune.checkpoint.fingerprint import differences, fingerprint
 from deltatune.checkpoint.record import MEMBERS, TENSORS, Record
 from deltatune.checkpoint.tensors import named, not_finite, read_tensors
-from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, nearest
+from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, nearest
 from deltatune.injection.attach import detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
@@ -32,8 +32,9 @@ MISBUILT = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, A
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a load takes though it does not fit; see ``load``."""
+    """What a load takes, with a head and though it does not fit; see ``load``."""
 
+    head: bool = True
     foreign: bool = False
     vocabulary: bool = False
     missing: bool = False
@@ -64,7 +65,7 @@ def load_delta(backbone: nn.Module, folder: Path, record: Record, name: str, all
 
 
 def load_composition(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Composition:
-    """Check all members and the gates, attach the members, and compose them.
+    """Check all members and the mixers, attach the members, and compose them.
 
     A member keeps its name; where that is taken it is called after the composition, too.
     """
@@ -78,7 +79,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
         check_free(called, ledger_of(backbone))
         plans.append(_plan(sites, folder / MEMBERS / member.name, member, called, allowed))
         taken.add(called)
-    gates = {} if record.stored is None else _tensors(folder, record, allowed)
+    mixers = {} if record.stored is None else _tensors(folder, record, allowed)
     placed: list[Delta] = []
     try:
         for plan in plans:
@@ -86,7 +87,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
         weights = record.weights if record.how == "weighted" else None
         composition = compose(backbone, placed, how=record.how or "sequential", weights=weights, name=name)
         try:
-            composition.load_state_dict(gates)
+            composition.load_state_dict(mixers)
         except BaseException:
             composition.dissolve()
             raise
@@ -127,7 +128,21 @@ def _plan(sites: Index, folder: Path, record: Record, name: str, allowed: Allowe
     absent = sorted((set(record.stored.differences) | set(record.stored.values)) - tensors.keys())
     if absent and not allowed.missing:
         raise CheckpointError(f"`{folder}` lacks the tensors {named(absent)} that its record names. Copy or save the delta again.")
-    return Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
+    plan = Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
+    return plan if allowed.head else _without_head(plan)
+
+
+def _without_head(plan: Plan) -> Plan:
+    """The same without the task head.
+
+    Raises:
+        InvalidValue: nothing else is there.
+    """
+    record = plan.record
+    if set(record.sites) <= set(record.heads):
+        raise InvalidValue(f"`{record.name}` is a task head and nothing else, so head=False would leave nothing. Load it with its head.")
+    kept = {key: tensor for key, tensor in plan.tensors.items() if not key.startswith(tuple(f"{head}." for head in record.heads))}
+    return replace(plan, heads=(), tensors=kept)
 
 
 def _tensors(folder: Path, record: Record, allowed: Allowed) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class Record:
         sites: keys of the sites it sits at.
         heads: keys of the task heads that belong to it.
         exported: whether its training-time parameters were dropped; None where the method has no such form.
-        stored: its tensor file; None for a composition without gates.
+        stored: its tensor file; None for a composition without mixers.
         origin: the backbone it belongs to.
         about: task, scores and training.
         how: of a composition; see ``compose``.

@@ -1,10 +1,11 @@
-"""A composition is one artefact: its members, how they act together, and the gates."""
+"""A composition is one artefact: its members, how they act together, and the mixers."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import deltatune as dt
 from deltatune.checkpoint import read
 from deltatune.errors import CheckpointError, ForeignBackbone
 from deltatune.injection.compose import Composition
+from deltatune.injection.slot import How
 from tests.checkpoint.deltas import backbone, same, small, state, train
 from tests.models import output
 
@@ -38,7 +40,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("how", ["sequential", "parallel", "weighted", "gated"])
+@pytest.mark.parametrize("how", get_args(How))
 def test_round_trip(how: str, tmp_path: Path) -> None:
     composition, first, inputs = composed(how)
     assert dt.save(composition, tmp_path / "a", task="both-tasks", labels=["x", "y", "z"]) == tmp_path / "a"
@@ -50,9 +52,9 @@ def test_round_trip(how: str, tmp_path: Path) -> None:
         assert torch.equal(output(first, inputs), output(second, inputs))
     dt.save(loaded, tmp_path / "b", task="both-tasks", labels=["x", "y", "z"])
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    gates = {"delta.safetensors"} if how == "gated" else set()
+    mixers = {"delta.safetensors"} if how in ("gated", "fusion") else set()
     members = {f"members/{member}/{file}" for member in ("lora", "adapter") for file in ("delta.json", "delta.safetensors")}
-    assert set(tree(tmp_path / "a")) == {"delta.json"} | gates | members
+    assert set(tree(tmp_path / "a")) == {"delta.json"} | mixers | members
     loaded.dissolve()
     for delta in dt.deltas(second):
         dt.detach(delta)

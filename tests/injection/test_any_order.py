@@ -10,6 +10,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from deltatune.injection.compose import compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.merge import merge, unmerge
-from deltatune.injection.slot import Slot
+from deltatune.injection.slot import How, Slot
 from deltatune.injection.state import backbone_state
 from deltatune.injection.switching import deltas, disabled, switch
 from deltatune.methods import IA3, Adapter, BitFit, DiffPruning, FullFineTuning, LoRA, Method
@@ -85,11 +86,11 @@ class Walk:
 
     def compose(self) -> None:
         members = self.random.sample(deltas(self.backbone), 2)
-        how = self.random.choice(["sequential", "parallel", "weighted", "gated"])
+        how = self.random.choice(get_args(How))
         weights = [self.random.choice([0.0, 0.5, 2.0]) for _ in members] if how == "weighted" else None
         composition = compose(self.backbone, members, how, weights=weights)  # type: ignore[arg-type]
-        for gate in composition.mixers().values():
-            nn.init.normal_(gate.U, std=0.1)
+        for tensor in composition.state_dict().values():
+            tensor.add_(0.1 * torch.randn(tensor.shape))
 
     def load(self) -> None:
         delta = self.any()
