@@ -1,6 +1,8 @@
 """Does 100 steps of LoRA teach SmolLM2-135M tweet sentiment? Scored by label words, against the untrained model and the majority class.
 
-Bar: accuracy at least 10 points above both, mean of 3 seeds.
+The command is ``deltatune tune --backbone smollm2-135m --task tweet-sentiment --method lora --max-steps 100``; here the
+validation rows are not scored on the way, and what the last step left is put to all test rows. Bar: accuracy at least
+10 points above both, mean of 3 seeds. Takes about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ if __name__ == "__main__":
     print(f"majority {majority:.4f}, untrained {untrained:.4f}", file=sys.stderr, flush=True)
     scores, seconds = [], []
     for seed in SEEDS:
-        result = dt.train("smollm2-135m", data, "lora", max_steps=100, seed=seed, progress="none")
+        result = dt.train("smollm2-135m", data, "lora", max_steps=100, seed=seed, evaluations=0, progress="none")
         scores.append(result.score)
         seconds.append(result.seconds_per_step)
         print(f"seed {seed}: {result.score:.4f}", file=sys.stderr, flush=True)
