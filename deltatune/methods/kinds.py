@@ -8,6 +8,8 @@ abstract class here, never by its name, and the engine in ``injection`` runs one
 |---|---|
 | ``OutputPatch`` | y <- F(x, y): edits what the module returns |
 | ``InputPatch`` | x <- F(x): edits what the module is given |
+| ``BranchPatch`` | y <- F(x, y): edits what a sub-layer returns, with x what the sub-layer was given |
+| ``BranchInputPatch`` | h <- F(x, h): the same for what its last module is given |
 | ``WeightPatch`` | theta <- g(theta; phi): edits a parameter the module reads |
 | ``SelectionPatch`` | lets a parameter of the backbone train in place |
 | ``PrefixPatch`` | adds virtual keys and values to an attention |
@@ -57,6 +59,30 @@ class InputPatch(Patch):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Edit the input x, (..., in_features), keeping its shape and dtype."""
+
+
+class BranchPatch(OutputPatch):
+    """y <- F(x, y) at the last projection of a sub-layer, where x is what the sub-layer's first one was given.
+
+    So it runs beside the whole sub-layer: from the input of an attention's query to the output of its output
+    projection, or from the input of ``feed_forward.up`` to the output of ``feed_forward.down``.
+    """
+
+
+class BranchInputPatch(Patch):
+    """h <- F(x, h) ahead of the last projection of a sub-layer, where x is what the sub-layer's first one was given."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Edit what the last projection is given.
+
+        Args:
+            x: what the sub-layer was given, (..., hidden).
+            h: what its last projection is given, (..., in_features).
+
+        Returns:
+            The new h, of its shape and dtype.
+        """
 
 
 class WeightPatch(Patch):
@@ -184,6 +210,22 @@ class Method(ABC):
 
         Raises:
             Unsupported: the mathematics does not cover such a site.
+        """
+
+
+@runtime_checkable
+class Spelled(Protocol):
+    """A method that may be written in words; ``dt.train`` spells it before it attaches, a loop of your own calls ``spell`` itself."""
+
+    def spell(self, tokenizer: Any, labels: Sequence[str]) -> Method:
+        """The same recipe with token ids in place of words, which needs no tokenizer from then on; itself where it has no words.
+
+        Args:
+            tokenizer: the backbone's, as of transformers.
+            labels: the words of the task's labels; none where it has no labels.
+
+        Raises:
+            InvalidValue: a word that is no token, or no labels where the recipe needs them.
         """
 
 

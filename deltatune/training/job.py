@@ -15,7 +15,7 @@ from deltatune.errors import DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
-from deltatune.methods.kinds import Method
+from deltatune.methods.kinds import Method, Spelled
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import Framing, HeadFraming
 from deltatune.tasks.sampling import subset
@@ -109,7 +109,7 @@ def make_job(
     torch.manual_seed(settings.seed)  # the patches' weights do not depend on how the backbone came
     deltas: list[Delta] = []
     try:
-        for method in methods:
+        for method in spelled(methods, tokenizer, framing):
             deltas.append(attach(module, method, where, layers=layers, head=not deltas))  # the first brings the head
         saved: Delta | Composition = deltas[0]
         if len(deltas) > 1:
@@ -120,6 +120,16 @@ def make_job(
         raise
     lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
     return Job(name_of(backbone), module, tokenizer, data, framing, deltas, saved, lr)
+
+
+def spelled(methods: Sequence[Method], tokenizer: PreTrainedTokenizerBase, framing: Framing) -> list[Method]:
+    """The recipes with token ids in place of words, so that what is saved needs no tokenizer.
+
+    The labels go by their words where the framing has words for them, else by their names.
+    """
+    verbalizer = framing.template.verbalizer if isinstance(framing, TextToTextFraming) else None
+    labels = verbalizer.words if verbalizer is not None else framing.task.labels
+    return [method.spell(tokenizer, labels) if isinstance(method, Spelled) else method for method in methods]
 
 
 def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Framing:

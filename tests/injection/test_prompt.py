@@ -375,8 +375,8 @@ def test_a_random_prompt_stays_in_its_range() -> None:
 def test_wrong_fields_are_named() -> None:
     with pytest.raises(InvalidValue, match="`num_virtual_tokens` must be greater than 0"):
         PromptTuning(0)
-    with pytest.raises(InvalidValue, match=r"`init` is one of `vocabulary`, `random`"):
-        PromptTuning(init="text")
+    with pytest.raises(InvalidValue, match=r"`init` is one of `vocabulary`, `random`, `labels`, `text`"):
+        PromptTuning(init="words")
     with pytest.raises(InvalidValue, match="3 tokens for 2 virtual ones"):
         PromptTuning(2, init_ids=(1, 2, 3))
     with pytest.raises(InvalidValue, match="outside the vocabulary of 101"):

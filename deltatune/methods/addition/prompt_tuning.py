@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,23 +14,30 @@ from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, PromptPatch, methods
 from deltatune.structure.site import Site
 
+_WORDS = ("labels", "text")
+
 
 @methods.register("prompt-tuning")
 @dataclass(frozen=True)
 class PromptTuning(Method):
     """X <- [P; X] with P: (num_virtual_tokens, hidden) in front of the text's embeddings X, at the encoder where there is one.
 
-    Trains P.
+    Trains P. It starts from ``init_ids``, and from ``init`` where they end. ``init="labels"`` and ``init="text"`` are
+    written in words: ``dt.train`` turns them into ``init_ids``, and so does ``spell`` in a loop of your own.
 
     Args:
         num_virtual_tokens: p.
-        init: ``vocabulary`` starts from the embeddings of frequent tokens, ``random`` from U[-init_range, init_range].
+        init: ``vocabulary`` starts from the embeddings of frequent tokens, ``random`` from U[-init_range, init_range],
+            ``labels`` from the label words (the mean of a word's tokens, as many words as there is room for) and
+            frequent tokens, ``text`` from ``init_text`` and frequent tokens.
         init_range: half the width of the random start.
         init_vocabulary: frequent tokens are those with ids below this; vocabularies are sorted by frequency.
-        init_ids: tokens whose embeddings come first, such as the class labels; ``init`` fills the rest.
+        init_ids: tokens whose embeddings come first.
+        init_lengths: how many of ``init_ids``, in their order, are averaged into each virtual token; 1 if left out.
+        init_text: a text, such as an instruction, for ``init="text"``.
 
     Raises:
-        InvalidValue: a field out of its range.
+        InvalidValue: a field out of its range, or fields that contradict each other.
     """
 
     family: ClassVar[Family] = "addition"
@@ -46,41 +53,86 @@ class PromptTuning(Method):
     init_range: float = 0.5
     init_vocabulary: int = 5000
     init_ids: tuple[int, ...] = ()
+    init_lengths: tuple[int, ...] = ()
+    init_text: str = ""
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "init_range", "init_vocabulary")
-        one_of(self, "init", ("vocabulary", "random"))
-        if len(self.init_ids) > self.num_virtual_tokens:
+        one_of(self, "init", ("vocabulary", "random", "labels", "text"))
+        if (self.init == "text") != bool(self.init_text):
             raise InvalidValue(
-                f"PromptTuning(init_ids=...) was given {len(self.init_ids)} tokens for {self.num_virtual_tokens} virtual ones. "
+                f"PromptTuning(init={self.init!r}, init_text={self.init_text!r}) was asked for. Give `init_text` with init='text', "
+                "and with nothing else."
+            )
+        if self.init_ids and self.init in _WORDS:
+            raise InvalidValue(f"PromptTuning(init={self.init!r}) finds its tokens itself. Give either `init_ids` or `init={self.init!r}`.")
+        if self.init_lengths and (sum(self.init_lengths) != len(self.init_ids) or min(self.init_lengths) < 1):
+            raise InvalidValue(
+                f"PromptTuning(init_lengths={self.init_lengths}) does not cut {len(self.init_ids)} tokens into spans. "
+                "Give positive lengths that add up to the number of `init_ids`."
+            )
+        if len(self._lengths) > self.num_virtual_tokens:
+            raise InvalidValue(
+                f"PromptTuning(init_ids=...) was given {len(self._lengths)} tokens for {self.num_virtual_tokens} virtual ones. "
                 "Give fewer, or raise `num_virtual_tokens`."
             )
 
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return self.init_lengths or (1,) * len(self.init_ids)
+
+    def spell(self, tokenizer: Any, labels: Sequence[str]) -> PromptTuning:
+        """The recipe with the ids of its words in ``init_ids``.
+
+        Args:
+            tokenizer: the backbone's, as of transformers.
+            labels: the words of the task's labels.
+
+        Raises:
+            InvalidValue: a task without labels, a word without tokens, or a text longer than the prompt.
+        """
+        if self.init not in _WORDS:
+            return self
+        if self.init == "text":
+            ids = tuple(tokenizer(self.init_text, add_special_tokens=False)["input_ids"])
+            return replace(self, init="vocabulary", init_text="", init_ids=ids)
+        if not labels:
+            raise InvalidValue("PromptTuning(init='labels') was asked for a task without labels. Use init='vocabulary' or init='text'.")
+        words = [_tokens(tokenizer, label) for label in labels[: self.num_virtual_tokens]]
+        lengths, ids = tuple(map(len, words)), tuple(token for word in words for token in word)
+        return replace(self, init="vocabulary", init_ids=ids, init_lengths=lengths)
+
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
-        """One prompt a text stack."""
-        stack: Any = site.module
-        if not hasattr(stack, "get_input_embeddings"):
-            raise Unsupported(
-                f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
-                "Choose a text stack (role `stack`), or another method."
+        """One prompt a text stack.
+
+        Raises:
+            InvalidValue: the recipe is still written in words, or names a token outside the vocabulary.
+            Unsupported: no text stack.
+        """
+        if self.init in _WORDS:
+            raise InvalidValue(
+                f"PromptTuning(init={self.init!r}) is written in words, and attach sees no tokenizer. Attach "
+                "method.spell(tokenizer, labels), which holds their ids; dt.train does so by itself."
             )
-        return [Prompt(self._fresh(stack.get_input_embeddings(), site.device))]
+        return [Prompt(self._fresh(token_embedding(site), site.device))]
 
     @torch.no_grad()
     def _fresh(self, embedding: nn.Module, device: torch.device) -> Tensor:
         """P before training, (num_virtual_tokens, hidden)."""
-        rows, width = _table(embedding)
+        rows, width = table_shape(embedding)
         if any(not 0 <= token < rows for token in self.init_ids):
             raise InvalidValue(
                 f"PromptTuning(init_ids=...) names a token outside the vocabulary of {rows}. Use the backbone's own tokenizer."
             )
-        first = _embed(embedding, torch.tensor(self.init_ids, dtype=torch.long), device)
-        missing = self.num_virtual_tokens - len(self.init_ids)
+        given = _embed(embedding, torch.tensor(self.init_ids, dtype=torch.long), device)
+        spans = torch.split(given, list(self._lengths))
+        first = [span.mean(0, keepdim=True) for span in spans]
+        missing = self.num_virtual_tokens - len(first)
         if self.init == "random":
             rest = torch.empty(missing, width, device=device).uniform_(-self.init_range, self.init_range)
         else:
             rest = _embed(embedding, torch.randint(min(rows, self.init_vocabulary), (missing,)), device)
-        return torch.cat([first, rest])
+        return torch.cat([*first, rest])
 
 
 class Prompt(PromptPatch):
@@ -95,7 +147,24 @@ class Prompt(PromptPatch):
         return self.P
 
 
-def _table(embedding: nn.Module) -> tuple[int, int]:
+def token_embedding(site: Site) -> nn.Module:
+    """The token embedding of a text stack.
+
+    Raises:
+        Unsupported: the site has none.
+    """
+    stack: Any = site.module
+    if not hasattr(stack, "get_input_embeddings"):
+        raise Unsupported(
+            f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
+            "Choose a text stack (role `stack`), or another method."
+        )
+    embedding: nn.Module = stack.get_input_embeddings()
+    return embedding
+
+
+def table_shape(embedding: nn.Module) -> tuple[int, int]:
+    """Rows and width of a token embedding, quantised or not."""
     rows, width = getattr(embedding, "num_embeddings", None), getattr(embedding, "embedding_dim", None)
     if isinstance(rows, int) and isinstance(width, int):
         return rows, width  # a quantised table packs its weight
@@ -107,3 +176,16 @@ def _embed(embedding: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     """What the stack makes of these tokens, its scaling included, without the hooks of other deltas; in fp32."""
     embedded: Tensor = embedding.forward(ids.to(device))
     return embedded.float().to(device, copy=True)
+
+
+def _tokens(tokenizer: Any, word: str) -> list[int]:
+    """The tokens of a word within a text: behind a blank, unless the blank is a token of its own.
+
+    Raises:
+        InvalidValue: there are none.
+    """
+    behind, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word))
+    found: list[int] = min(behind, alone, key=len)
+    if not found:
+        raise InvalidValue(f"The label word {word!r} has no tokens. Give each label a word, or use init='vocabulary'.")
+    return found

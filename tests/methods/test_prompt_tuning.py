@@ -1,0 +1,109 @@
+"""Prompt tuning's starts: random, frequent tokens, label words, a text; spelled by ``dt.train``, refused unspelled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltatune as dt
+from deltatune.errors import InvalidValue
+from deltatune.methods import PromptTuning
+from deltatune.methods.making import make, settings_of
+from tests.models import MODELS
+from tests.training import tiny
+
+
+class Letters:
+    """A tokenizer of single letters: a blank is a token of its own."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) - 32 for letter in text]}
+
+
+class Marked(Letters):
+    """One that writes a blank into the word behind it."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = super().__call__(text.lstrip(), add_special_tokens)["input_ids"]
+        return {"input_ids": [ids[0] - 30, *ids[1:]] if text.startswith(" ") else ids}
+
+
+def test_label_words_become_the_means_of_their_tokens() -> None:
+    spelled = PromptTuning(4, init="labels").spell(Letters(), ["no", "y"])
+    assert spelled == PromptTuning(4, init_ids=(78, 79, 89), init_lengths=(2, 1))
+    assert spelled.spell(Letters(), ["other"]) is spelled
+    model, _ = MODELS["bert"]()
+    table = model.get_input_embeddings().weight
+    P = dt.attach(model, spelled).patches[0].P
+    assert P.shape == (4, 32)
+    torch.testing.assert_close(P[0], (table[78] + table[79]) / 2)
+    assert torch.equal(P[1], table[89])
+    assert all((table == row).all(-1).any() for row in P[2:])
+
+
+def test_a_word_is_read_as_it_stands_in_a_text() -> None:
+    assert PromptTuning(2, init="labels").spell(Marked(), ["no"]).init_ids == (48, 79)
+
+
+def test_a_short_prompt_takes_as_many_words_as_fit() -> None:
+    assert PromptTuning(1, init="labels").spell(Letters(), ["no", "y"]) == PromptTuning(1, init_ids=(78, 79), init_lengths=(2,))
+
+
+def test_a_text_comes_first_and_frequent_tokens_behind_it() -> None:
+    spelled = PromptTuning(5, init="text", init_text="go on").spell(Letters(), [])
+    assert spelled == PromptTuning(5, init_ids=(71, 79, 0, 79, 78))
+    model, _ = MODELS["t5"]()
+    P = dt.attach(model, spelled).patches[0].P
+    assert torch.equal(P, model.get_input_embeddings()(torch.tensor([71, 79, 0, 79, 78])))
+    with pytest.raises(InvalidValue, match="5 tokens for 4 virtual ones"):
+        PromptTuning(4, init="text", init_text="go on").spell(Letters(), [])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20, 150])
+def test_any_length(tokens: int) -> None:
+    model, _ = MODELS["llama"]()
+    assert dt.attach(model, PromptTuning(tokens, init_ids=(7,))).patches[0].P.shape == (tokens, 32)
+
+
+def test_an_unspelled_recipe_is_refused_before_anything_is_touched() -> None:
+    model, _ = MODELS["bert"]()
+    with pytest.raises(InvalidValue, match=r"init='labels'\) is written in words.*method.spell\(tokenizer, labels\)"):
+        dt.attach(model, PromptTuning(4, init="labels"))
+    assert not hasattr(model, "deltatune")
+
+
+def test_a_spelled_recipe_is_written_and_read() -> None:
+    spelled = PromptTuning(4, init="labels").spell(Letters(), ["no", "y"])
+    assert make("prompt-tuning", json.loads(json.dumps(settings_of(spelled)))) == spelled
+    assert make("prompt-tuning", {"init_ids": "78,79,89", "init_lengths": "2,1", "num_virtual_tokens": "4"}) == spelled
+
+
+def test_contradicting_fields_are_named() -> None:
+    with pytest.raises(InvalidValue, match="`init_text` with init='text'"):
+        PromptTuning(init="text")
+    with pytest.raises(InvalidValue, match="`init_text` with init='text'"):
+        PromptTuning(init_text="words")
+    with pytest.raises(InvalidValue, match="either `init_ids` or"):
+        PromptTuning(init="labels", init_ids=(1,))
+    with pytest.raises(InvalidValue, match="add up to the number"):
+        PromptTuning(init_ids=(1, 2), init_lengths=(1,))
+    with pytest.raises(InvalidValue, match="without labels"):
+        PromptTuning(init="labels").spell(Letters(), [])
+    with pytest.raises(InvalidValue, match="has no tokens"):
+        PromptTuning(init="labels").spell(lambda text, add_special_tokens: {"input_ids": []}, ["no"])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_training_spells_the_recipe_and_saves_it_so(name: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny.backbone(name), tiny.tokenizer()
+    model.name_or_path = ""
+    method = PromptTuning(4, init="labels")
+    result = dt.train(model, tiny.data(), method, tokenizer=tokenizer, max_steps=1, batch_size=4, out=tmp_path / "run", progress="none")
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(tiny.LABELS)))
+    assert result.deltas[0].method == PromptTuning(4, init_ids=ids, init_lengths=(1, 1, 1))
+    saved = json.loads((tmp_path / "run" / "delta" / "delta.json").read_text())
+    assert str(list(ids)).replace(" ", "") in json.dumps(saved).replace(" ", "")
