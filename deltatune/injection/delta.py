@@ -198,8 +198,7 @@ class Delta:
         check_alone(self, "enable")
         check_selects_unmerged(self)
         self.enabled = True
-        self.ledger.terms.append(Term("sequential", (self.name,), (1.0,)))
-        self.ledger.arrange([self.name])
+        self.ledger.append(Term("sequential", (self.name,), (1.0,)))
         refresh_gradients(self)
 
     def disable(self) -> None:

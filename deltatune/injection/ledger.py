@@ -99,6 +99,21 @@ class Ledger(nn.Module):
         """Bring the slots that these deltas touch in line with ``terms``."""
         # a merged delta acts through the weights; a selection is in them anyway
         unmerged = [term for term in self.acting_terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
+        for module, slot in self._slots(deltas):
+            for act in slot.acts.values():
+                act.arrange(module, unmerged if act.listens else self.acting_terms, slot.mixers)
+
+    def append(self, term: Term) -> None:
+        """Let one more term act, behind the others; none of its members is merged."""
+        self.terms.append(term)
+        if self.resting:
+            return
+        for module, slot in self._slots(term.members):
+            for act in slot.acts.values():
+                act.append(module, term, slot.mixers)
+
+    def _slots(self, deltas: Iterable[str]) -> Iterable[tuple[nn.Module, Slot]]:
+        """The slots that these deltas touch, with their modules, once each."""
         slots: dict[int, tuple[nn.Module, Slot]] = {}
         for name in deltas:
             for entry in self.deltas[name].entries:
@@ -106,9 +121,7 @@ class Ledger(nn.Module):
                     slot = slot_of(host.module)
                     if slot is not None:
                         slots[id(slot)] = (host.module, slot)
-        for module, slot in slots.values():
-            for act in slot.acts.values():
-                act.arrange(module, unmerged if act.listens else self.acting_terms, slot.mixers)
+        return slots.values()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ledger:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

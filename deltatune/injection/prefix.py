@@ -64,12 +64,24 @@ class PrefixAct(Act):
         """Concatenate the prefixes in the order of the terms."""
         acted = bool(self.length)
         names = [name for term in terms for name in term.members]
-        patches = [member.patch for name in names for member in self.members.get(name, [])]
-        self.patches = [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
-        with torch.no_grad():
-            self.length = sum(_length(patch) for patch in self.patches)
+        self.patches, self.length = [], 0
+        self._extend(names)
         if self.switch is not None and bool(self.length) != acted:
             self.switch.count(1 if self.length else -1)
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """Concatenate its prefixes, too."""
+        acted = bool(self.length)
+        self._extend(term.members)
+        if self.switch is not None and self.length and not acted:
+            self.switch.count(1)
+
+    def _extend(self, deltas: Sequence[str]) -> None:
+        patches = [member.patch for name in deltas for member in self.members.get(name, [])]
+        added = [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
+        self.patches += added
+        with torch.no_grad():
+            self.length += sum(_length(patch) for patch in added)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check that ``attend`` will run, and tell it how many tokens are cached where positions are relative.

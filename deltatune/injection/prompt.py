@@ -118,10 +118,17 @@ class PromptAct(Act):
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Concatenate the prompts in the order of the terms."""
-        names = [name for term in terms for name in term.members]
-        self.patches = [member.patch for name in names for member in self.members.get(name, []) if isinstance(member.patch, PromptPatch)]
+        self.patches, self.length = [], 0
+        for term in terms:
+            self.append(module, term, mixers)
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """Concatenate its prompts, too."""
+        patches = [member.patch for name in term.members for member in self.members.get(name, [])]
+        added = [patch for patch in patches if isinstance(patch, PromptPatch)]
+        self.patches += added
         with torch.no_grad():
-            self.length = sum(patch().shape[0] for patch in self.patches)
+            self.length += sum(patch().shape[0] for patch in added)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put P in front at the first step; later reckon with the P that the cache holds.

@@ -123,6 +123,7 @@ class SelectionAct(Act):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.choices: dict[str, Choice] = {}
+        self._terms: tuple[Term, ...] = ()
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -163,6 +164,7 @@ class SelectionAct(Act):
         Raises:
             Unsupported: a composition of selections that trains how much of each acts.
         """
+        self._terms = tuple(terms)
         for name, choice in self.choices.items():
             acting = [
                 (term, member, weight)
@@ -177,6 +179,10 @@ class SelectionAct(Act):
             elif how := next((term.how for term, _, _ in acting if term.mixer is not None), None):
                 raise Unsupported(f"A {how} composition weighs outputs per token; selections have none. Compose them with how='weighted'.")
             choice.arrange(tuple(active), module.get_parameter(name))
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """Write the sum anew: its last bits depend on every term."""
+        self.arrange(module, (*self._terms, term), mixers)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Nothing to do: the Parameter holds the value."""

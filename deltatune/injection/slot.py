@@ -26,6 +26,7 @@ from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
     from deltatune.injection.around import Around
+    from deltatune.injection.branches import Given
 
 How = Literal["sequential", "parallel", "weighted", "gated", "fusion"]
 CHILD = "deltatune"
@@ -50,12 +51,21 @@ class Term:
 
 @dataclass
 class Member:
-    """One patch of one delta on the slot's module; of the weight and selection kinds, with the path of the parameter."""
+    """One patch of one delta on the slot's module.
+
+    Attributes:
+        delta: name of the delta.
+        site: of the patch.
+        patch: what runs.
+        parameter: path of the parameter, of the weight and selection kinds.
+        given: what the sub-layer was given, of a branch.
+    """
 
     delta: str
     site: Site
     patch: Patch
     parameter: str = ""
+    given: Given | None = None
 
 
 class Act(ABC):
@@ -102,6 +112,10 @@ class Act(ABC):
     @abstractmethod
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Set what acts from now on, and in which order."""
+
+    @abstractmethod
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """Let one more term act, behind what acts already: at the same cost however much that is."""
 
     @abstractmethod
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -39,22 +39,15 @@ FoldTerm = tuple[How, tuple[tuple[Member, ...], ...], tuple[float, ...]]
 class Fold:
     """All weight patches on one parameter, as one function theta -> theta'."""
 
-    def __init__(self, parameter: str) -> None:
+    def __init__(self, parameter: str, terms: tuple[FoldTerm, ...]) -> None:
         self.owner_path, _, self.name = parameter.rpartition(".")
-        self.terms: tuple[FoldTerm, ...] = ()
-        self._patches: list[Patch] = []
-        self._stochastic: list[Patch] = []
+        self.terms = terms
+        self._patches: list[Patch] = [member.patch for _, groups, _ in terms for group in groups for member in group]
+        self._stochastic = [patch for patch in self._patches if isinstance(patch, Stochastic)]
         self._cache: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
-
-    def arrange(self, terms: tuple[FoldTerm, ...]) -> None:
-        """Set what acts from now on."""
-        self.terms = terms
-        self._patches = [member.patch for _, groups, _ in terms for group in groups for member in group]
-        self._stochastic = [patch for patch in self._patches if isinstance(patch, Stochastic)]
-        self.drop_cache()
 
     def owner(self, host: nn.Module) -> nn.Module:
         """The module that holds the parameter, at or below the host."""
@@ -152,24 +145,31 @@ class WeightAct(Act):
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """One fold per parameter, over the active deltas that patch it."""
         self._settle()
-        acting = [self.members[delta] for term in terms for delta in term.members if delta in self.members]
-        folds = {}
-        for name in dict.fromkeys(member.parameter for group in acting for member in group):
-            fold = self.folds.get(name) or Fold(name)
-            fold.arrange(tuple(entry for term in terms if (entry := self._entry(term, name)) is not None))
-            if fold.terms:
-                folds[name] = fold
-        self.folds = folds
+        found: dict[str, list[FoldTerm]] = {}
+        for term in terms:
+            for name, entry in self._entries(term).items():
+                found.setdefault(name, []).append(entry)
+        self.folds = {name: Fold(name, tuple(entries)) for name, entries in found.items()}
 
-    def _entry(self, term: Term, name: str) -> FoldTerm | None:
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """One more function on each parameter that it patches."""
+        self._settle()
+        for name, entry in self._entries(term).items():
+            before = self.folds[name].terms if name in self.folds else ()
+            self.folds[name] = Fold(name, (*before, entry))
+
+    def _entries(self, term: Term) -> dict[str, FoldTerm]:
+        """Parameter -> what the term does with it."""
+        names = dict.fromkeys(member.parameter for delta in term.members for member in self.members.get(delta, ()))
+        return {name: self._entry(term, name) for name in names}
+
+    def _entry(self, term: Term, name: str) -> FoldTerm:
         groups, weights = [], []
         for delta, weight in zip(term.members, term.weights, strict=True):
             members = tuple(member for member in self.members.get(delta, ()) if member.parameter == name)
             if members:
                 groups.append(members)
                 weights.append(weight)
-        if not groups:
-            return None
         if term.mixer is not None:
             raise Unsupported(
                 f"A {term.how} composition weighs outputs per token; weight-kind deltas have none. Compose them with how='weighted'."

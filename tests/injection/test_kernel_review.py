@@ -317,7 +317,7 @@ ACTING = {
 }
 
 
-@pytest.mark.parametrize("step", ["__init__", "add", "join", "arrange"])
+@pytest.mark.parametrize("step", ["__init__", "add", "join", "append"])
 @pytest.mark.parametrize("act", ACTING, ids=lambda act: act.__name__)
 def test_an_attach_that_fails_half_way_leaves_no_trace(act: type[Act], step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, inputs = gpt2()
