@@ -9,6 +9,7 @@ from itertools import count
 from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite
+from deltatune.injection.branches import BranchAct, Given
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import ORDER, Entry, build_entries, check_hits, head_entries, heads_of
 from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_of, open_ledger
@@ -156,9 +157,9 @@ def _classes() -> set[type[Method]]:
 
 
 def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
-    kind = entry.act
+    given = Given() if any(host.act is BranchAct for host in entry.hosts) else None
     for k, host in enumerate(entry.hosts):
-        module = host.module
+        module, kind = host.module, host.act or entry.act
         slot = open_slot(module)
         act = slot.acts.get(kind)
         fresh = act is None
@@ -168,7 +169,7 @@ def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
         if k == 0:
             key = next(key for key in _keys(entry.delta) if key not in slot.patches)
             slot.patches[key] = entry.patch
-        act.add(module, Member(entry.delta, entry.site, entry.patch, host.parameter))
+        act.add(module, Member(entry.delta, entry.site, entry.patch, host.parameter, given))
         if fresh:
             act.join(ledger.around, backbone, ledger.index(backbone), entry.site)
         slot.listen(module)

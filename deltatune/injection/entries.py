@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from deltatune.errors import NoSite, Unsupported
+from deltatune.injection.branches import BranchAct
 from deltatune.injection.outputs import OutputAct
 from deltatune.injection.prefix import PrefixAct
 from deltatune.injection.prompt import PromptAct
@@ -15,6 +16,8 @@ from deltatune.injection.selections import Choice, SelectionAct
 from deltatune.injection.slot import Act, slot_of
 from deltatune.injection.weights import WeightAct
 from deltatune.methods.kinds import (
+    BranchInputPatch,
+    BranchPatch,
     ConditionalPrefixPatch,
     InputPatch,
     Method,
@@ -36,20 +39,28 @@ ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
     (ConditionalPrefixPatch, PrefixAct),
     (PromptPatch, PromptAct),
     (InputPatch, OutputAct),
+    (BranchInputPatch, OutputAct),
     (OutputPatch, OutputAct),
 )
 """Which act runs which patch; the acts of a slot run in this order ahead of the forward, and in reverse behind it."""
 
-ORDER = list(dict.fromkeys(act for _, act in ACTS))
-"""The acts, in that order."""
+ORDER = [BranchAct, *dict.fromkeys(act for _, act in ACTS)]
+"""The acts, in that order; branches begin with what the caller gave."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A module whose slot runs a patch, and what it calls the patched parameter (weight and selection kinds)."""
+    """A module whose slot runs a patch.
+
+    Attributes:
+        module: the module.
+        parameter: what it calls the patched parameter, of the weight and selection kinds.
+        act: what runs there; None for what runs patches of this kind.
+    """
 
     module: nn.Module
     parameter: str = ""
+    act: type[Act] | None = None
 
 
 @dataclass
@@ -60,7 +71,8 @@ class Entry:
         delta: name of the delta.
         site: where it sits.
         patch: what sits there.
-        hosts: where it runs: at the site, and at every other owner of a tied parameter; of a selection, at one owner.
+        hosts: where it runs: at the site, and at every other owner of a tied parameter, or where its branch begins; of a
+            selection, at one owner.
         head: it trains a freshly initialised task head, which is stored by value.
         flags: which of the patch's parameters train, by name.
     """
@@ -150,6 +162,8 @@ def build_entries(index: Index, method: Method, sites: Sequence[Site], shared: n
                 continue
             if isinstance(patch, WeightPatch):
                 hosts = _hosts(index, site, patch)
+            if isinstance(patch, BranchPatch | BranchInputPatch):
+                hosts = (*hosts, Host(index.beginning(site).module, act=BranchAct))
             act = act_of(patch)
             if act.listens:
                 _check_reached(site)

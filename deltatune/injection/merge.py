@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
+from deltatune.injection.branches import BranchAct
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import Entry
 from deltatune.injection.freeze import refresh_gradients
@@ -22,7 +23,7 @@ from deltatune.injection.outputs import put_rows
 from deltatune.injection.refusals import check_alone
 from deltatune.injection.slot import Member, slot_of
 from deltatune.injection.weights import run_weight
-from deltatune.methods.kinds import Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
+from deltatune.methods.kinds import BranchInputPatch, Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
 from deltatune.structure.site import is_packed
 
 PROBES = 8
@@ -113,7 +114,7 @@ def _check(ledger: Ledger, entry: Entry) -> None:
     patch, module = entry.patch, entry.site.module
     if isinstance(patch, SelectionPatch):
         return
-    if isinstance(patch, OutputPatch | InputPatch):
+    if isinstance(patch, OutputPatch | InputPatch | BranchInputPatch):
         flat = entry.site.is_linear or (
             isinstance(patch, OutputPatch) and isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         )
@@ -165,7 +166,9 @@ def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list
     slot = slot_of(entry.site.module)
     assert slot is not None
     found: list[Member] = []
-    for act in slot.acts.values():
+    for kind, act in slot.acts.items():
+        if kind is BranchAct:
+            continue  # the beginning of a branch changes nothing
         for name, members in act.members.items():
             other = ledger.deltas[name]
             if name == entry.delta or name not in order or other.merged != merged:
@@ -174,7 +177,7 @@ def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list
                 inner = order.index(name) < rank
                 if isinstance(member.patch, WeightPatch) != isinstance(entry.patch, WeightPatch):
                     inner = isinstance(member.patch, WeightPatch)  # weights are read inside the module
-                if inner == before and isinstance(member.patch, OutputPatch | InputPatch | WeightPatch):
+                if inner == before and isinstance(member.patch, OutputPatch | InputPatch | BranchInputPatch | WeightPatch):
                     found.append(member)
     return found
 

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
+from deltatune.injection.branches import Given
 from deltatune.injection.mixers import Mixer
 from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
-from deltatune.methods.kinds import InputPatch, OutputPatch, Patch
+from deltatune.methods.kinds import BranchInputPatch, BranchPatch, InputPatch, OutputPatch, Patch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Rows, Site
 
 Inner = Callable[[Tensor], Tensor]
+EDIT_INPUT = (InputPatch, BranchInputPatch)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Single:
     def edit(self, x: Tensor) -> Tensor:
         """What the inner steps see."""
         for member in reversed(self.members):
-            if isinstance(member.patch, InputPatch):
-                x = member.patch(x)
+            x = run_input(member, x)
         return x
 
     def apply(self, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -65,7 +66,7 @@ class Group:
         changes = []
         for members in self.members:
             step = Single(members)
-            edits_input = any(isinstance(member.patch, InputPatch) for member in members)
+            edits_input = any(isinstance(member.patch, EDIT_INPUT) for member in members)
             start = inner(step.edit(x)) if edits_input else y
             changes.append(step.apply(x, start, inner) - y)
         if self.mixer is not None:
@@ -89,19 +90,22 @@ class OutputAct(Act):
         self._edits_input = False
         self._reads_input = False
         self._seen: dict[int, list[Tensor]] = {}
+        self._givens: tuple[Given, ...] = ()
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
         """Refuse what is no module's own: a part of a fused projection has no input of its own, and a parameter neither input nor output.
 
-        But an attention returns what its output projection returns.
+        But an attention returns what its output projection returns. A branch needs a beginning.
         """
-        if site.rows is not None and isinstance(patch, InputPatch):
+        if isinstance(patch, BranchPatch | BranchInputPatch):
+            index.beginning(site)
+        if site.rows is not None and isinstance(patch, EDIT_INPUT):
             raise Unsupported(
                 f"{type(patch).__name__} cannot sit at `{site.key}`: the roles of a fused projection share one input, so the others would "
                 f"see it edited, too. Choose `{site.path}`, or a method that edits outputs or weights."
             )
-        if site.parameter is not None and (isinstance(patch, InputPatch) or site.leaf != "output"):
+        if site.parameter is not None and (isinstance(patch, EDIT_INPUT) or site.leaf != "output"):
             raise Unsupported(
                 f"{type(patch).__name__} cannot sit at `{site.key}`: {type(site.module).__name__} reads this parameter itself, so there is "
                 "no module whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
@@ -109,13 +113,20 @@ class OutputAct(Act):
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""
-        steps = [step for term in terms if (step := self._step(term, mixers)) is not None]
-        self.steps = tuple(steps)
-        acting = [member for step in steps for member in _flat(step)]
-        self._edits_input = any(isinstance(member.patch, InputPatch) for member in acting)
-        self._reads_input = any(isinstance(member.patch, OutputPatch) for member in acting) or any(
-            isinstance(step, Group) for step in steps
-        )
+        self.steps, self._edits_input, self._reads_input, self._givens = (), False, False, ()
+        for term in terms:
+            self.append(module, term, mixers)
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """One more step, the outermost."""
+        step = self._step(term, mixers)
+        if step is None:
+            return
+        self.steps = (*self.steps, step)
+        patches = [member.patch for member in _flat(step)]
+        self._givens += tuple(member.given for member in _flat(step) if member.given is not None)
+        self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
+        self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
 
     def _step(self, term: Term, mixers: nn.ModuleDict) -> Step | None:
         present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
@@ -131,22 +142,29 @@ class OutputAct(Act):
         """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""
         if not self._edits_input:
             return args, kwargs
-        x = first_input(args, kwargs)
+        x = first_input(args, kwargs, self.names)
         seen = []
         for step in reversed(self.steps):
             seen.append(x)
             x = step.edit(x)
         if self._reads_input:
             self._seen[thread_key()] = seen[::-1]
-        return replace_input(args, kwargs, x)
+        return replace_input(args, kwargs, self.names, x)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Edit the output, innermost step first."""
+        """Edit the output, innermost step first; let go of what the sub-layer was given."""
+        try:
+            return self._edited(module, args, kwargs, output)
+        finally:
+            for given in self._givens:
+                given.drop()
+
+    def _edited(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         seen = self._seen.pop(thread_key(), None) if self._edits_input else None
         if output is None or not self._reads_input:
             return output
         if seen is None:
-            seen = [first_input(args, kwargs)] * len(self.steps)
+            seen = [first_input(args, kwargs, self.names)] * len(self.steps)
         y = first_output(output)
         for k, step in enumerate(self.steps):
             y = step.apply(seen[k], y, lambda x, k=k: self._inner(module, args, kwargs, k, x))  # type: ignore[misc]
@@ -158,15 +176,25 @@ class OutputAct(Act):
         for step in reversed(self.steps[:k]):
             seen.append(x)
             x = step.edit(x)
-        args, kwargs = replace_input(args, kwargs, x)
+        args, kwargs = replace_input(args, kwargs, self.names, x)
         y = first_output(module.forward(*args, **kwargs))
         for j, step in enumerate(self.steps[:k]):
             y = step.apply(seen[k - 1 - j], y, lambda x, j=j: self._inner(module, args, kwargs, j, x))  # type: ignore[misc]
         return y
 
 
+def run_input(member: Member, x: Tensor) -> Tensor:
+    """One input patch; x as it is for a patch of another kind."""
+    if isinstance(member.patch, BranchInputPatch):
+        assert member.given is not None
+        return member.patch(member.given.read(), x)  # type: ignore[no-any-return]
+    return member.patch(x) if isinstance(member.patch, InputPatch) else x
+
+
 def run_output(member: Member, x: Tensor, y: Tensor) -> Tensor:
     """One output patch on its rows, with the channels of a convolution moved last."""
+    if member.given is not None:
+        x = member.given.read()
     axis = member.site.channel_axis
     if axis != -1:
         y = y.movedim(axis, -1)

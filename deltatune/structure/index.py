@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from deltatune.errors import Unsupported
 from deltatune.structure.anatomy import Anatomy, Assignment, StackPaths, has_own_parameters, modules_of
 from deltatune.structure.roles import assign
-from deltatune.structure.site import Site
+from deltatune.structure.rows import heads_of
+from deltatune.structure.site import LayerList, Site
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+BEGINNINGS = {
+    "attention.output": ("query", "value", "key"),
+    "cross_attention.output": ("query",),
+    "feed_forward.down": ("up", "gate"),
+}
+"""Last projection of a sub-layer -> the projections that are given what the sub-layer is given, those of this order first."""
 
 Owner = tuple[nn.Module, str, str]
 """A module, the name under which it holds a parameter, and the path of that parameter in the backbone."""
@@ -65,10 +74,14 @@ class Index:
         self._owners = _owners(modules)
         self._unreached = anatomy.unreached | {path for path, module in modules.items() if isinstance(module, CONTAINERS)}
         self._layer_of, self.depths = _layers(modules, anatomy)
-        self.sites: tuple[Site, ...] = tuple(
-            site for path, module in modules.items() for site in self._sites_at(path, module, anatomy, modules)
+        self._layer_lists = _layer_lists(modules, anatomy, self._layer_of, self.depths)
+        self.sites: tuple[Site, ...] = _with_heads(
+            [site for path, module in modules.items() for site in self._sites_at(path, module, anatomy, modules)]
         )
         self._by_key = {site.key: site for site in reversed(self.sites)}
+        self._in_layer: dict[tuple[str | None, int | None, str | None], list[Site]] = {}
+        for site in self.sites:
+            self._in_layer.setdefault((self.layer_list(site), site.layer, site.role), []).append(site)
         self.stacks: tuple[Stack, ...] = tuple(self._stack(paths, modules) for paths in anatomy.stacks)
 
     def __len__(self) -> int:
@@ -93,6 +106,33 @@ class Index:
         found = self._layer_of.get(site.module_path)
         return found[0] if found else None
 
+    def beginning(self, site: Site) -> Site:
+        """The first projection of the sub-layer that ends at ``site``; it is given what the sub-layer is given.
+
+        A projection that is called with other tensors, too, as DeBERTa's query is with relative positions, does not count.
+
+        Raises:
+            Unsupported: no sub-layer ends at ``site``, or it does not begin with one projection.
+        """
+        parts = (site.role or "").split(".")
+        firsts = BEGINNINGS.get(".".join(parts[-2:]), ())
+        for leaf in firsts:
+            role = ".".join([*parts[:-1], leaf])
+            found = [first for first in self._in_layer.get((self.layer_list(site), site.layer, role), []) if first.routable]
+            if len({id(first.module) for first in found}) == 1:
+                return found[0]
+        if not firsts:
+            ends = ", ".join(f"`{end}`" for end in BEGINNINGS)
+            raise Unsupported(
+                f"A patch beside a sub-layer was asked for at `{site.key}` (role {site.role}), where no sub-layer ends. Choose sites with "
+                f"the roles {ends}; `find_sites` lists them."
+            )
+        raise Unsupported(
+            f"A patch beside a sub-layer was asked for at `{site.key}`, but no single module of its layer is given what the sub-layer is "
+            f"given (looked for {', '.join(firsts)}). Use a serial method there, such as Adapter, or describe the backbone in an "
+            "architecture file."
+        )
+
     def owners(self, parameter: nn.Parameter) -> list[Owner]:
         """All modules that hold ``parameter``: one, or several where weights are tied."""
         found = self._owners.get(id(parameter), [])
@@ -114,7 +154,8 @@ class Index:
 
     def _sites_at(self, path: str, module: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> list[Site]:
         """The module as a whole, then its parts, then the parameters it reads itself, each with its parts."""
-        layer = self._layer_of[path][1] if path in self._layer_of else None
+        inside, layer = self._layer_of.get(path, (None, None))
+        layers = None if inside is None else self._layer_lists[inside]
         entries = anatomy.assignments.get(path, [])
         reached = path not in self._unreached
         routable = path not in anatomy.unroutable
@@ -127,7 +168,7 @@ class Index:
             tied = self._is_tied(module, parameter or "weight")
             host, read = (module, None) if parameter is None else self.reader(path, parameter)
             for entry in mine:
-                sites.append(Site(where, host, entry.role, layer, entry.rows, read, tied, read is not None or reached, routable))
+                sites.append(Site(where, host, entry.role, layer, entry.rows, read, tied, read is not None or reached, routable, layers))
         return sites
 
     def _is_tied(self, module: nn.Module, parameter: str) -> bool:
@@ -194,6 +235,33 @@ def _layers(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> tuple[dict[st
         elif parent in inside:
             inside[path] = inside[parent]
     return inside, depths
+
+
+def _with_heads(sites: list[Site]) -> tuple[Site, ...]:
+    """The sites, those of an attention's projections with its number of heads."""
+
+    def place(site: Site, role: str) -> tuple[str | None, int | None, str]:
+        return site.layer_list.path if site.layer_list else None, site.layer, role
+
+    attentions = {place(site, site.role): heads_of(site.module) for site in sites if site.role and site.leaf.endswith("attention")}
+    found = [attentions.get(place(site, (site.role or "").rpartition(".")[0])) for site in sites]
+    return tuple(site if heads is None else replace(site, heads=heads.query) for site, heads in zip(sites, found, strict=True))
+
+
+def _layer_lists(
+    modules: Mapping[str, nn.Module], anatomy: Anatomy, layer_of: Mapping[str, tuple[str, int]], depths: Mapping[str, int]
+) -> dict[str, LayerList]:
+    """What is known of each list of layers, by its path."""
+    sizes: dict[str, dict[int, int]] = {path: {} for path in depths}
+    for path, (inside, _) in layer_of.items():
+        sizes[inside] |= {id(tensor): tensor.numel() for tensor in modules[path]._parameters.values() if tensor is not None}
+    sides = {
+        path.rpartition(".")[0]: (entry.role or "").rpartition(".")[0]
+        for path in layer_of
+        for entry in anatomy.assignments.get(path, [])
+        if (entry.role or "").rpartition(".")[2] == "layer"
+    }
+    return {path: LayerList(path, depth, sum(sizes[path].values()), sides.get(path, "")) for path, depth in depths.items()}
 
 
 def has_weights(site: Site) -> bool:

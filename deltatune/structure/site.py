@@ -17,6 +17,23 @@ Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
+class LayerList:
+    """A list of transformer layers.
+
+    Attributes:
+        path: its path in the backbone.
+        depth: number of its layers.
+        size: number of parameters in all of them, each counted once.
+        side: ``encoder`` or ``decoder`` where the backbone has both, else empty.
+    """
+
+    path: str
+    depth: int
+    size: int
+    side: str = ""
+
+
+@dataclass(frozen=True)
 class Site:
     """A named place in the backbone.
 
@@ -30,6 +47,8 @@ class Site:
         tied: the site's weight is shared with another module, so only its weight can be changed, for all owners.
         reached: False if PyTorch never calls the module (it reads the parameters directly, or it is a container).
         routable: False if the rows of its input are not a multiple of the batch (DeBERTa's shared projections).
+        layer_list: the list of layers it lies in; None outside the layers.
+        heads: number of query heads of the attention it is a projection of; None elsewhere, and where the attention does not tell.
     """
 
     path: str
@@ -41,6 +60,8 @@ class Site:
     tied: bool = False
     reached: bool = True
     routable: bool = True
+    layer_list: LayerList | None = field(default=None, repr=False, compare=False)
+    heads: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def leaf(self) -> str:
