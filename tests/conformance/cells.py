@@ -43,8 +43,10 @@ _BIASED = {"bert", "roberta", "deberta_v2", "distilbert", "mpnet", "gpt2", "opt"
 _BIASED |= {"vit", "torch_encoder", "conv_net", "mlp", "tied_mlp"}
 
 REFUSED: dict[str, frozenset[str]] = {
+    "compacter-plus-plus": frozenset({"mixtral"}),
     "ia3": frozenset({"torch_encoder"}),
     "linear-probe": _LANGUAGE_MODELS | {"torch_encoder"},
+    "pfeiffer-adapter": frozenset({"mixtral"}),
     "prefix-tuning": frozenset({"deberta_v2", "mpnet", "bloom", "torch_encoder", *NO_ROLES}),
     "prompt-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "trainable-tokens": frozenset({"vit", "torch_encoder", *NO_ROLES}),
@@ -54,7 +56,12 @@ REFUSED: dict[str, frozenset[str]] = {
 UNMERGEABLE: dict[str, frozenset[str]] = {
     "adapter": frozenset(MODELS),
     "bitfit": frozenset(MODELS) - _BIASED,
+    "compacter": frozenset(MODELS),
+    "compacter-plus-plus": frozenset(MODELS),
     "ia3": frozenset({"tied_mlp"}),
+    "low-rank-adapter": frozenset(MODELS),
+    "pfeiffer-adapter": frozenset(MODELS),
+    "phm-adapter": frozenset(MODELS),
     "prefix-tuning": frozenset(MODELS),
     "prompt-tuning": frozenset(MODELS),
 }

@@ -67,7 +67,7 @@ def test_the_adapter_sits_ahead_of_the_residual_and_the_norm() -> None:
     handle = output.get_submodule("LayerNorm").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     delta_patch = output.get_submodule("dense.deltatune.patches.adapter")
     with torch.no_grad():
-        delta_patch.b_u.fill_(100.0)  # type: ignore[union-attr, operator]
+        delta_patch.bottleneck.U.b.fill_(100.0)  # type: ignore[union-attr, operator]
         backbone(**inputs)
     handle.remove()
     assert seen[0].mean() > 90

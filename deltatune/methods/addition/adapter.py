@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Serial, dense_bottleneck
 from deltatune.methods.checks import one_of, positive
-from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, methods
+from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
 @methods.register("adapter")
@@ -53,23 +50,4 @@ class Adapter(Method):
         """One adapter a site that has a matrix, as wide as what the site returns."""
         if not site.has_matrix:
             return []
-        return [Bottleneck(site.out_features, self)]
-
-
-class Bottleneck(OutputPatch):
-    """y + f(y W_d^T + b_d) W_u^T + b_u, with the matrices stored (out, in)."""
-
-    def __init__(self, width: int, method: Adapter) -> None:
-        super().__init__()
-        r = method.bottleneck_dim
-        self.W_d = nn.Parameter(torch.randn(r, width) * (method.init_std or 0.01))
-        self.b_d = nn.Parameter(torch.zeros(r))
-        self.W_u = nn.Parameter(torch.randn(width, r) * method.init_std)
-        self.b_u = nn.Parameter(torch.zeros(width))
-        self.activation = method.activation
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(..., width) -> (..., width)."""
-        h = F.linear(y, self.W_d.to(y.dtype), self.b_d.to(y.dtype))  # (..., r)
-        h = ACTIVATIONS[self.activation](h)
-        return y + F.linear(h, self.W_u.to(y.dtype), self.b_u.to(y.dtype))
+        return [Serial(dense_bottleneck(site.out_features, self.bottleneck_dim, self.activation, self.init_std))]

@@ -1,0 +1,75 @@
+"""The bottleneck h -> U(f(D(h))) that every adapter is made of, its plain maps D and U, and the patch that runs it in series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.methods.kinds import OutputPatch
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class Dense(nn.Module):
+    """h W^T + b, with W stored (out, in) and b = 0 at the start."""
+
+    def __init__(self, W: Tensor) -> None:
+        super().__init__()
+        self.W = nn.Parameter(W)
+        self.b = nn.Parameter(torch.zeros(W.shape[0]))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype))
+
+
+class Bottleneck(nn.Module):
+    """U(f(D(h))).
+
+    Args:
+        D: the map down, (..., width) -> (..., r).
+        U: the map up, (..., r) -> (..., width).
+        activation: f, a name in ``ACTIVATIONS``.
+    """
+
+    def __init__(self, D: nn.Module, U: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.D, self.U = D, U
+        self.activation = activation
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return self.U(ACTIVATIONS[self.activation](self.D(h)))  # type: ignore[no-any-return]
+
+
+class Serial(OutputPatch):
+    """y + U(f(D(y)))."""
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return y + self.bottleneck(y)  # type: ignore[no-any-return]
+
+
+def dense_bottleneck(width: int, r: int, activation: str, init_std: float = 0.0) -> Bottleneck:
+    """W_d: (r, width) ~ N(0, 0.01) and W_u: (width, r) = 0; both ~ N(0, init_std) where that is not 0."""
+    W_d = torch.randn(r, width) * (init_std or 0.01)
+    return Bottleneck(Dense(W_d), Dense(torch.randn(width, r) * init_std), activation)
+
+
+def reduced(width: int, reduction: int, multiple: int = 1) -> int:
+    """r = width / reduction, rounded down to a multiple, and at least one multiple."""
+    return max(width // reduction // multiple, 1) * multiple
+
+
+def glorot(W: Tensor) -> Tensor:
+    """W, glorot uniform; each matrix of a stack by itself."""
+    for matrix in W.view(-1, *W.shape[-2:]):
+        nn.init.xavier_uniform_(matrix)
+    return W
