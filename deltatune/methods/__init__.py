@@ -3,8 +3,10 @@
 from deltatune.methods.addition.adapter import Adapter as Adapter
 from deltatune.methods.addition.compacter import Compacter as Compacter
 from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
+from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
 from deltatune.methods.addition.ia3 import IA3 as IA3
 from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
+from deltatune.methods.addition.p_tuning import PTuning as PTuning
 from deltatune.methods.addition.pfeiffer_adapter import PfeifferAdapter as PfeifferAdapter
 from deltatune.methods.addition.phm_adapter import PHMAdapter as PHMAdapter
 from deltatune.methods.addition.prefix_tuning import PrefixTuning as PrefixTuning

@@ -44,8 +44,10 @@ _BIASED |= {"vit", "torch_encoder", "conv_net", "mlp", "tied_mlp"}
 
 REFUSED: dict[str, frozenset[str]] = {
     "compacter-plus-plus": frozenset({"mixtral"}),
+    "embedding-prefix-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "ia3": frozenset({"torch_encoder"}),
     "linear-probe": _LANGUAGE_MODELS | {"torch_encoder"},
+    "p-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "pfeiffer-adapter": frozenset({"mixtral"}),
     "prefix-tuning": frozenset({"deberta_v2", "mpnet", "bloom", "torch_encoder", *NO_ROLES}),
     "prompt-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
@@ -58,8 +60,10 @@ UNMERGEABLE: dict[str, frozenset[str]] = {
     "bitfit": frozenset(MODELS) - _BIASED,
     "compacter": frozenset(MODELS),
     "compacter-plus-plus": frozenset(MODELS),
+    "embedding-prefix-tuning": frozenset(MODELS),
     "ia3": frozenset({"tied_mlp"}),
     "low-rank-adapter": frozenset(MODELS),
+    "p-tuning": frozenset(MODELS),
     "pfeiffer-adapter": frozenset(MODELS),
     "phm-adapter": frozenset(MODELS),
     "prefix-tuning": frozenset(MODELS),
