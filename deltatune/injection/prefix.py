@@ -99,7 +99,7 @@ class PrefixAct(Act):
                 "ignored. Detach them, set the implementation, and attach or load them again."
             )
         if any(isinstance(patch, ConditionalPrefixPatch) for patch in self.patches):
-            self._inputs[thread_key()] = first_input(args, kwargs)
+            self._inputs[thread_key()] = first_input(args, kwargs, self.names)
         if self.relative is None or kwargs.get("key_value_states") is not None:
             return args, kwargs
         cache = kwargs.get("past_key_values")

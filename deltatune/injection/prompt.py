@@ -8,7 +8,6 @@ length of its prompt, because one that was filled under another prompt would giv
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.cached import capacity, enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
-from deltatune.injection.slot import Act, Term, thread_key
+from deltatune.injection.slot import Act, Term, input_names, thread_key
 from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
@@ -91,7 +90,6 @@ class PromptAct(Act):
         super().__init__(module)
         self.patches: list[PromptPatch] = []
         self.length = 0
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._tables: list[tuple[str, nn.Embedding]] = []
         self._handle: RemovableHandle | None = None
         self._layouts: dict[int, Layout] = {}
@@ -137,7 +135,7 @@ class PromptAct(Act):
             InvalidValue: the table of positions is too short, or the cache was filled under another prompt.
             Unsupported: a mask, a cache or packed sequences that a prompt cannot enter.
         """
-        call = dict(zip(self._names, args, strict=False)) | kwargs
+        call = dict(zip(self.names, args, strict=False)) | kwargs
         cache = call.get("past_key_values")
         seen = seen_tokens(cache)
         if seen:
@@ -178,7 +176,7 @@ class PromptAct(Act):
             mask = layout.join_mask(mask)
         if "attention_mask" in call:
             call["attention_mask"] = mask
-        if "position_ids" in self._names:
+        if "position_ids" in self.names:
             call["position_ids"] = self._positions(call.get("position_ids"), ids, embeds, layout)
         if (types := call.get("token_type_ids")) is not None:
             call["token_type_ids"] = layout.join(types.new_zeros(types.shape[0], self.length), types)
@@ -290,7 +288,7 @@ def check_prompt(site: Site, index: Index) -> None:
             f"A prompt was asked for at `{site.path}` ({kind}), which is no text stack. Text stacks have the role `stack`: "
             f"{', '.join(f'`{stack.site.path}`' for stack in index.stacks) or 'this backbone has none'}."
         )
-    names = set(inspect.signature(type(site.module).forward).parameters)
+    names = set(input_names(type(site.module)))
     if not {"input_ids", "inputs_embeds", "attention_mask"} <= names or "per_layer_inputs" in names:
         raise Unsupported(
             f"A prompt was asked for at `{site.path}` ({kind}), whose tokens cannot be given as embeddings alone. "

@@ -8,6 +8,7 @@ per way of acting, because ``torch.compile`` ignores hooks added after its first
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -73,12 +74,17 @@ class Act(ABC):
 
     Class attributes:
         listens: it runs in the module's forward, so the slot needs its hooks.
+
+    Attributes:
+        members: the patches, under their delta's name.
+        names: what the module's forward takes, in order.
     """
 
     listens: ClassVar[bool]
 
     def __init__(self, module: nn.Module) -> None:
         self.members: dict[str, list[Member]] = {}
+        self.names = input_names(type(module))
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -271,16 +277,30 @@ def forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor a module works on: its first positional argument, else its first keyword argument that is a tensor."""
-    if args:
-        return args[0]  # type: ignore[no-any-return]
-    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+def input_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what the forward of a class of modules takes, in order; empty where it does not tell."""
+    try:
+        return tuple(inspect.signature(kind.forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return ()
 
 
-def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with its first tensor replaced."""
-    if args:
-        return (x, *args[1:]), kwargs
-    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-    return args, {**kwargs, name: x}
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]) -> Tensor:
+    """The tensor a module works on: the first of its forward's parameters, named ``names``, that is given one."""
+    place = _first(args, kwargs, names)
+    return args[place] if isinstance(place, int) else kwargs[place]  # type: ignore[no-any-return]
+
+
+def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with that tensor replaced."""
+    place = _first(args, kwargs, names)
+    if isinstance(place, int):
+        return (*args[:place], x, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: x}
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]) -> int | str:
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return place
+    return next(name for name in (*names, *kwargs) if isinstance(kwargs.get(name), Tensor))

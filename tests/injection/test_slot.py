@@ -138,3 +138,45 @@ def test_training_mode_reaches_patches() -> None:
     assert all(patch.training for patch in delta.patches)
     second = attach(backbone, LoRA(rank=2), "0")
     assert all(patch.training for patch in second.patches)
+
+
+class Mixed(nn.Module):
+    """x W, whatever the order in which the arguments come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+        self.in_features = self.out_features = 4
+
+    def forward(self, x: Tensor | None = None, x_embeds: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        x = x_embeds if x is None else x
+        assert x is not None
+        return x @ self.weight if shift is None else x @ self.weight + shift
+
+
+class Calls(nn.Module):
+    """Calls its inner module in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mixed()
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        shift = torch.full((4,), 100.0)
+        if how == "keywords":
+            return self.inner(shift=shift, x=x)  # type: ignore[no-any-return]
+        return self.inner(None, shift=shift, x_embeds=x) if how == "none first" else self.inner(x, None, shift)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_input_is_found_by_the_forwards_signature(compiled: bool) -> None:
+    backbone, x = Calls(), torch.randn(3, 4)
+    lora = attach(backbone, LoRA(rank=2), "inner")
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.normal_()
+    run = torch.compile(backbone, backend="eager", fullgraph=True) if compiled else backbone
+    expected = backbone(x, "positions")
+    assert not torch.equal(expected, x + 100)
+    for how in ("keywords", "none first"):
+        torch.testing.assert_close(run(x, how), expected)
