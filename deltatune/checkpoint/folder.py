@@ -37,7 +37,7 @@ def replacing(folder: str | os.PathLike[str], *, overwrite: bool = False, ours: 
     try:
         target = target.resolve()
         settle(target)
-        _check_free(target, overwrite)
+        check_free(target, overwrite)
         made = _make_parents(target)
     except (OSError, ValueError) as cause:
         raise _unwritable(target, cause) from cause
@@ -70,7 +70,12 @@ def settle(folder: Path) -> None:
         os.rename(previous, folder)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """A delta may be written to ``target``.
+
+    Raises:
+        OutputError: something is there already.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"`{target}` is a file; a delta is saved as a folder. Choose another name.")
     if not overwrite and target.is_dir() and any(target.iterdir()):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import CheckpointError, InvalidValue, Unsupported
-from deltatune.injection.delta import Delta
+from deltatune.injection.delta import Budget, Delta
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, check_free, ledger_of
 from deltatune.injection.mixers import MIXERS, Mixer
@@ -122,7 +122,14 @@ class Composition:
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Groups for an optimizer over the mixers' parameters; the members have their own."""
-        return [{"params": [parameter for mixer in self.mixers().values() for parameter in mixer.parameters()], "lr": lr}]
+        return [{"params": self._own(), "lr": lr}]
+
+    def budget(self) -> Budget:
+        """N, M, |delta|, their ratio and bytes of the mixers alone; the members have their own."""
+        n = self.deltas[0].budget().N
+        size = sum(parameter.numel() for parameter in self._own())
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        return Budget(N=n, M=n + size, delta=size, ratio=size / n, size_bytes=stored)
 
     def enable(self) -> None:
         """Let the members act together."""
@@ -160,6 +167,9 @@ class Composition:
         if enabled:
             for delta in deltas:
                 delta.enable()
+
+    def _own(self) -> list[nn.Parameter]:
+        return [parameter for mixer in self.mixers().values() for parameter in mixer.parameters()]
 
     def _follow(self, enabled: bool) -> None:
         self.ledger.arrange(self.members)

@@ -24,6 +24,7 @@ class Mixer(nn.Module, ABC):
 
     Class attributes:
         freezes_members: the members whose changes are mixed do not train, unless they are unfrozen.
+        learning_rate: what ``dt.train`` uses when none is given.
 
     Args:
         width: width of y.
@@ -31,6 +32,7 @@ class Mixer(nn.Module, ABC):
     """
 
     freezes_members: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-3
 
     @abstractmethod
     def forward(self, y: Tensor, changes: Sequence[Tensor]) -> Tensor:

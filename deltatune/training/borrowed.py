@@ -12,8 +12,8 @@ from torch import nn
 
 from deltatune.backbones.quiet import quiet
 from deltatune.errors import InvalidValue, missing_extra
-from deltatune.injection.delta import Delta
 from deltatune.injection.switching import deltas as attached
+from deltatune.training.life import Trained
 
 if TYPE_CHECKING:
     from deltatune.training.trainer import DeltaTrainer
@@ -62,7 +62,7 @@ def trainer_modules() -> Iterator[None]:
 
 
 @contextmanager
-def left_alone(backbone: nn.Module, deltas: Sequence[Delta]) -> Iterator[None]:
+def left_alone(backbone: nn.Module, deltas: Sequence[Trained]) -> Iterator[None]:
     """Other deltas do not train meanwhile, what the libraries leave behind is removed, and the backbone ends in eval mode."""
     others = [delta for delta in attached(backbone) if delta not in deltas and delta.trainable]
     for delta in others:

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.errors import CheckpointError, InvalidValue
-from deltatune.injection.delta import Delta
-from deltatune.training.life import Life
+from deltatune.training.life import Life, Trained
 from deltatune.training.state import has_state, read_state, write_state
 
 Batches = Iterable[Mapping[str, Any]]
@@ -25,7 +24,7 @@ class DeltaCallback(TrainerCallback):
     weights non-strictly and would lose a delta without a word.
 
     Args:
-        deltas: the deltas that train.
+        deltas: the deltas that train, and compositions whose mixers do.
         batches: what methods look at before the first step; the Trainer's own training batches if left out.
 
     Example:
@@ -33,8 +32,8 @@ class DeltaCallback(TrainerCallback):
         >>> Trainer(backbone, args, train_dataset=rows, callbacks=[DeltaCallback(delta)]).train()  # doctest: +SKIP
     """
 
-    def __init__(self, deltas: Delta | Sequence[Delta], batches: Batches | None = None) -> None:
-        self.deltas = [deltas] if isinstance(deltas, Delta) else list(deltas)
+    def __init__(self, deltas: Trained | Sequence[Trained], batches: Batches | None = None) -> None:
+        self.deltas = [deltas] if isinstance(deltas, Trained) else list(deltas)
         self.batches = batches
         self._life: Life | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import Framing, HeadFraming
 from deltatune.tasks.sampling import subset
 from deltatune.tasks.text2text import TextToTextFraming
+from deltatune.training.life import Trained
 from deltatune.training.objective import Objective, balanced_weights
 from deltatune.training.settings import Settings
 
@@ -41,7 +43,7 @@ class Job:
         tokenizer: its tokenizer.
         data: the task's rows.
         framing: how rows are put to the model.
-        deltas: what trains, one a method.
+        deltas: the deltas that train, one a method.
         saved: what is saved: the delta, or the composition of several.
         lr: the peak learning rate.
     """
@@ -54,6 +56,12 @@ class Job:
     deltas: list[Delta]
     saved: Delta | Composition
     lr: float
+
+    @property
+    def trained(self) -> list[Trained]:
+        """The deltas that train, and the composition where it has mixers that do."""
+        mixing = [self.saved] if isinstance(self.saved, Composition) and self.saved.mixers() else []
+        return [*self.deltas, *mixing]
 
     @property
     def metric(self) -> str:
@@ -130,6 +138,28 @@ def spelled(methods: Sequence[Method], tokenizer: PreTrainedTokenizerBase, frami
     verbalizer = framing.template.verbalizer if isinstance(framing, TextToTextFraming) else None
     labels = verbalizer.words if verbalizer is not None else framing.task.labels
     return [method.spell(tokenizer, labels) if isinstance(method, Spelled) else method for method in methods]
+
+
+def attached_job(trained: Delta | Composition, data: TaskData, settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Job:
+    """The job of training what is attached already.
+
+    Raises:
+        InvalidValue: labels that do not fit the head, a tokenizer that cannot be found, or nothing that would train.
+        Unsupported: a framing that neither the task nor the model has.
+    """
+    module = trained.backbone
+    tokenizer = tokenizer or load_tokenizer(_name_of(module))
+    framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
+    _check_module(module, framing, settings)
+    members = trained.deltas if isinstance(trained, Composition) else [trained]
+    job = Job(name_of(module), module, tokenizer, data, framing, [delta for delta in members if delta.trainable], trained, settings.lr or 0)
+    if not trained.enabled or not job.trained:
+        state = "frozen" if trained.enabled else "disabled"
+        raise InvalidValue(f"Nothing of `{trained.name}` would train: it is {state}. Unfreeze or enable it first.")
+    if settings.lr is None:
+        mixers = trained.mixers().values() if isinstance(trained, Composition) else ()
+        job.lr = min(*(delta.method.learning_rate for delta in job.deltas), *(mixer.learning_rate for mixer in mixers), math.inf)
+    return job
 
 
 def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Framing:

@@ -24,8 +24,12 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import InvalidValue
+from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Exported, Penalised, Phased, Prepared, Stepping
+
+Trained = Delta | Composition
+"""What a loop may train: a delta, or what a composition trains besides its members (gates, a fusion)."""
 
 
 class Life:
@@ -33,14 +37,17 @@ class Life:
 
     Attributes:
         deltas: those that train together.
+        compositions: those whose mixers train with them.
         total: optimiser steps of the whole run.
         step: optimiser steps taken so far.
     """
 
-    def __init__(self, deltas: Delta | Sequence[Delta], total: int) -> None:
+    def __init__(self, trained: Trained | Sequence[Trained], total: int) -> None:
         if total < 1:
             raise InvalidValue(f"A run of {total} steps was asked for; it takes at least one.")
-        self.deltas = [deltas] if isinstance(deltas, Delta) else list(deltas)
+        parts = [trained] if isinstance(trained, Trained) else list(trained)
+        self.deltas = deltas_of(parts)
+        self.compositions = [part for part in parts if isinstance(part, Composition)]
         self.total = total
         self.step = 0
         self._starts = {delta.name: phase_starts(delta, total) for delta in self.deltas}
@@ -70,9 +77,9 @@ class Life:
         """Add the gradients of the methods' own loss terms, once an optimiser step, behind the last backward."""
         for delta in self.deltas:
             if isinstance(delta.method, Penalised):
-                _add_gradients(
-                    delta.method.penalty(list(_patches(delta))), [parameter for parameter in delta.parameters() if parameter.requires_grad]
-                )
+                _add_gradients(delta.method.penalty(list(_patches(delta))), delta)
+        for composition in self.compositions:
+            _add_gradients(composition.penalty(), composition)
 
     def after_step(self) -> None:
         """Count the step and let the methods act on it; gradients must still be there."""
@@ -101,6 +108,11 @@ class Life:
                 self._entered[delta.name] += 1
 
 
+def deltas_of(trained: Sequence[Trained]) -> list[Delta]:
+    """The deltas among what trains."""
+    return [part for part in trained if isinstance(part, Delta)]
+
+
 def phase_starts(delta: Delta, total: int) -> list[int]:
     """The step ahead of which each phase of the delta's method begins."""
     if not isinstance(delta.method, Phased):
@@ -114,9 +126,10 @@ def _patches(delta: Delta) -> Iterator[Any]:
     return (entry.patch for entry in delta.entries if not entry.head)
 
 
-def _add_gradients(penalty: Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
+def _add_gradients(penalty: Tensor, trained: Trained) -> None:
     if not penalty.requires_grad:  # a phase without the term
         return
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     # not penalty.backward(): that would fire DDP's gradient hooks a second time
     gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltatune.errors import CheckpointError
-from deltatune.injection.delta import Delta
+from deltatune.training.life import Trained
 
 SUFFIX = ".delta.safetensors"
 
 
-def write_state(deltas: Sequence[Delta], folder: Path) -> None:
+def write_state(deltas: Sequence[Trained], folder: Path) -> None:
     """One file a delta, ``<name>.delta.safetensors``."""
     for delta in deltas:
-        save_file(_unshared(delta.state_dict()), folder / f"{delta.name}{SUFFIX}", metadata={"method": str(delta.method)})
+        save_file(_unshared(delta.state_dict()), folder / f"{delta.name}{SUFFIX}")
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def read_state(deltas: Sequence[Delta], folder: Path) -> None:
+def read_state(deltas: Sequence[Trained], folder: Path) -> None:
     """Give the attached deltas the tensors that ``write_state`` wrote.
 
     Raises:

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from deltatune.checkpoint.folder import check_free
 from deltatune.checkpoint.format import save
 from deltatune.errors import InvalidValue
+from deltatune.injection.compose import Composition
+from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Method
 from deltatune.methods.making import make
 from deltatune.structure.where import Where
@@ -25,7 +28,7 @@ from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
 from deltatune.training.evaluation import score_rows
-from deltatune.training.job import Job, make_job, name_of
+from deltatune.training.job import Job, attached_job, make_job, name_of
 from deltatune.training.place import CURVE, RunFolder, is_main
 from deltatune.training.result import Result
 from deltatune.training.run import DataFile, Run, installed_versions, load_data
@@ -42,7 +45,7 @@ Show = Literal["auto", "bar", "lines", "none"]
 def train(
     backbone: str | nn.Module,
     task: str | Task | TaskData | DataFile,
-    method: str | Method | Sequence[str | Method],
+    method: str | Method | Sequence[str | Method] | Delta | Composition,
     *,
     where: Where | None = None,
     layers: Any = None,
@@ -61,10 +64,11 @@ def train(
     Args:
         backbone: an alias, installed package, folder or hub id; or a transformers model, which keeps the delta.
         task: a task's name, its definition, its rows, or a ``DataFile`` of your own.
-        method: a recipe, its name, or several that train together.
+        method: a recipe, its name, or several that train together; or what is attached to the model already: a delta that
+            trains further, or a composition whose mixers train, with those of its members that are not frozen.
         where: sites, as in ``attach``; the method's default roles if left out.
         layers: layers, as in ``attach``.
-        out: the run's folder; nothing is kept on disk if left out.
+        out: the run's folder; of what was attached already, the delta's own. Nothing is kept on disk if left out.
         tokenizer: of a model that was given; found by the model's name if left out.
         overwrite: replace a run in ``out``.
         progress: ``bar``, ``lines``, ``none``, or ``auto``: a bar on a terminal, lines elsewhere.
@@ -83,20 +87,15 @@ def train(
         True
     """
     chosen = Settings.of(settings)
+    if isinstance(method, Delta | Composition):
+        if method.backbone is not backbone or where is not None or layers is not None:
+            raise InvalidValue(f"`{method.name}` is attached already. Give train the model it sits on, and neither `where` nor `layers`.")
+        return _train_attached(method, load_data(task), task, chosen, tokenizer, out, overwrite, progress)
     methods = tuple(make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method))
     if not methods:
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
     data = load_data(task)
-    run = Run(
-        backbone=name_of(backbone) or type(backbone).__name__,
-        task=task if isinstance(task, str | DataFile) else data.task.name,
-        methods=methods,
-        where=_written(where),
-        layers=layers,
-        settings=chosen,
-        fingerprint=data.fingerprint,
-        versions=installed_versions(),
-    )
+    run = _run(backbone, task, data, methods, chosen, _written(where), layers)
     place = None if out is None else RunFolder(out, run, overwrite=overwrite)
     with trainer_modules():
         job = make_job(backbone, data, methods, where, layers, chosen, tokenizer)
@@ -109,6 +108,50 @@ def train(
             if isinstance(backbone, nn.Module):
                 job.dissolve()
             raise
+
+
+def _train_attached(
+    trained: Delta | Composition,
+    data: TaskData,
+    task: str | Task | TaskData | DataFile,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | os.PathLike[str] | None,
+    overwrite: bool,
+    show: Show,
+) -> Result:
+    if out is not None:
+        check_free(Path(out).expanduser(), overwrite)
+    members = trained.deltas if isinstance(trained, Composition) else [trained]
+    run = _run(trained.backbone, task, data, tuple(delta.method for delta in members), settings)
+    with trainer_modules():
+        job = attached_job(trained, data, settings, tokenizer)
+        result = _conduct(job, run, None, show)
+    if out is not None and is_main():
+        result.out = _save(job, run, result, Path(out).expanduser(), overwrite=overwrite)
+        result.delta_bytes = bytes_in(result.out)
+    return result
+
+
+def _run(
+    backbone: str | nn.Module,
+    task: str | Task | TaskData | DataFile,
+    data: TaskData,
+    methods: tuple[Method, ...],
+    settings: Settings,
+    where: Any = None,
+    layers: Any = None,
+) -> Run:
+    return Run(
+        backbone=name_of(backbone) or type(backbone).__name__,
+        task=task if isinstance(task, str | DataFile) else data.task.name,
+        methods=methods,
+        where=where,
+        layers=layers,
+        settings=settings,
+        fingerprint=data.fingerprint,
+        versions=installed_versions(),
+    )
 
 
 def replay(run: Run, *, out: str | os.PathLike[str] | None = None, overwrite: bool = False, progress: Show = "auto") -> Result:
@@ -140,18 +183,18 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
     rows_a_step = settings.batch_size * settings.grad_accumulation * processes
-    watched = shown(show, "+".join(delta.name for delta in job.deltas), job.metric, rows_a_step)
+    watched = shown(show, "+".join(one.name for one in job.trained), job.metric, rows_a_step)
     with ExitStack() as stack:
         folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
         if place is not None and is_main():
             stack.push(lambda kind, *_: place.abandon() if kind is not None else None)
             place.open()
-        stack.enter_context(left_alone(job.backbone, job.deltas))
+        stack.enter_context(left_alone(job.backbone, job.trained))
         if settings.gradient_checkpointing:
             stack.enter_context(recomputing(job.backbone))
         trainer = DeltaTrainer(
             job.backbone,
-            job.deltas,
+            job.trained,
             material,
             training_arguments(settings, schedule, folder, job.lr),
             keep_best=settings.early_stopping is not None,
@@ -174,7 +217,7 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
 
 
 def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds: float, seconds_per_step: float, peak: int) -> Result:
-    budgets = [delta.budget() for delta in job.deltas]
+    budgets = [one.budget() for one in job.trained]
     return Result(
         score=metrics["score"],
         metric=job.metric,
@@ -196,10 +239,19 @@ def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds:
 
 def _write(job: Job, run: Run, place: RunFolder, result: Result) -> None:
     """The delta, the picture, and at last the numbers, which make the run finished."""
-    save(
+    _save(job, run, result, place.delta, overwrite=True)
+    result.out = place.path
+    result.delta_bytes = bytes_in(place.delta)
+    title = f"{'+'.join(delta.name for delta in job.deltas)} on {job.data.task.name}, {run.backbone}"
+    draw_curve(curve_of(result.history), place.path / CURVE, title=title, metric=result.metric)
+    place.finish({**result.to_json(), "history": result.history})
+
+
+def _save(job: Job, run: Run, result: Result, folder: Path, *, overwrite: bool) -> Path:
+    return save(
         job.saved,
-        place.delta,
-        overwrite=True,
+        folder,
+        overwrite=overwrite,
         backbone_id=job.name,
         where=run.where,
         layers=run.layers,
@@ -213,11 +265,11 @@ def _write(job: Job, run: Run, place: RunFolder, result: Result) -> None:
         data=run.fingerprint,
         versions=run.versions,
     )
-    result.out = place.path
-    result.delta_bytes = sum(file.stat().st_size for file in place.delta.rglob("*") if file.is_file())
-    title = f"{'+'.join(delta.name for delta in job.deltas)} on {job.data.task.name}, {run.backbone}"
-    draw_curve(curve_of(result.history), place.path / CURVE, title=title, metric=result.metric)
-    place.finish({**result.to_json(), "history": result.history})
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def training_record(job: Job, settings: Settings) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.errors import CheckpointError
-from deltatune.injection.delta import Delta
 from deltatune.tasks import Rows
 from deltatune.tasks.framing import Features, Framing
 from deltatune.training.batches import LengthGrouped
 from deltatune.training.callback import DeltaCallback
 from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
-from deltatune.training.life import Life, phase_starts
+from deltatune.training.life import Life, Trained, deltas_of, phase_starts
 from deltatune.training.objective import Objective
 from deltatune.training.state import read_state, write_state
 
@@ -53,7 +52,7 @@ class DeltaTrainer(Trainer):
 
     Args:
         backbone: the model the deltas are attached to.
-        deltas: those that train.
+        deltas: those that train, and compositions whose mixers do.
         material: data, framing and loss.
         args: transformers' arguments; see ``training.arguments``.
         keep_best: end with the deltas of the best validation score instead of the last ones.
@@ -64,7 +63,7 @@ class DeltaTrainer(Trainer):
     def __init__(
         self,
         backbone: nn.Module,
-        deltas: Sequence[Delta],
+        deltas: Sequence[Trained],
         material: Material,
         args: TrainingArguments,
         *,
@@ -196,7 +195,7 @@ class DeltaTrainer(Trainer):
 class EarlyStopping(TrainerCallback):
     """Stops after ``patience`` evaluations without a better score; it looks at the log only, so resuming needs nothing more."""
 
-    def __init__(self, deltas: Sequence[Delta], patience: int) -> None:
+    def __init__(self, deltas: Sequence[Trained], patience: int) -> None:
         self.deltas = list(deltas)
         self.patience = patience
 
@@ -206,7 +205,7 @@ class EarlyStopping(TrainerCallback):
             control.should_training_stop = True
 
 
-def optimizer_groups(deltas: Sequence[Delta], lr: float) -> list[dict[str, Any]]:
+def optimizer_groups(deltas: Sequence[Trained], lr: float) -> list[dict[str, Any]]:
     """The groups of all deltas, each Parameter once: two deltas may select the same one, and the last of them trains it."""
     groups, taken = [], set[int]()
     for delta in deltas:
@@ -217,20 +216,20 @@ def optimizer_groups(deltas: Sequence[Delta], lr: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def is_exhausted(deltas: Sequence[Delta], state: TrainerState, patience: int) -> bool:
+def is_exhausted(deltas: Sequence[Trained], state: TrainerState, patience: int) -> bool:
     """Whether the last ``patience`` evaluations brought nothing better."""
     scores = [score for _, score in _evaluations(deltas, state)]
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def best_step(deltas: Sequence[Delta], state: TrainerState) -> int | None:
+def best_step(deltas: Sequence[Trained], state: TrainerState) -> int | None:
     """The step of the best validation score, the latest of equals; None before the first evaluation."""
     return max(((score, step) for step, score in _evaluations(deltas, state)), default=(0.0, None))[1]
 
 
-def _evaluations(deltas: Sequence[Delta], state: TrainerState) -> list[tuple[int, float]]:
+def _evaluations(deltas: Sequence[Trained], state: TrainerState) -> list[tuple[int, float]]:
     """(step, score) of the evaluations that count: of phased methods, those within the last phase only."""
-    last = max((phase_starts(delta, state.max_steps)[-1:] or [0])[0] for delta in deltas)
+    last = max(((phase_starts(delta, state.max_steps)[-1:] or [0])[0] for delta in deltas_of(deltas)), default=0)
     return [(int(entry["step"]), entry[SCORE]) for entry in state.log_history if SCORE in entry and entry["step"] > last]
 
 
