@@ -47,10 +47,13 @@ REFUSED: dict[str, frozenset[str]] = {
     "embedding-prefix-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "ia3": frozenset({"torch_encoder"}),
     "linear-probe": _LANGUAGE_MODELS | {"torch_encoder"},
+    "multi-head-parallel-adapter": frozenset({"torch_encoder", *NO_ROLES}),
     "p-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
+    "parallel-adapter": frozenset(NO_ROLES),
     "pfeiffer-adapter": frozenset({"mixtral"}),
     "prefix-tuning": frozenset({"deberta_v2", "mpnet", "bloom", "torch_encoder", *NO_ROLES}),
     "prompt-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
+    "scaled-parallel-adapter": frozenset({"mixtral", *NO_ROLES}),
     "trainable-tokens": frozenset({"vit", "torch_encoder", *NO_ROLES}),
 }
 """Cells that cannot attach: virtual positions or tokens without text or without attention's interface, a probe without a head."""
@@ -63,11 +66,14 @@ UNMERGEABLE: dict[str, frozenset[str]] = {
     "embedding-prefix-tuning": frozenset(MODELS),
     "ia3": frozenset({"tied_mlp"}),
     "low-rank-adapter": frozenset(MODELS),
+    "multi-head-parallel-adapter": frozenset(MODELS),
     "p-tuning": frozenset(MODELS),
+    "parallel-adapter": frozenset(MODELS),
     "pfeiffer-adapter": frozenset(MODELS),
     "phm-adapter": frozenset(MODELS),
     "prefix-tuning": frozenset(MODELS),
     "prompt-tuning": frozenset(MODELS),
+    "scaled-parallel-adapter": frozenset(MODELS),
 }
 """Cells whose delta is no change of a weight: bottlenecks, virtual positions, added biases, one owner of a tied weight scaled."""
 
