@@ -251,8 +251,18 @@ def _dense(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
-ENCODERS = (bert, roberta, deberta_v2, modernbert, distilbert, mpnet)
-DECODERS = (gpt2, opt, llama, mistral, qwen3, gemma3, phi, phi3, gpt_neox, bloom, mixtral, qwen3_moe)
-SEQ2SEQ = (t5, bart)
-OTHERS = (vit, torch_encoder, conv_net, mlp, tied_mlp)
-MODELS: dict[str, Callable[[], Example]] = {build.__name__: build for build in (*ENCODERS, *DECODERS, *SEQ2SEQ, *OTHERS)}
+SORTS: dict[str, tuple[Callable[[], Example], ...]] = {
+    "encoder": (bert, roberta, deberta_v2, modernbert, distilbert, mpnet),
+    "decoder": (opt, llama, mistral, qwen3, gemma3, phi),
+    "fused": (gpt2, phi3, gpt_neox, bloom),
+    "mixture": (mixtral, qwen3_moe),
+    "seq2seq": (t5, bart),
+    "vision": (vit,),
+    "torch": (torch_encoder,),
+    "plain": (conv_net, mlp, tied_mlp),
+}
+"""Every architecture under what is special about it: ``fused`` and ``mixture`` are decoders with fused projections and experts."""
+
+ENCODERS, SEQ2SEQ = SORTS["encoder"], SORTS["seq2seq"]
+DECODERS = (*SORTS["decoder"], *SORTS["fused"], *SORTS["mixture"])
+MODELS: dict[str, Callable[[], Example]] = {build.__name__: build for builds in SORTS.values() for build in builds}

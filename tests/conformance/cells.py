@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from deltatune.injection.attach import attach
 from deltatune.injection.delta import Delta
 from deltatune.methods import Method, methods
-from tests.models import DECODERS, MODELS, SEQ2SEQ, Example, tokens
+from tests.models import DECODERS, MODELS, SEQ2SEQ, Example, output, tokens
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -31,6 +32,8 @@ SMALL: dict[str, Any] = {
     "bottleneck_dim": 4,
     "num_virtual_tokens": 3,
     "mid_dim": 8,
+    "block_size": 4,
+    "dimension": 200,
     "token_ids": tuple(dict.fromkeys(tokens()["input_ids"][0, :4].tolist())),
 }
 """Values of fields, by the field's name, that keep a fresh delta tiny and busy; other fields keep their defaults."""
@@ -46,15 +49,20 @@ REFUSED: dict[str, frozenset[str]] = {
     "compacter-plus-plus": frozenset({"mixtral"}),
     "embedding-prefix-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "ia3": frozenset({"torch_encoder"}),
+    "last-layer": frozenset(NO_ROLES),
+    "last-layers": frozenset(NO_ROLES),
     "linear-probe": _LANGUAGE_MODELS | {"torch_encoder"},
-    "multi-head-parallel-adapter": frozenset({"torch_encoder", *NO_ROLES}),
+    "mam": frozenset({"deberta_v2", "mpnet", "bloom", "mixtral", "torch_encoder", *NO_ROLES}),
+    "oft": frozenset({"conv_net"}),
     "p-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
-    "parallel-adapter": frozenset(NO_ROLES),
+    "p-tuning-v2": frozenset({"deberta_v2", "mpnet", "bloom", "torch_encoder", *NO_ROLES}),
     "pfeiffer-adapter": frozenset({"mixtral"}),
+    "norm-tuning": frozenset({"mlp", "tied_mlp"}),
     "prefix-tuning": frozenset({"deberta_v2", "mpnet", "bloom", "torch_encoder", *NO_ROLES}),
     "prompt-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
-    "scaled-parallel-adapter": frozenset({"mixtral", *NO_ROLES}),
+    "selective-modules": frozenset(NO_ROLES),
     "trainable-tokens": frozenset({"vit", "torch_encoder", *NO_ROLES}),
+    "unipelt": frozenset({"deberta_v2", "mpnet", "bloom", "mixtral", "torch_encoder", *NO_ROLES}),
 }
 """Cells that cannot attach: virtual positions or tokens without text or without attention's interface, a probe without a head."""
 
@@ -66,14 +74,15 @@ UNMERGEABLE: dict[str, frozenset[str]] = {
     "embedding-prefix-tuning": frozenset(MODELS),
     "ia3": frozenset({"tied_mlp"}),
     "low-rank-adapter": frozenset(MODELS),
-    "multi-head-parallel-adapter": frozenset(MODELS),
+    "mam": frozenset(MODELS),
     "p-tuning": frozenset(MODELS),
-    "parallel-adapter": frozenset(MODELS),
+    "p-tuning-v2": frozenset(MODELS),
     "pfeiffer-adapter": frozenset(MODELS),
     "phm-adapter": frozenset(MODELS),
+    "partial-bitfit": frozenset(MODELS) - _BIASED,
     "prefix-tuning": frozenset(MODELS),
     "prompt-tuning": frozenset(MODELS),
-    "scaled-parallel-adapter": frozenset(MODELS),
+    "unipelt": frozenset(MODELS),
 }
 """Cells whose delta is no change of a weight: bottlenecks, virtual positions, added biases, one owner of a tied weight scaled."""
 
@@ -147,6 +156,27 @@ def fresh(name: str) -> Example:
     """A copy of the model of that name, built once a process, and its inputs."""
     model, inputs = _built(name)
     return copy.deepcopy(model), dict(inputs)
+
+
+@cache
+def plain(name: str, autocast: torch.dtype | None = None) -> Tensor:
+    """The output of the model of that name with nothing attached, computed once a process."""
+    model, inputs = fresh(name)
+    if autocast is None:
+        with torch.no_grad():
+            return output(model, inputs)
+    with one_kernel(), torch.no_grad(), torch.autocast("cpu", autocast):
+        return output(model, inputs)
+
+
+@contextmanager
+def one_kernel() -> Iterator[None]:
+    """``nn.TransformerEncoderLayer`` has a fused path with other rounding, which it leaves where a module has hooks."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @torch.no_grad()
