@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Budget, Delta
+from deltatune.injection.fresh import reset
 from deltatune.injection.merge import merge, unmerge
-from deltatune.injection.switching import deltas, disabled, switch
+from deltatune.injection.switching import deltas, disabled, refresh, switch
 from deltatune.structure.where import find_sites
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ __all__ = [
     "load",
     "merge",
     "open",
+    "refresh",
+    "reset",
     "save",
     "switch",
     "train",

@@ -120,6 +120,7 @@ def load(
     allow_misshapen: bool = False,
     allow_nonfinite: bool = False,
     allow_unknown: bool = False,
+    allow_idle: bool = False,
 ) -> Delta | Composition:
     """Attach what a folder holds, at exactly the sites it was saved from.
 
@@ -136,6 +137,7 @@ def load(
         allow_misshapen: leave tensors fresh that have another shape in the file, such as a head for other labels.
         allow_nonfinite: load NaN and infinity.
         allow_unknown: leave out keys and fields this version does not know.
+        allow_idle: take sites that a forward may never call, as in ``attach``.
 
     Returns:
         The delta, or the composition.
@@ -167,6 +169,7 @@ def load(
         misshapen=allow_misshapen,
         nonfinite=allow_nonfinite,
         unknown=allow_unknown,
+        idle=allow_idle,
     )
     place = locate(folder)
     record = read(place, allow_unknown=allow_unknown)

@@ -12,7 +12,7 @@ from deltatune.checkpoint.bounded import Bounded
 from deltatune.checkpoint.fingerprint import differences, fingerprint
 from deltatune.checkpoint.record import MEMBERS, TENSORS, Record
 from deltatune.checkpoint.tensors import named, not_finite, read_tensors
-from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, nearest
+from deltatune.errors import CheckpointError, ForeignBackbone, InvalidValue, nearest
 from deltatune.injection.attach import detach, place
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
@@ -42,6 +42,7 @@ class Allowed:
     misshapen: bool = False
     nonfinite: bool = False
     unknown: bool = False
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _site(known: Index, key: str) -> Site | None:
 
 
 def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
-    delta = _placed(backbone, plan)
+    delta = _placed(backbone, plan, allowed)
     try:
         if plan.record.exported:
             _export(delta)
@@ -196,13 +197,13 @@ def _export(delta: Delta) -> None:
         refresh_gradients(delta)
 
 
-def _placed(backbone: nn.Module, plan: Plan) -> Delta:
+def _placed(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
     own = sum(_bytes(parameter) for module in modules_of(backbone).values() for parameter in module.parameters(recurse=False))
     limit = FLOOR + GROWTH * (own + sum(map(_bytes, plan.tensors.values())))
     fresh = ledger_of(backbone) is None
     try:
         with Bounded(limit, f"`{plan.record.name}` ({plan.method})"):
-            return place(backbone, plan.method, plan.sites, plan.name, plan.heads)
+            return place(backbone, plan.method, plan.sites, plan.name, plan.heads, allow_idle=allowed.idle)
     except BaseException as cause:
         if fresh:
             close_ledger(backbone)
@@ -265,7 +266,7 @@ def _fill(delta: Delta, state: Mapping[str, Tensor]) -> None:
     """
     try:
         delta.load_state_dict(state)
-    except DeltaError as cause:
+    except CheckpointError as cause:
         raise CheckpointError(
             f"{cause} load(..., allow_missing=True, allow_unexpected=True, allow_misshapen=True) each let one kind pass."
         ) from cause

@@ -30,6 +30,7 @@ def attach(
     layers: Layers | None = None,
     name: str | None = None,
     head: bool = True,
+    allow_idle: bool = False,
 ) -> Delta:
     """Put a fresh delta on a backbone and enable it behind the deltas that act already.
 
@@ -44,6 +45,8 @@ def attach(
         layers: keep only sites of these layers: an int, a range, a list, or ``"top:3"``, ``"bottom:2"``.
         name: how the delta is called on this backbone; the method's name, numbered, if left out.
         head: whether a task head of the backbone belongs to the delta.
+        allow_idle: take sites that a forward may never call, where the delta does nothing; else that is an error
+            (``Idle``) once it is seen.
 
     Returns:
         The delta.
@@ -72,7 +75,7 @@ def attach(
         asked = list(method.where) if where is None else where
         matches = _find(backbone, ledger, asked, layers)
         index = ledger.index(backbone)
-        return place(backbone, method, matches.sites, name, heads_of(index) if head else [], matches)
+        return place(backbone, method, matches.sites, name, heads_of(index) if head else [], matches, allow_idle=allow_idle)
     except BaseException:
         if fresh:
             close_ledger(backbone)
@@ -80,7 +83,14 @@ def attach(
 
 
 def place(
-    backbone: nn.Module, method: Method, sites: Sequence[Site], name: str, heads: Sequence[Site], matches: Matches | None = None
+    backbone: nn.Module,
+    method: Method,
+    sites: Sequence[Site],
+    name: str,
+    heads: Sequence[Site],
+    matches: Matches | None = None,
+    *,
+    allow_idle: bool = False,
 ) -> Delta:
     """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
     ledger = open_ledger(backbone)
@@ -99,7 +109,7 @@ def place(
     try:
         for entry in entries:
             _install(backbone, ledger, entry)
-        ledger.watch.add(entries)
+        ledger.watch.add(entries, allow_idle=allow_idle)
         delta.enable()
     except BaseException:
         _remove(delta)

@@ -14,7 +14,7 @@ from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.entries import Entry
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, ledger_of
-from deltatune.injection.refusals import check_alone, check_selects_unmerged, check_unmerged
+from deltatune.injection.refusals import check_alone, check_in_memory, check_selects_unmerged, check_unmerged
 from deltatune.injection.slot import Term
 from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
@@ -137,9 +137,10 @@ class Delta:
 
         Raises:
             CheckpointError: tensors are missing, unexpected or misshapen.
-            Unsupported: the delta is merged, so the weights would not follow.
+            Unsupported: the delta is merged, so the weights would not follow, or on the meta device, where nothing can be kept.
         """
         check_unmerged(self, "load into")
+        check_in_memory(self)
         reforming = {key: module for key, module in self._modules() if isinstance(module, Reforming)}
         forms = {key: _form(module) for key, module in reforming.items()}
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -26,6 +27,9 @@ RESERVED = frozenset(dir(nn.ModuleDict()))
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 """Classes of PyTorch that take a module's parameters in hand once, when they are put around it."""
+
+_open: WeakSet[Ledger] = WeakSet()
+"""The ledgers alive: a module does not know what it lies in. Only asked before a backbone gets its first delta."""
 
 if TYPE_CHECKING:
     from deltatune.injection.compose import Composition
@@ -51,6 +55,7 @@ class Ledger(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        _open.add(self)
         self.slot: Slot | None = None
         self.shared = nn.ModuleDict()
         self.deltas: dict[str, Delta] = {}
@@ -69,6 +74,10 @@ class Ledger(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _open.add(self)
 
     def index(self, backbone: nn.Module) -> Index:
         """The backbone's sites, walked once."""
@@ -194,6 +203,13 @@ def open_ledger(backbone: nn.Module) -> Ledger:
 
 def _check_root(backbone: nn.Module) -> None:
     check_vacant(backbone)
+    for ledger in list(_open):
+        root = next((delta.backbone for delta in ledger.deltas.values()), None)
+        if root is not None and any(module is backbone for module in root.modules()):
+            raise Unsupported(
+                f"This {type(backbone).__name__} cannot take a delta: it lies in a {type(root).__name__} to which deltas are attached "
+                "already. Attach all deltas to one and the same module, or detach those first."
+            )
     for path, module in backbone.named_modules():
         child = module._modules.get(CHILD)
         if isinstance(child, Ledger | Slot):

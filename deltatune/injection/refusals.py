@@ -34,6 +34,20 @@ def check_unmerged(delta: Delta, verb: str) -> None:
         raise Unsupported(f"Cannot {verb} delta `{delta.name}` while it is merged into the weights. Call dt.unmerge(delta) first.")
 
 
+def check_in_memory(delta: Delta) -> None:
+    """Its own tensors are not on the meta device.
+
+    Raises:
+        Unsupported: one of them is.
+    """
+    own = [entry.patch for entry in delta.entries] + ([] if delta.shared is None else [delta.shared])
+    if any(tensor.is_meta for module in own for tensor in (*module.parameters(), *module.buffers())):
+        raise Unsupported(
+            f"Delta `{delta.name}` is on the meta device, so tensors put into it would be lost. Give the backbone memory with "
+            "to_empty(device=...) and load its weights first; then dt.reset(delta), or load the delta."
+        )
+
+
 def check_selects_unmerged(delta: Delta) -> None:
     """It trains nothing in place that holds another delta's merged change: the two could not be told apart.
 

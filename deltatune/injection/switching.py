@@ -44,6 +44,17 @@ def switch(backbone: nn.Module, name: str | None) -> None:
         chosen.enable()
 
 
+def refresh(backbone: nn.Module) -> None:
+    """Forget what was computed ahead from the parameters.
+
+    While nothing needs gradients, deltas of the weight kinds keep their effective weights from one forward to the next.
+    In-place operations and optimizers tell that they wrote a parameter; ``parameter.data`` does not, so call this then.
+    """
+    ledger = ledger_of(backbone)
+    if ledger is not None:
+        ledger.arrange(ledger.acting_deltas)
+
+
 @contextmanager
 def disabled(backbone: nn.Module) -> Iterator[None]:
     """The plain backbone for a moment: no delta acts, and all act again as before at the end.

@@ -44,10 +44,10 @@ class Watch:
             handle.remove()
         self._handles = []
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Take in the entries of a new delta."""
+    def add(self, entries: Iterable[Entry], *, allow_idle: bool) -> None:
+        """Take in the entries of a new delta; whether all of them are reached is only asked where that is not left open."""
         for entry in entries:
-            if entry.act.listens:
+            if entry.act.listens and not allow_idle:
                 self._unseen.append(entry)
             self.draws.add(entry.delta, entry.patch)
 
@@ -89,7 +89,7 @@ class Watch:
             raise Idle(
                 f"Delta `{silent[0].delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
                 f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
-                "(dt.find_sites lists them), or detach the delta."
+                "(dt.find_sites lists them), or detach the delta and attach it with allow_idle=True."
             )
 
 

@@ -24,6 +24,7 @@ from deltatune.injection.draws import Draws
 from deltatune.injection.guard import Guard
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, How, Member, Term
+from deltatune.injection.steps import steps
 from deltatune.methods.kinds import Patch, Stochastic, WeightPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site, is_packed
@@ -54,7 +55,10 @@ class Fold:
         return host.get_submodule(self.owner_path) if self.owner_path else host
 
     def effective(self, theta: Tensor) -> Tensor:
-        """theta', cached by the version counters of theta and phi while nothing needs gradients; dropped when something does."""
+        """theta', cached while nothing needs gradients, until an optimizer steps or a version counter of theta or phi moves.
+
+        What is written through ``.data`` moves none: see ``refresh``.
+        """
         if torch.compiler.is_compiling() or theta.is_inference():
             return self._compute(theta)
         if torch.is_grad_enabled():
@@ -65,7 +69,7 @@ class Fold:
         phi = [tensor for patch in self._patches for tensor in (*patch.parameters(), *patch.buffers())]
         if any(tensor.is_inference() for tensor in phi):
             return self._compute(theta)
-        key = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (theta, *phi))
+        key = (steps(), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (theta, *phi)))
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self._compute(theta))
         return self._cache[1]

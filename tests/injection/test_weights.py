@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltatune.errors import Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import compose
+from deltatune.injection.switching import refresh
 from deltatune.methods import DiffPruning, LoRA
 from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch
 from deltatune.structure.site import Site
@@ -182,3 +183,38 @@ def test_weights_on_the_meta_device_refuse_when_they_are_needed() -> None:
         backbone(torch.zeros(2, 4, device="meta"))
     backbone.to_empty(device="cpu")
     assert backbone(torch.zeros(2, 4)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_step_between_two_evaluations_is_seen(kind: type[torch.optim.Optimizer]) -> None:
+    backbone, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    delta = attach(backbone, DiffPruning(), "0")
+    optimizer = kind(delta.trained_parameters().values(), lr=0.1, fused=True)  # type: ignore[call-arg]
+    backbone(x).sum().backward()
+    backbone.eval()
+    with torch.no_grad():
+        before = backbone(x)
+        versions = [parameter._version for parameter in delta.parameters()]
+        optimizer.step()
+        assert [parameter._version for parameter in delta.parameters()] == versions  # else this test shows nothing
+        after = backbone(x)
+        twin = copy.deepcopy(backbone)(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, twin)
+
+
+def test_what_is_written_behind_the_counters_back_needs_a_refresh() -> None:
+    backbone, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    delta = attach(backbone, DiffPruning(), "0")
+    backbone.eval()
+    with torch.no_grad():
+        before = backbone(x)
+        backbone[0].weight.data.mul_(2)
+        assert torch.equal(backbone(x), before)
+        refresh(backbone)
+        after = backbone(x)
+        delta.disable()
+        torch.testing.assert_close(after, backbone(x))
+    assert not torch.equal(after, before)
+    detach(delta)
+    refresh(backbone)
