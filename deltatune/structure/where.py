@@ -155,6 +155,17 @@ def spoken(role: str) -> list[str]:
     return names
 
 
+def has_role(site: Site, patterns: Sequence[str]) -> bool:
+    """Whether role patterns, as a method's default ``where``, hit the site by its role.
+
+    >>> has_role(Site("h.0", nn.Linear(1, 1), role="decoder.attention.query"), ("attention.{query,value}", "stack?"))
+    True
+    """
+    entries = [entry for pattern in patterns for entry in _entries(pattern)]
+    hit = [entry for entry in entries if any(fnmatchcase(role, str(entry.pattern)) for role in spoken(site.role or ""))]
+    return bool(hit) and not any(entry.excludes for entry in hit)
+
+
 def _as_list(where: Where) -> list[str | Test]:
     entries = [where] if isinstance(where, str) or callable(where) else list(where)
     if not entries:
