@@ -6,6 +6,7 @@ from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as 
 from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
 from deltatune.methods.addition.ia3 import IA3 as IA3
 from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
+from deltatune.methods.addition.mam import MAM as MAM
 from deltatune.methods.addition.multi_head_parallel_adapter import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from deltatune.methods.addition.p_tuning import PTuning as PTuning
 from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
@@ -14,6 +15,7 @@ from deltatune.methods.addition.phm_adapter import PHMAdapter as PHMAdapter
 from deltatune.methods.addition.prefix_tuning import PrefixTuning as PrefixTuning
 from deltatune.methods.addition.prompt_tuning import PromptTuning as PromptTuning
 from deltatune.methods.addition.scaled_parallel_adapter import ScaledParallelAdapter as ScaledParallelAdapter
+from deltatune.methods.addition.unipelt import UniPELT as UniPELT
 from deltatune.methods.kinds import Method as Method
 from deltatune.methods.kinds import methods as methods
 from deltatune.methods.reparameterization.lora import LoRA as LoRA
