@@ -73,6 +73,7 @@ UNMERGEABLE: dict[str, frozenset[str]] = {
     "compacter-plus-plus": frozenset(MODELS),
     "embedding-prefix-tuning": frozenset(MODELS),
     "ia3": frozenset({"tied_mlp"}),
+    "loreft": frozenset(MODELS),
     "low-rank-adapter": frozenset(MODELS),
     "mam": frozenset(MODELS),
     "p-tuning": frozenset(MODELS),

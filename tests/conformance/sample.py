@@ -36,6 +36,17 @@ def acts_of(method: str) -> frozenset[type[Patch]]:
     return frozenset()
 
 
+def representatives(model: str) -> dict[type[Patch], str]:
+    """For each way of acting the first method that acts so, and if possible in no other way, on an architecture."""
+    taken = [cell.method for cell in TAKEN if cell.model == model]
+    found = {}
+    for act in ACTS:
+        acting = [method for method in taken if act in acts_of(method)]
+        if acting:
+            found[act] = min(acting, key=lambda method: len(acts_of(method)))
+    return found
+
+
 def pairwise(cells: Iterable[Cell], *crossings: tuple[str, ...]) -> list[Cell]:
     """Cells in which everything meets everything that the crossings name, where one of ``cells`` lets it.
 
