@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from deltatune.injection.sharding import reshard
 from deltatune.methods.kinds import SelectionPatch
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def thaw(backbone: nn.Module, before: dict[str, bool]) -> None:
 
 def refresh_gradients(delta: Delta) -> None:
     """Set ``requires_grad`` of a delta's parameters from what is enabled, frozen, merged and live."""
+    reshard(delta.backbone)
     wanted = delta.enabled and delta.trainable and not delta.merged
     for entry in delta.entries:
         if isinstance(entry.patch, SelectionPatch):

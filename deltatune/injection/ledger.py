@@ -17,6 +17,7 @@ from torch import nn
 from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
 from deltatune.injection.around import Around
 from deltatune.injection.freeze import freeze, thaw
+from deltatune.injection.sharding import reshard
 from deltatune.injection.slot import CHILD, Slot, Term, check_vacant, slot_of
 from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
@@ -106,6 +107,8 @@ class Ledger(nn.Module):
 
     def arrange(self, deltas: Iterable[str]) -> None:
         """Bring the slots that these deltas touch in line with ``terms``."""
+        deltas = list(deltas)
+        self._settle(deltas)
         # a merged delta acts through the weights; a selection is in them anyway
         unmerged = [term for term in self.acting_terms if len(term.members) > 1 or not self.deltas[term.members[0]].merged]
         for module, slot in self._slots(deltas):
@@ -117,9 +120,16 @@ class Ledger(nn.Module):
         self.terms.append(term)
         if self.resting:
             return
+        self._settle(term.members)
         for module, slot in self._slots(term.members):
             for act in slot.acts.values():
                 act.append(module, term, slot.mixers)
+
+    def _settle(self, deltas: Iterable[str]) -> None:
+        """Parameters are written: they must not be copies that a forward left."""
+        for name in deltas:
+            reshard(self.deltas[name].backbone)
+            return
 
     def _slots(self, deltas: Iterable[str]) -> Iterable[tuple[nn.Module, Slot]]:
         """The slots that these deltas touch, with their modules, once each."""

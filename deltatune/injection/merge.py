@@ -136,8 +136,8 @@ def _check(ledger: Ledger, entry: Entry) -> None:
         theta = owner.get_parameter(name)
         if theta.is_meta or is_packed(theta):
             raise Unsupported(
-                f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised or offloaded. "
-                "Load the backbone in full precision."
+                f"Delta `{entry.delta}` cannot be merged into `{entry.key}`: its `{name}` is quantised, sharded or offloaded. "
+                "Load the backbone in full precision, on one device."
             )
     mixed = {name for term in ledger.terms if term.mixer is not None for name in term.members}  # what mixers weigh must not change
     for inner in _others(ledger, entry, before=True, merged=False):

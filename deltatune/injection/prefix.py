@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltatune.errors import Unsupported
 from deltatune.injection.interface import MARK, PAST, has_table, has_variant, is_on_interface
 from deltatune.injection.positions import Shift
-from deltatune.injection.slot import Act, Term, first_input, thread_key
+from deltatune.injection.slot import Act, Member, Term, first_input, thread_key
 from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
@@ -42,6 +42,7 @@ class PrefixAct(Act):
         super().__init__(module)
         self.patches: list[PrefixPatch | ConditionalPrefixPatch] = []
         self.length = 0
+        self._lengths: dict[str, list[int]] = {}
         self._inputs: dict[int, Tensor] = {}
         self.switch: Switch | None = None
         self.relative: Any = None
@@ -76,12 +77,23 @@ class PrefixAct(Act):
         if self.switch is not None and self.length and not acted:
             self.switch.count(1)
 
-    def _extend(self, deltas: Sequence[str]) -> None:
-        patches = [member.patch for name in deltas for member in self.members.get(name, [])]
-        added = [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
-        self.patches += added
+    def add(self, module: nn.Module, member: Member) -> None:
+        """Measure the prefix now: later its tensors may be shards."""
+        super().add(module, member)
+        assert isinstance(member.patch, PrefixPatch | ConditionalPrefixPatch)
         with torch.no_grad():
-            self.length += sum(_length(patch) for patch in added)
+            self._lengths.setdefault(member.delta, []).append(_length(member.patch))
+
+    def remove(self, module: nn.Module, delta: str) -> None:
+        """Forget the prefixes of one delta."""
+        super().remove(module, delta)
+        self._lengths.pop(delta, None)
+
+    def _extend(self, deltas: Sequence[str]) -> None:
+        for name in deltas:
+            patches = [member.patch for member in self.members.get(name, [])]
+            self.patches += [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
+            self.length += sum(self._lengths.get(name, []))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check that ``attend`` will run, and tell it how many tokens are cached where positions are relative.

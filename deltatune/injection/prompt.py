@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.cached import capacity, enlarge, first_mask, is_made_ahead, later_mask, seen_tokens, store, stored
-from deltatune.injection.slot import Act, Term, input_names, thread_key
+from deltatune.injection.slot import Act, Member, Term, input_names, thread_key
 from deltatune.methods.kinds import Patch, PromptPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
@@ -90,6 +90,7 @@ class PromptAct(Act):
         super().__init__(module)
         self.patches: list[PromptPatch] = []
         self.length = 0
+        self._lengths: dict[str, list[int]] = {}
         self._tables: list[tuple[str, nn.Embedding]] = []
         self._handle: RemovableHandle | None = None
         self._layouts: dict[int, Layout] = {}
@@ -107,9 +108,16 @@ class PromptAct(Act):
         if stack.inner is not module and self._handle is None:
             self._handle = stack.inner.register_forward_hook(self.end)
 
+    def add(self, module: nn.Module, member: Member) -> None:
+        """Measure the prompt now: later its tensors may be shards."""
+        super().add(module, member)
+        with torch.no_grad():
+            self._lengths.setdefault(member.delta, []).append(member.patch().shape[0])
+
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the prompts of one delta, and with the last one the hook on the inner module."""
         super().remove(module, delta)
+        self._lengths.pop(delta, None)
         if not self.members and self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -122,11 +130,9 @@ class PromptAct(Act):
 
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
         """Concatenate its prompts, too."""
-        patches = [member.patch for name in term.members for member in self.members.get(name, [])]
-        added = [patch for patch in patches if isinstance(patch, PromptPatch)]
-        self.patches += added
-        with torch.no_grad():
-            self.length += sum(patch().shape[0] for patch in added)
+        for name in term.members:
+            self.patches += [member.patch for member in self.members.get(name, []) if isinstance(member.patch, PromptPatch)]
+            self.length += sum(self._lengths.get(name, []))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put P in front at the first step; later reckon with the P that the cache holds.

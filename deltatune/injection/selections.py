@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
+from deltatune.injection.sharding import as_held
 from deltatune.injection.slot import Act, Member, Term
 from deltatune.methods.kinds import Patch, SelectionPatch
 from deltatune.structure.index import Index
@@ -52,13 +53,13 @@ class Choice:
             return self.values[delta]
         if self.active == ((delta, 1.0),):
             return theta.detach()
-        learnt = theta.detach() - self._sum(self.active)
-        return self.values[delta] + learnt / dict(self.active)[delta]
+        learnt = theta.detach() - self._sum(self.active, theta)
+        return as_held(self.values[delta], theta) + learnt / dict(self.active)[delta]
 
     def assign(self, delta: str, value: Tensor, theta: Tensor) -> None:
         """Set theta_i, and the Parameter with it if the delta is active."""
         active = self._read(theta)
-        self.values[delta] = value.detach().clone().to(self.original)
+        self.values[delta] = value.detach().clone().to(self.original.device, self.original.dtype)
         self._write(active, theta)
 
     def arrange(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
@@ -70,7 +71,8 @@ class Choice:
         self._write(active, theta)
         if self.live != before:  # a gradient belongs to the delta that was live, whatever acts for a moment
             self.gradients[before] = theta.grad
-            theta.grad = self.gradients.pop(self.live, None)
+            gradient = self.gradients.pop(self.live, None)
+            theta.grad = None if gradient is None else as_held(gradient, theta)
 
     def make_original(self, delta: str, theta: Tensor) -> None:
         """theta_0 <- theta_0 + (theta_i - theta_0): the change of one delta becomes the backbone's own, for good."""
@@ -82,8 +84,9 @@ class Choice:
 
     def move(self, original: Tensor) -> None:
         """theta_0 <- ``original``; what each delta changes stays."""
+        original = as_held(original, self.original)
         change = original - self.original
-        self.values = {delta: value + change for delta, value in self.values.items()}
+        self.values = {delta: value + as_held(change, value) for delta, value in self.values.items()}
         self.original = original.clone()
 
     def _read(self, theta: Tensor) -> tuple[tuple[str, float], ...]:
@@ -95,18 +98,20 @@ class Choice:
 
     @torch.no_grad()
     def _write(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
-        theta.copy_(self._sum(active))
+        theta.copy_(self._sum(active, theta))
         self.active = active
         if len(active) == 1 and active[0][1] == 1.0:
             del self.values[active[0][0]]
 
-    def _sum(self, active: tuple[tuple[str, float], ...]) -> Tensor:
+    def _sum(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> Tensor:
+        """The sum over what is active, in the form in which the Parameter is held."""
         if len(active) == 1 and active[0][1] == 1.0:
-            return self.values[active[0][0]]
-        theta = self.original.clone()
+            return as_held(self.values[active[0][0]], theta)
+        original = as_held(self.original, theta)
+        total = original.clone()
         for delta, weight in active:
-            theta += weight * (self.values[delta] - self.original)
-        return theta
+            total += weight * (as_held(self.values[delta], theta) - original)
+        return total
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Follow ``nn.Module._apply``."""

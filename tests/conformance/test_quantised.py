@@ -65,7 +65,7 @@ def test_a_packed_weight_takes_no_merge(scheme: str) -> None:
     shake(delta)
     with torch.no_grad():
         expected = output(backbone, inputs)
-    with pytest.raises(Unsupported, match=r"quantised or offloaded\. Load the backbone in full precision"):
+    with pytest.raises(Unsupported, match=r"quantised, sharded or offloaded\. Load the backbone in full precision"):
         merge(delta)
     with torch.no_grad():
         assert torch.equal(output(backbone, inputs), expected)
