@@ -18,11 +18,13 @@ from deltatune.methods.addition.scaled_parallel_adapter import ScaledParallelAda
 from deltatune.methods.addition.unipelt import UniPELT as UniPELT
 from deltatune.methods.kinds import Method as Method
 from deltatune.methods.kinds import methods as methods
+from deltatune.methods.reparameterization.did import DID as DID
 from deltatune.methods.reparameterization.loha import LoHa as LoHa
 from deltatune.methods.reparameterization.lokr import LoKr as LoKr
 from deltatune.methods.reparameterization.lora import LoRA as LoRA
 from deltatune.methods.reparameterization.miss import MiSS as MiSS
 from deltatune.methods.reparameterization.oft import OFT as OFT
+from deltatune.methods.reparameterization.said import SAID as SAID
 from deltatune.methods.reparameterization.shira import SHiRA as SHiRA
 from deltatune.methods.specification.bitfit import BitFit as BitFit
 from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
