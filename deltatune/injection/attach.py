@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
+from typing import overload
 
 from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite
-from deltatune.injection.branches import BranchAct, Given
+from deltatune.injection.branches import Given
+from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import ORDER, Entry, build_entries, check_hits, head_entries, heads_of
 from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_of, open_ledger
@@ -22,6 +24,7 @@ from deltatune.structure.site import Site
 from deltatune.structure.where import Layers, Matches, Where, find_sites
 
 
+@overload
 def attach(
     backbone: nn.Module,
     method: Method,
@@ -31,7 +34,32 @@ def attach(
     name: str | None = None,
     head: bool = True,
     allow_idle: bool = False,
-) -> Delta:
+) -> Delta: ...
+
+
+@overload
+def attach(
+    backbone: nn.Module,
+    method: Sequence[Method],
+    where: Where | None = None,
+    *,
+    layers: Layers | None = None,
+    name: str | None = None,
+    head: bool = True,
+    allow_idle: bool = False,
+) -> Delta | Composition: ...
+
+
+def attach(
+    backbone: nn.Module,
+    method: Method | Sequence[Method],
+    where: Where | None = None,
+    *,
+    layers: Layers | None = None,
+    name: str | None = None,
+    head: bool = True,
+    allow_idle: bool = False,
+) -> Delta | Composition:
     """Put a fresh delta on a backbone and enable it behind the deltas that act already.
 
     The backbone is frozen, and what was frozen before is remembered until the last delta is detached. A freshly
@@ -39,17 +67,19 @@ def attach(
 
     Args:
         backbone: any module. It stays itself: same object, same class, its own modules under their own names.
-        method: the recipe, such as ``LoRA(rank=8)``.
+        method: the recipe, such as ``LoRA(rank=8)``; or a list of them, of which each becomes a delta, one acting
+            behind the other, and the first takes the head.
         where: role patterns, path suffixes, globs, ``re:...``, a callable, or a list of these with ``!...`` to
             exclude; the method's default roles if left out.
         layers: keep only sites of these layers: an int, a range, a list, or ``"top:3"``, ``"bottom:2"``.
-        name: how the delta is called on this backbone; the method's name, numbered, if left out.
+        name: how the delta is called on this backbone; the method's name, numbered, if left out. Of several, how
+            their composition is called.
         head: whether a task head of the backbone belongs to the delta.
         allow_idle: take sites that a forward may never call, where the delta does nothing; else that is an error
             (``Idle``) once it is seen.
 
     Returns:
-        The delta.
+        The delta; the sequential composition of them where several were asked for.
 
     Raises:
         NoSite: an entry of ``where`` hits nothing, or the method has nothing to do at the sites it hits.
@@ -64,6 +94,8 @@ def attach(
         84 of 178 parameters (47.191%), 336 bytes
         >>> detach(delta)
     """
+    if isinstance(method, list | tuple) and method:
+        return _attach_all(backbone, method, where, layers, name, head=head, allow_idle=allow_idle)
     if not isinstance(method, Method):
         raise InvalidValue(
             f"attach was given {method!r} as its method. Give an instance of a class in deltatune.methods, such as LoRA(rank=8)."
@@ -79,6 +111,30 @@ def attach(
     except BaseException:
         if fresh:
             close_ledger(backbone)
+        raise
+
+
+def _attach_all(
+    backbone: nn.Module,
+    methods: Sequence[Method],
+    where: Where | None,
+    layers: Layers | None,
+    name: str | None,
+    *,
+    head: bool,
+    allow_idle: bool,
+) -> Delta | Composition:
+    """Attach each and compose them, or leave nothing behind."""
+    if len(methods) == 1:
+        return attach(backbone, methods[0], where, layers=layers, name=name, head=head, allow_idle=allow_idle)
+    placed: list[Delta] = []
+    try:
+        for method in methods:
+            placed.append(attach(backbone, method, where, layers=layers, head=head and not placed, allow_idle=allow_idle))
+        return compose(backbone, placed, name=name)
+    except BaseException:
+        for delta in reversed(placed):
+            detach(delta)
         raise
 
 
@@ -117,14 +173,23 @@ def place(
     return delta
 
 
-def detach(delta: Delta) -> None:
+def detach(delta: Delta | Composition) -> None:
     """Take a delta off its backbone, in whatever order; the last one leaves the backbone bit for bit as it was.
+
+    A composition is dissolved, and its members are taken off.
 
     Raises:
         Unsupported: it was detached already, or acts within a composition.
     """
     from deltatune.injection.merge import unmerge  # merging is built on attaching
 
+    if isinstance(delta, Composition):
+        members = delta.deltas
+        delta.disable()
+        delta.dissolve()
+        for member in reversed(members):
+            detach(member)
+        return
     check_alone(delta, "detach")
     if delta.merged:
         unmerge(delta)
@@ -167,7 +232,7 @@ def _classes() -> set[type[Method]]:
 
 
 def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
-    given = Given() if any(host.act is BranchAct for host in entry.hosts) else None
+    given = Given() if any(host.act is not None for host in entry.hosts) else None
     for k, host in enumerate(entry.hosts):
         module, kind = host.module, host.act or entry.act
         slot = open_slot(module)

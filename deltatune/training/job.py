@@ -14,7 +14,7 @@ from deltatune.backbones import backbone_id, load_backbone, load_config, load_to
 from deltatune.backbones.catalogue import catalogued
 from deltatune.errors import DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import attach, detach
-from deltatune.injection.compose import Composition, compose
+from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Method, Spelled
 from deltatune.tasks import Task, TaskData
@@ -81,10 +81,7 @@ class Job:
 
     def dissolve(self) -> None:
         """Detach what was attached."""
-        if isinstance(self.saved, Composition):
-            self.saved.dissolve()
-        for delta in self.deltas:
-            detach(delta)
+        detach(self.saved)
 
 
 def make_job(
@@ -115,17 +112,8 @@ def make_job(
         framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
         _check_module(module, framing, settings)
     torch.manual_seed(settings.seed)  # the patches' weights do not depend on how the backbone came
-    deltas: list[Delta] = []
-    try:
-        for method in spelled(methods, tokenizer, framing):
-            deltas.append(attach(module, method, where, layers=layers, head=not deltas))  # the first brings the head
-        saved: Delta | Composition = deltas[0]
-        if len(deltas) > 1:
-            saved = compose(module, [delta.name for delta in deltas], how="sequential")
-    except BaseException:
-        for delta in deltas:
-            detach(delta)
-        raise
+    saved = attach(module, spelled(methods, tokenizer, framing), where, layers=layers)
+    deltas = saved.deltas if isinstance(saved, Composition) else [saved]
     lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
     return Job(name_of(backbone), module, tokenizer, data, framing, deltas, saved, lr)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
-from deltatune.errors import Idle, Unsupported
+from deltatune.errors import Idle, InvalidValue, NoSite, Unsupported
 from deltatune.methods import IA3, Adapter, BitFit, DiffPruning, LoRA, PrefixTuning
 from deltatune.methods.kinds import Method
 from tests.conformance.trace import trace
@@ -114,3 +114,43 @@ def test_what_trained_in_place_starts_over_from_the_backbones_own_values() -> No
     dt.reset(delta)
     assert torch.equal(output(backbone, inputs), plain)
     assert all(parameters[name] is parameter for name, parameter in delta.named_parameters())
+
+
+def test_several_methods_become_one_composition(tmp_path: Path) -> None:
+    backbone, inputs = MODELS["bert"]()
+    before, plain = trace(backbone), output(backbone.eval(), inputs)
+    both = dt.attach(backbone, [LoRA(rank=2), Adapter(bottleneck_dim=4)], layers=0, name="both")
+    assert isinstance(both, dt.Composition)
+    assert (both.name, both.how, both.members) == ("both", "sequential", ("lora", "adapter"))
+    lora, adapter = both.deltas
+    assert [any(entry.head for entry in delta.entries) for delta in (lora, adapter)] == [True, False]
+    assert {name.split(".")[0] for name, _ in both.named_parameters()} == {"lora", "adapter"}
+    assert sum(1 for _ in both.parameters()) == sum(1 for delta in both.deltas for _ in delta.parameters())
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter.add_(0.1)
+        acting = output(backbone, inputs)
+        both.disable()
+        assert torch.equal(output(backbone, inputs), plain)
+        both.enable()
+        assert torch.equal(output(backbone, inputs), acting)
+        dt.save(both, tmp_path / "both")
+        dt.detach(both)
+        assert trace(backbone).differences(before) == []
+        assert torch.equal(output(backbone, inputs), plain)
+        dt.load(backbone, tmp_path / "both")
+        assert torch.equal(output(backbone, inputs), acting)
+
+
+def test_several_methods_are_attached_all_or_none() -> None:
+    backbone, _ = MODELS["bert"]()
+    before = trace(backbone)
+    with pytest.raises(NoSite):
+        dt.attach(backbone, [LoRA(rank=2), Adapter(bottleneck_dim=4)], where="pooler")
+    with pytest.raises(InvalidValue, match="cannot name a delta"):
+        dt.attach(backbone, [LoRA(rank=2), BitFit()], name="a b")
+    with pytest.raises(InvalidValue, match=r"was given \[\] as its method"):
+        dt.attach(backbone, [])
+    assert trace(backbone).differences(before) == []
+    one = dt.attach(backbone, [LoRA(rank=2)], name="one")
+    assert isinstance(one, dt.Delta) and one.name == "one"
