@@ -56,6 +56,8 @@ class MethodField:
     def example(self) -> str:
         """A setting the field takes: ``rank=8``."""
         options = (self.hint, *get_args(self.hint))
+        if options[-1] is Ellipsis and get_origin(options[1]) is tuple:
+            return f"{self.name}={self.default_text or _joined(options[1])}"
         sample = next((_SAMPLES[option] for option in options if option in _SAMPLES), "...")
         return f"{self.name}={self.default_text or sample}"
 
@@ -112,10 +114,17 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(f"`{option}`" for option in options)
     if origin is tuple and len(options) == 2 and options[1] is Ellipsis:
+        if get_origin(options[0]) is tuple:
+            return f"entries such as {_joined(options[0])} with commas between them"
         return f"{in_words(options[0]).removeprefix('a ')}s with commas between them"
     if origin is tuple:
         return f"{len(options)} values with commas between them"
     return _WORDS.get(hint, str(hint))
+
+
+def _joined(hint: Any) -> str:
+    """A sample of a tuple within a tuple: ``text:8``."""
+    return ":".join(_SAMPLES.get(option, "...") for option in get_args(hint))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

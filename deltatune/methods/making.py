@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,7 +21,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """The method called ``name`` with these settings; texts are read as the fields' types.
 
     >>> make("lora", {"rank": "4", "rank_stabilized": "yes"})
-    LoRA(rank=4, alpha=16.0, dropout=0.0, rank_stabilized=True)
+    LoRA(rank=4, alpha=16.0, dropout=0.0, rank_stabilized=True, ranks=(), init='kaiming')
 
     Raises:
         UnknownName: no method, or none of its fields, has such a name; the nearest are named.
@@ -109,10 +110,16 @@ def _first(value: Any, options: tuple[Any, ...]) -> Any:
 def _tuple(value: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):
         bare = value.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]")
-        value = [part.strip().strip("'\"") for part in bare.split(",") if part.strip()]
+        value = [part.strip().strip("'\"") for part in _COMMAS.split(bare) if part.strip()]
     parts = list(value) if isinstance(value, Sequence) else [value]
     hints = [options[0]] * len(parts) if options[-1] is Ellipsis else list(options)
-    return tuple(_convert(part, hint) for part, hint in zip(parts, hints, strict=True))
+    return tuple(_convert(_inner(part, hint), hint) for part, hint in zip(parts, hints, strict=True))
+
+
+def _inner(part: Any, hint: Any) -> Any:
+    """A tuple within a tuple is written with colons, the last ones counting: ``attention.query:4``."""
+    within = get_origin(hint) is tuple and isinstance(part, str)
+    return part.rsplit(":", len(get_args(hint)) - 1) if within else part
 
 
 def _integer(value: Any) -> int:
@@ -147,5 +154,8 @@ def _nothing(value: Any) -> None:
     if value is not None and str(value).lower() not in ("none", "null", ""):
         raise ValueError(value)
 
+
+_COMMAS = re.compile(r",(?![^{]*\})")
+"""Commas outside braces, which belong to a pattern such as ``attention.{query,value}``."""
 
 _READERS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _number, bool: _truth, str: _text, NoneType: _nothing}

@@ -52,9 +52,9 @@ class Images(nn.Module):
 class Words(nn.Module):
     """An embedding table and a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(ROWS, WIDTH, padding_idx=0)
+        self.embedding = nn.Embedding(ROWS, WIDTH, padding_idx)
         self.out = nn.Linear(WIDTH, LABELS)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -148,7 +148,10 @@ LINEARS = (
     _model("llama", "q_proj", "v_proj", "down_proj"),
     _model("t5", "q", "v", "wi"),
 )
-EMBEDDING = Host("embedding", _example(Words, "ids", BATCH, 7), ("embedding",), ("embedding",))
+EMBEDDINGS = (
+    Host("embedding", _example(Words, "ids", BATCH, 7), ("embedding",), ("embedding",)),
+    Host("embedding-padding", _example(lambda: Words(3), "ids", BATCH, 40), ("embedding",), ("embedding",)),
+)
 ATTENTION = Host(
     "attention",
     _example(Attention, "x", BATCH, 5, WIDTH),
@@ -166,4 +169,4 @@ RAW = tuple(
     )
     for parameter, transposed in (("kernel", False), ("stack", False), ("stack", True))
 )
-HOSTS = {host.name: host for host in (*LINEARS, *CONVOLUTIONS, EMBEDDING, ATTENTION, *RAW)}
+HOSTS = {host.name: host for host in (*LINEARS, *CONVOLUTIONS, *EMBEDDINGS, ATTENTION, *RAW)}

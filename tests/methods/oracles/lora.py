@@ -33,7 +33,7 @@ def shaped(name: str, own: Tensor, theirs: Tensor) -> Tensor:
 
 def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Method) -> Tensor:
     assert isinstance(method, LoRA)
-    return theta + method.scale * (tensors["lora_B"] @ tensors["lora_A"]).reshape(theta.shape)
+    return theta + method.scale(method.rank) * (tensors["lora_B"] @ tensors["lora_A"]).reshape(theta.shape)
 
 
 def lora(rank: int, alpha: float = 3.0, rank_stabilized: bool = False) -> LoRA:
@@ -51,5 +51,12 @@ WRONG = {
     "conv2d-depthwise": GROUPED,
 }
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=8, alpha=8.0), dict(rank=4, rank_stabilized=True)]
-PLACES = [host.name for host in (*LINEARS, *CONVOLUTIONS)] + ["embedding", "attention", "raw-kernel", "raw-stack", "raw-stack-transposed"]
+PLACES = [host.name for host in (*LINEARS, *CONVOLUTIONS)] + [
+    "embedding",
+    "embedding-padding",
+    "attention",
+    "raw-kernel",
+    "raw-stack",
+    "raw-stack-transposed",
+]
 CASES = cases("lora", PLACES, SETTINGS, WRONG)
