@@ -35,6 +35,14 @@ from deltatune.methods.reparameterization.shira import SHiRA as SHiRA
 from deltatune.methods.reparameterization.vera import VeRA as VeRA
 from deltatune.methods.specification.bitfit import BitFit as BitFit
 from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
+from deltatune.methods.specification.fish_mask import FISHMask as FISHMask
 from deltatune.methods.specification.full import FullFineTuning as FullFineTuning
+from deltatune.methods.specification.last_layer import LastLayer as LastLayer
+from deltatune.methods.specification.last_layers import LastLayers as LastLayers
 from deltatune.methods.specification.linear_probe import LinearProbe as LinearProbe
+from deltatune.methods.specification.masking import Masking as Masking
+from deltatune.methods.specification.norm_tuning import NormTuning as NormTuning
+from deltatune.methods.specification.partial_bitfit import PartialBitFit as PartialBitFit
+from deltatune.methods.specification.random_subset import RandomSubset as RandomSubset
+from deltatune.methods.specification.selective_modules import SelectiveModules as SelectiveModules
 from deltatune.methods.specification.trainable_tokens import TrainableTokens as TrainableTokens

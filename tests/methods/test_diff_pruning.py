@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltatune.errors import InvalidValue
 from deltatune.injection.attach import attach
 from deltatune.injection.delta import Delta
-from deltatune.methods import DiffPruning
+from deltatune.methods import DiffPruning, FullFineTuning
 from deltatune.methods.specification.diff_pruning import GatedDifference, prune
 from tests.conformance.cells import fresh, shake
 from tests.models import output
@@ -158,7 +158,7 @@ def test_life_from_gates_to_positions_and_values() -> None:
     total = sum(mask.numel() for mask in masks)
     assert kept == round(0.02 * total)
     assert delta.budget().delta == kept
-    assert delta.budget().size_bytes == kept * (8 + 4) < before.size_bytes / 20
+    assert delta.budget().size_bytes == kept * (4 + 4) < before.size_bytes / 20
     assert sorted(name.rpartition(".")[2] for name in delta.state_dict()) == sorted(["index", "values"] * len(masks))
 
 
@@ -203,11 +203,37 @@ def _train(backbone: nn.Module, inputs: dict[str, Tensor], delta: Delta, steps: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(density=0.0), r"DiffPruning\(density=0\.0\) was asked for; `density` must be greater than 0"),
-        (dict(density=1.5), r"`density` must be at least 0 and less than 1"),
+        (dict(density=0.0), r"DiffPruning\(density=0\.0\) was asked for; `density` must be greater than 0 and at most 1"),
+        (dict(density=1.5), r"`density` must be greater than 0 and at most 1"),
         (dict(fine_tune_share=1.0), r"`fine_tune_share` must be at least 0 and less than 1"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidValue, match=message):
         DiffPruning(**fields)
+
+
+@pytest.mark.parametrize("phase", ["gate", "fine-tune"])
+def test_all_entries_equal_full_fine_tuning(phase: str) -> None:
+    """At 100% with every gate open, w walks as theta does in full fine-tuning: the same losses, step by step."""
+    losses: dict[str, list[Tensor]] = {}
+    for method in (DiffPruning(density=1.0, penalty_weight=0.0, alpha_init=40.0), FullFineTuning()):
+        backbone, inputs = fresh("bert")
+        backbone.double().eval()
+        delta = attach(backbone, method)
+        backbone.double()
+        if isinstance(method, DiffPruning):
+            method.enter(delta.patches, phase)
+        moving = [parameter for name, parameter in delta.named_parameters() if not name.endswith("alpha")]
+        assert sum(parameter.numel() for parameter in moving) == delta.budget().N
+        optimizer = torch.optim.AdamW(moving, lr=1e-2, weight_decay=0.0)
+        run = losses.setdefault(type(method).__name__, [])
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = output(backbone, inputs).square().mean()
+            loss.backward()
+            optimizer.step()
+            run.append(loss.detach())
+    mine, theirs = torch.stack(losses["DiffPruning"]), torch.stack(losses["FullFineTuning"])
+    assert theirs[-1] < 0.5 * theirs[0]
+    torch.testing.assert_close(mine, theirs, atol=0, rtol=1e-9)

@@ -8,11 +8,12 @@ from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite
 from deltatune.injection.attach import attach
-from deltatune.methods import BitFit, FullFineTuning, LinearProbe, TrainableTokens
+from deltatune.injection.merge import merge
+from deltatune.methods import BitFit, FullFineTuning, LinearProbe, PartialBitFit, TrainableTokens
 from deltatune.methods.kinds import SelectionPatch
-from deltatune.methods.specification.bitfit import AddedBias
+from deltatune.methods.specification.bitfit import AddedBias, BiasRows
 from tests.conformance.cells import fresh, shake
-from tests.models import MODELS, output
+from tests.models import HIDDEN, LAYERS, MODELS, output
 
 WITH_EVERY_BIAS = ("bert", "roberta", "distilbert", "mpnet", "opt", "bart", "vit", "torch_encoder", "conv_net", "mlp", "tied_mlp")
 WITHOUT_BIAS = ("llama", "mistral", "t5", "phi3", "qwen3", "gemma3", "mixtral")
@@ -30,12 +31,12 @@ def test_bitfit_trains_every_bias_in_place(model: str) -> None:
 @pytest.mark.parametrize("model", WITHOUT_BIAS)
 def test_bitfit_adds_zero_biases_where_there_are_none(model: str) -> None:
     backbone, inputs = fresh(model)
-    linears = [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in path]
+    bare = [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) or "Norm" in type(module).__name__]
     with torch.no_grad():
         plain = output(backbone, inputs)
     delta = attach(backbone, BitFit())
     added = [entry.site.path for entry in delta.entries if type(entry.patch) is AddedBias]
-    assert sorted(added) == sorted(path for path in linears if "router" not in path)
+    assert sorted(added) == sorted(path for path in bare if "lm_head" not in path)
     with torch.no_grad():
         assert torch.equal(output(backbone, inputs), plain)
     with pytest.raises(NoSite, match=r"nothing to do"):
@@ -59,13 +60,71 @@ def test_bitfit_by_the_formula() -> None:
     torch.testing.assert_close(backbone(x), h @ backbone[2].weight.T + b_2, atol=1e-10, rtol=1e-10)
 
 
-def test_the_key_bias_hardly_matters() -> None:
-    """Softmax is invariant to what is added to all keys alike, so its gradient is zero."""
-    backbone, inputs = fresh("bert")
-    delta = attach(backbone, BitFit(), "attention.{query,key}", head=False)
+@pytest.mark.parametrize("model", ["gpt2", "gpt_neox", "bloom", "torch_encoder"])
+def test_a_role_s_share_of_a_fused_bias_trains_and_merges(model: str) -> None:
+    backbone, inputs = fresh(model)
+    with torch.no_grad():
+        plain = output(backbone, inputs)
+    delta = attach(backbone, PartialBitFit(), "attention.value", head=False)
+    assert all(type(patch) is BiasRows for patch in delta.patches)
+    assert delta.budget().delta == LAYERS * HIDDEN
+    with torch.no_grad():
+        assert torch.equal(output(backbone, inputs), plain)
+        shake(delta)
+        expected = output(backbone, inputs)
+        merge(delta)
+        torch.testing.assert_close(output(backbone, inputs), expected)
+    site = delta.entries[0].site
+    changes = [
+        tensor - fresh(model)[0].get_parameter(name) for name, tensor in backbone.named_parameters() if tensor.shape == (3 * HIDDEN,)
+    ]
+    assert all(change.count_nonzero() == HIDDEN for change in changes)
+    assert site.rows_of(changes[0], 0).count_nonzero() == HIDDEN
+
+
+def test_convolutions_and_norms_get_biases_too() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv1d(4, 2, 1, bias=False))
+    delta = attach(backbone, BitFit(), ["0", "1"])
+    assert [patch.b.shape for patch in delta.patches if isinstance(patch, AddedBias)] == [(4,), (2,)]
+    images = torch.randn(2, 3, 5, 5)
+    plain = backbone[0](images)
+    shake(delta)
+    (b, _) = delta.parameters()
+    torch.testing.assert_close(backbone[0](images), plain + b[:, None, None])
+    llama, inputs = fresh("llama")
+    delta = attach(llama, BitFit(), "norm")
+    assert delta.budget().delta == (2 * LAYERS + 1) * HIDDEN
+    shake(delta)
+    with torch.no_grad():
+        assert not torch.equal(output(llama, inputs), output(*fresh("llama")))
+
+
+@pytest.mark.parametrize("model", ["bert", "opt", "gpt2", "bart"])
+def test_the_key_bias_changes_nothing(model: str) -> None:
+    """q . (k + b) = q . k + q . b, the same for every key, which softmax does not see: no gradient, and no effect."""
+    backbone, inputs = fresh(model)
+    backbone.double()
+    plain = output(backbone, inputs).detach()
+    key = attach(backbone, BitFit(), "attention.key", head=False, name="key")
+    query = attach(backbone, BitFit(), "attention.query", head=False, name="query")
     output(backbone, inputs).square().mean().backward()
-    sizes = {entry.site.leaf: entry.parameter.grad.abs().max() for entry in delta.entries if entry.parameter.grad is not None}
-    assert sizes["key"] < 1e-6 < 1e-3 * sizes["query"]
+    idle, moving = (torch.stack([p.grad.abs().max() for p in delta.parameters() if p.grad is not None]) for delta in (key, query))
+    assert len(idle) == len(moving) > 0
+    assert idle.max() < 1e-12 < 1e-6 < moving.max()
+    with torch.no_grad():
+        shake(key, spread=2.0)
+        torch.testing.assert_close(output(backbone, inputs), plain, atol=1e-10, rtol=1e-10)
+        shake(query, spread=2.0)
+        assert not torch.allclose(output(backbone, inputs), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "phi3", "t5", "mixtral", "modernbert"])
+def test_partial_bitfit_trains_two_kinds(model: str) -> None:
+    backbone, _ = fresh(model)
+    delta = attach(backbone, PartialBitFit(), head=False)
+    assert {entry.site.leaf for entry in delta.entries} == ({"query"} if model == "mixtral" else {"query", "up"})
+    with_bias = {id(entry.parameter) for entry in delta.entries if isinstance(entry.patch, SelectionPatch)}
+    assert bool(with_bias) == (model == "bert")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.methods.checks import fraction, positive
+from deltatune.methods.checks import fraction, share
 from deltatune.methods.kinds import Family, Kind, Method, Patch, Phase, WeightPatch, methods
+from deltatune.methods.specification.sparse import added, index_type, largest
 from deltatune.structure.site import Site
 
 LEFT, RIGHT = -1.5, 1.5  # l and r: the hard-concrete gate is stretched to (l, r) and clipped to [0, 1]
@@ -55,9 +56,7 @@ class DiffPruning(Method):
     fine_tune_share: float = 0.4
 
     def __post_init__(self) -> None:
-        positive(self, "density")
-        if self.density != 1:
-            fraction(self, "density")
+        share(self, "density")
         fraction(self, "fine_tune_share")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
@@ -124,6 +123,7 @@ class GatedDifference(WeightPatch):
         super().__init__()
         self.parameter = parameter
         self.form = "gated"
+        self.entries = theta.numel()
         self.w = nn.Parameter(torch.zeros(theta.shape))
         self.alpha = nn.Parameter(torch.full(theta.shape, method.alpha_init))
         self.alpha_g = nn.Parameter(torch.full((1,), method.alpha_init)) if method.structured else None
@@ -133,8 +133,7 @@ class GatedDifference(WeightPatch):
     def forward(self, theta: Tensor) -> Tensor:
         """theta -> theta', of the same shape."""
         if self.form == "sparse":
-            flat = theta.reshape(-1).index_add(0, self.index, self.values.to(theta.dtype))
-            return flat.view(theta.shape)
+            return added(theta, self.index, self.values)
         return theta + (self.gate() * self.w).to(theta.dtype)
 
     def gate(self) -> Tensor:
@@ -173,11 +172,12 @@ class GatedDifference(WeightPatch):
         return change
 
     @torch.no_grad()
-    def fix_mask(self, mask: Tensor) -> None:
-        """Go to the masked form: w <- z w where the mask is open, 0 elsewhere."""
-        self.w.copy_(self.difference() * mask)
+    def fix_mask(self, kept: Tensor) -> None:
+        """Go to the masked form: w <- z w at the positions ``kept`` of the flat theta, 0 elsewhere."""
+        difference = self.difference()
         self._become_masked()
-        self.mask.copy_(mask)
+        self.mask.view(-1)[kept] = True
+        self.w.copy_(difference * self.mask)
 
     @torch.no_grad()
     def to_sparse(self) -> None:
@@ -202,20 +202,16 @@ class GatedDifference(WeightPatch):
         self.form = "masked"
 
     def _become_sparse(self, entries: int) -> None:
-        device = next(self.parameters()).device
+        device, size = next(self.parameters()).device, self.entries
         for name in [*self._parameters, *self._buffers]:
             delattr(self, name)
-        self.register_buffer("index", torch.zeros(entries, dtype=torch.int64, device=device))
+        self.register_buffer("index", torch.zeros(entries, dtype=index_type(size), device=device))
         self.values = nn.Parameter(torch.zeros(entries, device=device))
         self.form = "sparse"
 
 
 def prune(differences: Sequence[GatedDifference], density: float) -> None:
     """Keep the share ``density`` of all entries with the largest |z w|, exactly: ties fall to the earlier entry."""
-    sizes = [patch.w.numel() for patch in differences]
-    budget = max(1, round(density * sum(sizes)))
-    magnitude = torch.cat([patch.difference().abs().reshape(-1) for patch in differences])
-    kept = torch.zeros_like(magnitude, dtype=torch.bool)
-    kept[magnitude.argsort(descending=True, stable=True)[:budget]] = True
-    for patch, part in zip(differences, torch.split(kept, sizes), strict=True):
-        patch.fix_mask(part.view(patch.w.shape))
+    kept = largest([patch.difference().abs() for patch in differences], density)
+    for patch, positions in zip(differences, kept, strict=True):
+        patch.fix_mask(positions)
