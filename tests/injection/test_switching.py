@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +68,26 @@ def test_what_was_added_acts_as_if_arranged_anew(name: str) -> None:
         torch.testing.assert_close(output(backbone, inputs), added)  # two selections of one bias are summed anew
         late.enable()
         assert torch.equal(output(backbone, inputs), both)
+
+
+def test_a_transformer_encoder_agrees_to_rounding_while_all_rest_and_to_the_bit_once_all_are_gone() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    backbone, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = backbone(x)
+        delta = dt.attach(backbone, LoRA(rank=2), where=r"re:.*linear[12]")
+        shake(delta)
+        assert not torch.allclose(backbone(x), plain)
+        delta.disable()
+        torch.testing.assert_close(backbone(x), plain)
+        dt.detach(delta)
+        assert torch.equal(backbone(x), plain)
+
+
+def test_a_backbone_that_is_dropped_with_its_delta_is_freed() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4))
+    dt.attach(backbone, LoRA(rank=2), where="0")
+    gone = weakref.ref(backbone)
+    del backbone
+    gc.collect()
+    assert gone() is None
