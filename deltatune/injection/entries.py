@@ -14,6 +14,7 @@ from deltatune.injection.prefix import PrefixAct
 from deltatune.injection.prompt import PromptAct
 from deltatune.injection.selections import Choice, SelectionAct
 from deltatune.injection.slot import Act, slot_of
+from deltatune.injection.tokens import TokensAct, check_tokens
 from deltatune.injection.weights import WeightAct
 from deltatune.methods.kinds import (
     BranchInputPatch,
@@ -26,6 +27,7 @@ from deltatune.methods.kinds import (
     PrefixPatch,
     PromptPatch,
     SelectionPatch,
+    TokenPatch,
     WeightPatch,
 )
 from deltatune.structure.index import Index
@@ -44,7 +46,7 @@ ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
 )
 """Which act runs which patch; the acts of a slot run in this order ahead of the forward, and in reverse behind it."""
 
-ORDER = [BranchAct, *dict.fromkeys(act for _, act in ACTS)]
+ORDER = [BranchAct, TokensAct, *dict.fromkeys(act for _, act in ACTS)]
 """The acts, in that order; branches begin with what the caller gave."""
 
 
@@ -164,6 +166,9 @@ def build_entries(index: Index, method: Method, sites: Sequence[Site], shared: n
                 hosts = _hosts(index, site, patch)
             if isinstance(patch, BranchPatch | BranchInputPatch):
                 hosts = (*hosts, Host(index.beginning(site).module, act=BranchAct))
+            if isinstance(patch, TokenPatch):
+                check_tokens(site, index)
+                hosts = (*hosts, Host(site.module, act=TokensAct))
             act = act_of(patch)
             if act.listens:
                 _check_reached(site)

@@ -22,6 +22,7 @@ from deltatune.injection.ledger import Ledger
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.refusals import check_alone
 from deltatune.injection.slot import Member, slot_of
+from deltatune.injection.tokens import TokensAct
 from deltatune.injection.weights import run_weight
 from deltatune.methods.kinds import BranchInputPatch, Commuting, InputPatch, Mergeable, OutputPatch, Patch, SelectionPatch, WeightPatch
 from deltatune.structure.site import is_packed
@@ -167,8 +168,8 @@ def _others(ledger: Ledger, entry: Entry, *, before: bool, merged: bool) -> list
     assert slot is not None
     found: list[Member] = []
     for kind, act in slot.acts.items():
-        if kind is BranchAct:
-            continue  # the beginning of a branch changes nothing
+        if kind in (BranchAct, TokensAct):
+            continue  # they change nothing themselves
         for name, members in act.members.items():
             other = ledger.deltas[name]
             if name == entry.delta or name not in order or other.merged != merged:

@@ -5,6 +5,7 @@ from deltatune.methods.addition.compacter import Compacter as Compacter
 from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
 from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
 from deltatune.methods.addition.ia3 import IA3 as IA3
+from deltatune.methods.addition.loreft import LoReFT as LoReFT
 from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
 from deltatune.methods.addition.mam import MAM as MAM
 from deltatune.methods.addition.multi_head_parallel_adapter import MultiHeadParallelAdapter as MultiHeadParallelAdapter

@@ -8,6 +8,7 @@ abstract class here, never by its name, and the engine in ``injection`` runs one
 |---|---|
 | ``OutputPatch`` | y <- F(x, y): edits what the module returns |
 | ``InputPatch`` | x <- F(x): edits what the module is given |
+| ``TokenPatch`` | y <- F(ranks, y): edits what a layer returns, at some of its tokens |
 | ``BranchPatch`` | y <- F(x, y): edits what a sub-layer returns, with x what the sub-layer was given |
 | ``BranchInputPatch`` | h <- F(x, h): the same for what its last module is given |
 | ``WeightPatch`` | theta <- g(theta; phi): edits a parameter the module reads |
@@ -59,6 +60,14 @@ class InputPatch(Patch):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Edit the input x, (..., in_features), keeping its shape and dtype."""
+
+
+class TokenPatch(OutputPatch):
+    """y <- F(ranks, y) behind one transformer layer, where the ranks tell where each token stands among the real ones.
+
+    ``forward`` is given in place of x the ranks (2, batch, seq): counted from the beginning of the row and from its end, 1
+    the first, 0 at padding. Tokens in a key-value cache and the virtual ones of prompts count.
+    """
 
 
 class BranchPatch(OutputPatch):
