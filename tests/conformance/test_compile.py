@@ -1,10 +1,11 @@
 """``torch.compile``: no graph break of ours, and what is attached, disabled or merged after compilation is seen.
 
-Pairwise: every architecture once and every method at least twice, not all cells.
+Pairwise: every architecture, every method, and every way of acting on every sort of architecture, not all cells.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from deltatune.injection.merge import merge, unmerge
 from deltatune.injection.switching import switch
 from deltatune.methods import BitFit, DiffPruning, LoRA, methods
 from tests.conformance.cells import MODELS, TAKEN, Cell, fresh, moved, shake
+from tests.conformance.sample import pairwise
 from tests.models import output
 
 pytestmark = [
@@ -25,18 +27,9 @@ pytestmark = [
 ]
 
 
-def _pairwise() -> list[Cell]:
-    """For each architecture the method that has come up least, among those it takes."""
-    used = dict.fromkeys(methods, 0)
-    chosen = []
-    for model in MODELS:
-        cell = min((cell for cell in TAKEN if cell.model == model), key=lambda cell: used[cell.method])
-        used[cell.method] += 1
-        chosen.append(cell)
-    return chosen
-
-
-PAIRWISE = _pairwise()
+PAIRWISE = pairwise(TAKEN, ("method",), ("model",), ("act", "sort"))
+KINDS = ("lora-mlp", "diff-pruning-mlp", "bitfit-mlp", "prefix-tuning-distilbert")
+"""One method per kind: output, weight, selection, context."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,19 +40,33 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def test_every_architecture_and_every_method_is_there() -> None:
-    assert [cell.model for cell in PAIRWISE] == list(MODELS)
-    assert all(sum(cell.method == method for cell in PAIRWISE) >= 2 for method in methods)
+    assert {cell.model for cell in PAIRWISE} == set(MODELS)
+    assert {cell.method for cell in PAIRWISE} == set(methods)
+    assert {cell.recipe.kind for cell in TAKEN if str(cell) in KINDS} == {cell.recipe.kind for cell in TAKEN}
 
 
 @pytest.mark.parametrize("cell", PAIRWISE, ids=str)
 def test_it_compiles_whole(cell: Cell) -> None:
+    _check_compiled(cell, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("cell", [cell for cell in TAKEN if str(cell) in KINDS], ids=str)
+def test_inductor_for_one_method_per_kind(cell: Cell) -> None:
+    with torch._inductor.config.patch(compile_threads=1):
+        _check_compiled(cell, "inductor")
+
+
+def _check_compiled(cell: Cell, backend: str) -> None:
+    """One graph, with the outputs and the gradients that there are without compilation."""
     backbone, inputs = cell.fresh()
     delta = cell.attach(backbone)
     shake(delta)
     trained = list(delta.trained_parameters().values())
     expected = output(backbone, inputs)
     gradients = torch.autograd.grad(expected.float().square().mean(), trained)
-    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(backbone, fullgraph=True, backend=backend)
     found = output(compiled, inputs)
     assert moved(found.detach(), expected.detach()) < 1e-5
     scale = max(float(gradient.abs().max()) for gradient in gradients)

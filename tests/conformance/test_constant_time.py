@@ -14,6 +14,7 @@ from torch import nn
 from deltatune.injection.attach import detach
 from deltatune.injection.switching import deltas, switch
 from tests.conformance.cells import TAKEN, Cell
+from tests.conformance.sample import pairwise
 from tests.models import output
 
 MODELS = ("bert", "gpt2", "mixtral", "torch_encoder", "tied_mlp")
@@ -36,7 +37,7 @@ def steps(function: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("cell", [cell for cell in TAKEN if cell.model in MODELS], ids=str)
+@pytest.mark.parametrize("cell", pairwise((cell for cell in TAKEN if cell.model in MODELS), ("method",), ("act", "model")), ids=str)
 @torch.no_grad()
 def test_the_fifteenth_costs_what_the_third_did(cell: Cell) -> None:
     backbone, inputs = cell.fresh()

@@ -14,11 +14,12 @@ from deltatune.injection.delta import Delta
 from deltatune.methods import LoRA
 from deltatune.methods.kinds import SelectionPatch, WeightPatch
 from tests.conformance.cells import TAKEN, Cell, fresh, moved, shake
+from tests.conformance.sample import pairwise
 from tests.models import output
 
 MODELS = ("bert", "llama", "t5")
 NEEDS_MEMORY = {"weight", "selection"}
-CELLS = [cell for cell in TAKEN if cell.model in MODELS]
+CELLS = pairwise((cell for cell in TAKEN if cell.model in MODELS), ("method",), ("act", "model"))
 
 
 def _offload(backbone: nn.Module) -> None:

@@ -12,11 +12,16 @@ from deltatune.injection.attach import attach, detach
 from deltatune.injection.merge import merge
 from deltatune.methods import BitFit, DiffPruning, FullFineTuning, LoRA
 from tests.conformance.cells import TAKEN, Cell, fresh, shake
+from tests.conformance.sample import pairwise
 from tests.models import output
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 SCHEMES = {"int8": "torchao", "nf4": "bitsandbytes"}
-BESIDE = [cell for cell in TAKEN if cell.model in ("bert", "llama") and type(cell.recipe).kind in ("output", "context")]
+BESIDE = pairwise(
+    (cell for cell in TAKEN if cell.model in ("bert", "llama") and type(cell.recipe).kind in ("output", "context")),
+    ("method",),
+    ("act", "model"),
+)
 
 
 def quantised(model: str, scheme: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -32,6 +37,11 @@ def test_deltas_beside_packed_weights(cell: Cell, scheme: str) -> None:
     backbone, inputs = quantised(cell.model, scheme)
     with torch.no_grad():
         plain = output(backbone, inputs)
+    if type(cell.recipe).reads_weights:
+        with pytest.raises(DeltaError, match=r"unquantised|quantised|int8|uint8"):
+            cell.attach(backbone)
+        return
+    with torch.no_grad():
         delta = cell.attach(backbone)
         if type(delta.method).identity:
             assert torch.equal(output(backbone, inputs), plain)
@@ -77,3 +87,18 @@ def test_biases_beside_packed_weights_train(scheme: str) -> None:
     delta = attach(backbone, BitFit())
     output(backbone, inputs).square().mean().backward()
     assert all(parameter.grad is not None for parameter in delta.trained_parameters().values())
+
+
+@torch.no_grad()
+def test_quantising_behind_attaching_leaves_the_delta_alone() -> None:
+    for method in ("lora", "adapter", "prefix-tuning"):
+        backbone, _ = quantised("llama", "int8")
+        first = Cell(method, "llama").attach(backbone)
+        shake(first)
+        late, inputs = fresh("llama")
+        count = quantize_in_place(fresh("llama")[0], "int8")
+        second = Cell(method, "llama").attach(late)
+        shake(second)
+        assert quantize_in_place(late, "int8") == count, "patches are no layers of the backbone"
+        assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+        assert torch.equal(output(late, inputs), output(backbone, inputs))
