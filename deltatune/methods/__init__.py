@@ -10,6 +10,7 @@ from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRan
 from deltatune.methods.addition.mam import MAM as MAM
 from deltatune.methods.addition.multi_head_parallel_adapter import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from deltatune.methods.addition.p_tuning import PTuning as PTuning
+from deltatune.methods.addition.p_tuning_v2 import PTuningV2 as PTuningV2
 from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
 from deltatune.methods.addition.pfeiffer_adapter import PfeifferAdapter as PfeifferAdapter
 from deltatune.methods.addition.phm_adapter import PHMAdapter as PHMAdapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,26 +61,41 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One prefix an attention."""
-        heads, head_dim = key_value_shape(site)
-        return [Prefix(heads, head_dim, self, shared if isinstance(shared, SharedLayer) else None)]
+        return [Prefix(*key_value_shape(site), self, shared)]
 
     def export(self, patches: Sequence[Patch], shared: nn.Module | None) -> None:
         """Replace the MLP by the P it makes."""
-        for patch in patches:
-            if isinstance(patch, Prefix):
-                patch.export()
-        if isinstance(shared, SharedLayer):
-            shared._parameters.clear()
+        export_prefixes(patches, shared)
 
     def is_exported(self, patches: Sequence[Patch]) -> bool:
         """Every patch holds its P."""
-        return all(patch.shared is None for patch in patches if isinstance(patch, Prefix))
+        return are_exported(patches)
+
+
+class Reparameterized(Protocol):
+    """What the shared layer reads of a method."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """l."""
+
+    @property
+    def mid_dim(self) -> int:
+        """Width of E and of the hidden layer."""
+
+
+class Prefixing(Reparameterized, Protocol):
+    """What a prefix reads of a method."""
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of a fresh P that nothing makes."""
 
 
 class SharedLayer(nn.Module):
     """H = tanh(E W_1^T + c_1), (num_virtual_tokens, mid_dim), one for all sites."""
 
-    def __init__(self, method: PrefixTuning) -> None:
+    def __init__(self, method: Reparameterized) -> None:
         super().__init__()
         bound = 1 / math.sqrt(method.mid_dim)
         self.E = nn.Parameter(torch.randn(method.num_virtual_tokens, method.mid_dim))
@@ -98,10 +113,20 @@ class SharedLayer(nn.Module):
 
 
 class Prefix(PrefixPatch):
-    """P_k and P_v of one attention, held as they are or made from the shared layer."""
+    """P_k and P_v of one attention, held as they are or made from the shared layer.
 
-    def __init__(self, heads: int, head_dim: int, method: PrefixTuning, shared: SharedLayer | None) -> None:
+    Args:
+        heads: of the keys and values.
+        head_dim: their width.
+        method: l, the MLP's width, and the start of a P that nothing makes.
+        shared: the shared layer; None where P is held as it is.
+        dropout: on P, in training.
+    """
+
+    def __init__(self, heads: int, head_dim: int, method: Prefixing, shared: nn.Module | None, dropout: float = 0.0) -> None:
         super().__init__()
+        shared = shared if isinstance(shared, SharedLayer) else None
+        self.dropout = dropout
         self.shape = (heads, method.num_virtual_tokens, head_dim)
         self._shared = (shared,)  # in a tuple, so that it is no child: the delta owns it
         if shared is None:
@@ -119,10 +144,13 @@ class Prefix(PrefixPatch):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (key_value_heads, num_virtual_tokens, head_dim)."""
-        if self.shared is None:
-            return self.P_k, self.P_v
+        P_k, P_v = (self.P_k, self.P_v) if self.shared is None else self._made(self.shared)
+        return F.dropout(P_k, self.dropout, self.training), F.dropout(P_v, self.dropout, self.training)
+
+    def _made(self, shared: SharedLayer) -> tuple[Tensor, Tensor]:
+        """H (tokens, mid_dim) -> P_k and P_v."""
         heads, length, head_dim = self.shape
-        made = F.linear(self.shared().to(self.W_2.device), self.W_2, self.c_2).view(length, 2, heads, head_dim)
+        made = F.linear(shared().to(self.W_2.device), self.W_2, self.c_2).view(length, 2, heads, head_dim)
         return made[:, 0].transpose(0, 1), made[:, 1].transpose(0, 1)
 
     def export(self) -> None:
@@ -130,7 +158,7 @@ class Prefix(PrefixPatch):
         if self.shared is None:
             return
         with torch.no_grad():
-            made = self()
+            made = self._made(self.shared)
         self._shared = (None,)
         self._parameters.clear()
         self.P_k, self.P_v = (nn.Parameter(part.contiguous()) for part in made)
@@ -139,6 +167,20 @@ class Prefix(PrefixPatch):
         """Hold P where the state holds P."""
         if "P_k" in state:
             self.export()
+
+
+def export_prefixes(patches: Sequence[Patch], shared: nn.Module | None) -> None:
+    """Replace the MLP by the P it makes, in every prefix."""
+    for patch in patches:
+        if isinstance(patch, Prefix):
+            patch.export()
+    if isinstance(shared, SharedLayer):
+        shared._parameters.clear()
+
+
+def are_exported(patches: Sequence[Patch]) -> bool:
+    """Every prefix holds its P."""
+    return all(patch.shared is None for patch in patches if isinstance(patch, Prefix))
 
 
 def key_value_shape(site: Site) -> tuple[int, int]:
