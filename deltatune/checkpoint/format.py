@@ -342,7 +342,7 @@ def _write_composition(composition: Composition, parts: list[tuple[Record, dict[
     members = tuple((part.name, _write(part, tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
     origins = [part.origin for part, _ in parts]
     origin = next((origin for origin in origins if origin.num_labels is not None), origins[0])
-    mixers = composition.state_dict()
+    mixers = composition.mixing.state_dict()
     stored = Stored(write_tensors(folder / TENSORS, mixers)) if mixers else None
     whole = Record(composition.name, origin, about, stored, how=composition.how, weights=composition.weights, members=members)
     (folder / RECORD).write_bytes(whole.to_bytes())

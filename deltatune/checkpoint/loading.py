@@ -88,7 +88,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
         weights = record.weights if record.how == "weighted" else None
         composition = compose(backbone, placed, how=record.how or "sequential", weights=weights, name=name)
         try:
-            composition.load_state_dict(mixers)
+            composition.mixing.load_state_dict(mixers)
         except BaseException:
             composition.dissolve()
             raise

@@ -97,39 +97,46 @@ class Composition:
         for _, parameter in self.named_parameters():
             yield parameter
 
+    @property
+    def mixing(self) -> Mixing:
+        """Handle on what it trains besides its members."""
+        return Mixing(self)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The mixers' tensors; the members have their own."""
-        return {f"{path}.{name}": tensor.detach() for path, mixer in self.mixers().items() for name, tensor in mixer.state_dict().items()}
+        """Name -> tensor of everything: the mixers', then the members' under the members' names."""
+        state = {f"mixer.{name}": tensor for name, tensor in self.mixing.state_dict().items()}
+        return state | {f"{delta.name}.{name}": tensor for delta in self.deltas for name, tensor in delta.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the tensors of ``state_dict``.
 
         Raises:
-            CheckpointError: they are not those of this composition's mixers.
+            CheckpointError: they do not fit the mixers or a member.
         """
-        own = self.state_dict()
-        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
-            raise CheckpointError(
-                f"The tensors do not fit the mixers of composition `{self.name}`: found {sorted(state)}, needed {sorted(own)}."
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("mixer", *self.members)}
+        for name, tensor in state.items():
+            part, _, rest = name.partition(".")
+            if part not in parts:
+                raise CheckpointError(f"`{name}` fits no member of composition `{self.name}`: {', '.join(self.members)}.")
+            parts[part][rest] = tensor
+        self.mixing.load_state_dict(parts["mixer"])
+        for delta in self.deltas:
+            delta.load_state_dict(parts[delta.name])
 
     def penalty(self) -> Tensor:
-        """The mixers' own term in the loss; zero for most."""
-        return sum((mixer.penalty() for mixer in self.mixers().values()), torch.zeros(()))
+        """The terms of the mixers and of the members that train in the loss; zero for most."""
+        return sum((delta.penalty() for delta in self._training()), self.mixing.penalty())
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Groups for an optimizer over the mixers' parameters; the members have their own."""
-        return [{"params": self._own(), "lr": lr}]
+        """Groups for an optimizer over what trains, each Parameter once: the mixers, and the members that are not frozen."""
+        return optimizer_groups([self.mixing, *self._training()], lr)
 
     def budget(self) -> Budget:
-        """N, M, |delta|, their ratio and bytes of the mixers alone; the members have their own."""
-        n = self.deltas[0].budget().N
-        size = sum(parameter.numel() for parameter in self._own())
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
-        return Budget(N=n, M=n + size, delta=size, ratio=size / n, size_bytes=stored)
+        """N, M, |delta|, their ratio and bytes of the mixers and all members."""
+        budgets = [self.mixing.budget(), *(delta.budget() for delta in self.deltas)]
+        n, size = budgets[0].N, sum(budget.delta for budget in budgets)
+        m = n + sum(budget.M - n for budget in budgets)
+        return Budget(N=n, M=m, delta=size, ratio=size / n, size_bytes=sum(budget.size_bytes for budget in budgets))
 
     def enable(self) -> None:
         """Let the members act together."""
@@ -168,8 +175,8 @@ class Composition:
             for delta in deltas:
                 delta.enable()
 
-    def _own(self) -> list[nn.Parameter]:
-        return [parameter for mixer in self.mixers().values() for parameter in mixer.parameters()]
+    def _training(self) -> list[Delta]:
+        return [delta for delta in self.deltas if delta.trainable]
 
     def _follow(self, enabled: bool) -> None:
         self.ledger.arrange(self.members)
@@ -188,6 +195,73 @@ class Composition:
                 if slot is not None and id(slot) not in seen:
                     seen.add(id(slot))
                     yield entry.site.module_path, slot
+
+
+class Mixing:
+    """Handle on what a composition trains besides its members, its mixers; a training loop treats it like one more delta.
+
+    Args:
+        composition: the composition.
+    """
+
+    def __init__(self, composition: Composition) -> None:
+        self.composition = composition
+
+    @property
+    def name(self) -> str:
+        """The composition's name."""
+        return self.composition.name
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The mixers' parameters."""
+        for mixer in self.composition.mixers().values():
+            yield from mixer.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mixers' tensors."""
+        mixers = self.composition.mixers()
+        return {f"{path}.{name}": tensor.detach() for path, mixer in mixers.items() for name, tensor in mixer.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of ``state_dict``.
+
+        Raises:
+            CheckpointError: they are not those of these mixers.
+        """
+        own = self.state_dict()
+        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+            raise CheckpointError(
+                f"The tensors do not fit the mixers of composition `{self.name}`: found {sorted(state)}, needed {sorted(own)}."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def penalty(self) -> Tensor:
+        """The mixers' own term in the loss; zero for most."""
+        return sum((mixer.penalty() for mixer in self.composition.mixers().values()), torch.zeros(()))
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """One group for an optimizer."""
+        return [{"params": list(self.parameters()), "lr": lr}]
+
+    def budget(self) -> Budget:
+        """N, M, |delta|, their ratio and bytes of the mixers alone."""
+        n = self.composition.deltas[0].budget().N
+        size = sum(parameter.numel() for parameter in self.parameters())
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        return Budget(N=n, M=n + size, delta=size, ratio=size / n, size_bytes=stored)
+
+
+def optimizer_groups(parts: Sequence[Delta | Mixing], lr: float) -> list[dict[str, Any]]:
+    """The groups of all parts, each Parameter once: two deltas may select the same one, and the last of them trains it."""
+    groups, taken = [], set[int]()
+    for part in parts:
+        for group in part.parameter_groups(lr):
+            free = [parameter for parameter in group["params"] if id(parameter) not in taken]
+            taken.update(map(id, free))
+            groups.append({**group, "params": free})
+    return [group for group in groups if group["params"]]
 
 
 def compose(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.errors import CheckpointError, InvalidValue
-from deltatune.training.life import Life, Trained
+from deltatune.training.life import Given, Life, parts_of
 from deltatune.training.state import has_state, read_state, write_state
 
 Batches = Iterable[Mapping[str, Any]]
@@ -24,7 +24,7 @@ class DeltaCallback(TrainerCallback):
     weights non-strictly and would lose a delta without a word.
 
     Args:
-        deltas: the deltas that train, and compositions whose mixers do.
+        deltas: the deltas and compositions that train.
         batches: what methods look at before the first step; the Trainer's own training batches if left out.
 
     Example:
@@ -32,8 +32,8 @@ class DeltaCallback(TrainerCallback):
         >>> Trainer(backbone, args, train_dataset=rows, callbacks=[DeltaCallback(delta)]).train()  # doctest: +SKIP
     """
 
-    def __init__(self, deltas: Trained | Sequence[Trained], batches: Batches | None = None) -> None:
-        self.deltas = [deltas] if isinstance(deltas, Trained) else list(deltas)
+    def __init__(self, deltas: Given | Sequence[Given], batches: Batches | None = None) -> None:
+        self.deltas = parts_of(deltas)
         self.batches = batches
         self._life: Life | None = None
 

@@ -60,7 +60,7 @@ class Job:
     @property
     def trained(self) -> list[Trained]:
         """The deltas that train, and the composition where it has mixers that do."""
-        mixing = [self.saved] if isinstance(self.saved, Composition) and self.saved.mixers() else []
+        mixing = [self.saved.mixing] if isinstance(self.saved, Composition) and self.saved.mixers() else []
         return [*self.deltas, *mixing]
 
     @property

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import InvalidValue
-from deltatune.injection.compose import Composition
+from deltatune.injection.compose import Composition, Mixing
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Exported, Penalised, Phased, Prepared, Stepping
 
-Trained = Delta | Composition
+Trained = Delta | Mixing
 """What a loop may train: a delta, or what a composition trains besides its members (gates, a fusion)."""
+
+Given = Delta | Composition | Mixing
+"""What a loop may be given: a composition stands for its members that are not frozen, and its mixers."""
 
 
 class Life:
@@ -37,17 +40,17 @@ class Life:
 
     Attributes:
         deltas: those that train together.
-        compositions: those whose mixers train with them.
+        mixing: what compositions train with them.
         total: optimiser steps of the whole run.
         step: optimiser steps taken so far.
     """
 
-    def __init__(self, trained: Trained | Sequence[Trained], total: int) -> None:
+    def __init__(self, trained: Given | Sequence[Given], total: int) -> None:
         if total < 1:
             raise InvalidValue(f"A run of {total} steps was asked for; it takes at least one.")
-        parts = [trained] if isinstance(trained, Trained) else list(trained)
+        parts = parts_of(trained)
         self.deltas = deltas_of(parts)
-        self.compositions = [part for part in parts if isinstance(part, Composition)]
+        self.mixing = [part for part in parts if isinstance(part, Mixing)]
         self.total = total
         self.step = 0
         self._starts = {delta.name: phase_starts(delta, total) for delta in self.deltas}
@@ -78,8 +81,8 @@ class Life:
         for delta in self.deltas:
             if isinstance(delta.method, Penalised):
                 _add_gradients(delta.method.penalty(list(_patches(delta))), delta)
-        for composition in self.compositions:
-            _add_gradients(composition.penalty(), composition)
+        for mixing in self.mixing:
+            _add_gradients(mixing.penalty(), mixing)
 
     def after_step(self) -> None:
         """Count the step and let the methods act on it; gradients must still be there."""
@@ -106,6 +109,18 @@ class Life:
                 phase = delta.method.phases[self._entered[delta.name]]
                 delta.method.enter(list(_patches(delta)), phase.name)
                 self._entered[delta.name] += 1
+
+
+def parts_of(given: Given | Sequence[Given]) -> list[Trained]:
+    """What trains, each once."""
+    found: list[Trained] = []
+    for part in [given] if isinstance(given, Given) else given:
+        if not isinstance(part, Composition):
+            found.append(part)
+            continue
+        found += [delta for delta in part.deltas if delta.trainable and delta not in found]
+        found += [part.mixing] if part.mixers() else []
+    return found
 
 
 def deltas_of(trained: Sequence[Trained]) -> list[Delta]:

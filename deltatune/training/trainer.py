@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.errors import CheckpointError
+from deltatune.injection.compose import optimizer_groups
 from deltatune.tasks import Rows
 from deltatune.tasks.framing import Features, Framing
 from deltatune.training.batches import LengthGrouped
@@ -203,17 +204,6 @@ class EarlyStopping(TrainerCallback):
         """Count the evaluations since the best one."""
         if is_exhausted(self.deltas, state, self.patience):
             control.should_training_stop = True
-
-
-def optimizer_groups(deltas: Sequence[Trained], lr: float) -> list[dict[str, Any]]:
-    """The groups of all deltas, each Parameter once: two deltas may select the same one, and the last of them trains it."""
-    groups, taken = [], set[int]()
-    for delta in deltas:
-        for group in delta.parameter_groups(lr):
-            free = [parameter for parameter in group["params"] if id(parameter) not in taken]
-            taken.update(map(id, free))
-            groups.append({**group, "params": free})
-    return [group for group in groups if group["params"]]
 
 
 def is_exhausted(deltas: Sequence[Trained], state: TrainerState, patience: int) -> bool:

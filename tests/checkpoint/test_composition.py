@@ -31,7 +31,7 @@ def composed(how: str, members: tuple[str, ...] = ("lora", "adapter")) -> tuple[
         names.append(train(dt.attach(model, small(method), name=method.replace("-", "_"), head=k == 0 and how in WHOLE), seed=k).name)
     composition = dt.compose(model, names, how=how, weights=WEIGHTS.get(how), name="both")
     with torch.no_grad():
-        for k, tensor in enumerate(composition.state_dict().values()):
+        for k, tensor in enumerate(composition.mixing.state_dict().values()):
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(k)))
     return composition, model, inputs
 

@@ -89,7 +89,7 @@ class Walk:
         how = self.random.choice(get_args(How))
         weights = [self.random.choice([0.0, 0.5, 2.0]) for _ in members] if how == "weighted" else None
         composition = compose(self.backbone, members, how, weights=weights)  # type: ignore[arg-type]
-        for tensor in composition.state_dict().values():
+        for tensor in composition.mixing.state_dict().values():
             tensor.add_(0.1 * torch.randn(tensor.shape))
 
     def load(self) -> None:
@@ -126,9 +126,9 @@ class Walk:
                 next(delta for delta in deltas(other) if delta.name == term.members[0]).enable()
             else:
                 weights = term.weights if term.how == "weighted" else None
-                state = self.ledger.acting(term).state_dict()
+                state = self.ledger.acting(term).mixing.state_dict()
                 composed = compose(other, term.members, term.how, weights=weights)
-                composed.load_state_dict(state)
+                composed.mixing.load_state_dict(state)
         return other
 
     @torch.no_grad()

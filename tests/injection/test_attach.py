@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
-from deltatune.errors import Idle, InvalidValue, NoSite, Unsupported
+from deltatune.errors import CheckpointError, Idle, InvalidValue, NoSite, Unsupported
 from deltatune.methods import IA3, Adapter, BitFit, DiffPruning, LoRA, PrefixTuning
 from deltatune.methods.kinds import Method
+from deltatune.training.life import Life
+from tests.conformance.cells import shake
 from tests.conformance.trace import trace
 from tests.models import MODELS, output
 
@@ -154,3 +156,33 @@ def test_several_methods_are_attached_all_or_none() -> None:
     assert trace(backbone).differences(before) == []
     one = dt.attach(backbone, [LoRA(rank=2)], name="one")
     assert isinstance(one, dt.Delta) and one.name == "one"
+
+
+def test_a_composition_is_trained_and_taken_over_like_a_delta() -> None:
+    backbone, inputs = MODELS["bert"]()
+    both = dt.attach(backbone.eval(), [LoRA(rank=2), DiffPruning()], layers=0, name="both")
+    lora, sparse = both.deltas
+    groups = both.parameter_groups(lr=0.1)
+    assert [group["lr"] for group in groups] == [group["lr"] for delta in both.deltas for group in delta.parameter_groups(lr=0.1)]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in both.parameters() if parameter.requires_grad}
+    assert len(trained) == len({id(parameter) for parameter in trained})
+    assert both.budget().delta == lora.budget().delta + sparse.budget().delta
+    assert both.penalty().item() == sparse.penalty().item() > 0
+    life = Life(both, total=4)
+    assert life.deltas == [lora, sparse]
+    lora.freeze()
+    assert Life(both, total=4).deltas == [sparse]
+    assert both.parameter_groups(lr=0.1) == sparse.parameter_groups(lr=0.1)
+    shake(lora)
+    acting, state = output(backbone, inputs), {name: tensor.clone() for name, tensor in both.state_dict().items()}
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(output(backbone, inputs), acting)
+    both.load_state_dict(state)
+    assert torch.equal(output(backbone, inputs), acting)
+    with pytest.raises(CheckpointError, match=r"`other\.A` fits no member of composition `both`: lora, diff_pruning"):
+        both.load_state_dict({**state, "other.A": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="missing"):
+        both.load_state_dict({})

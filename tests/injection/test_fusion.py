@@ -48,7 +48,7 @@ def by_hand(y: Tensor, outputs: list[Tensor], mixer: Fusion) -> Tensor:
 @torch.no_grad()
 def test_the_formula(method: Method) -> None:
     backbone, composition, x = fused(method)
-    for tensor in composition.state_dict().values():
+    for tensor in composition.mixing.state_dict().values():
         tensor.add_(0.3 * torch.randn(tensor.shape, dtype=tensor.dtype))
     first, second = composition.mixers()["0"], composition.mixers()["2"]
     assert isinstance(first, Fusion) and isinstance(second, Fusion)
@@ -69,7 +69,7 @@ def test_fresh_it_is_close_to_the_mean_of_its_members() -> None:
     both = compose(backbone, NAMES, "weighted", weights=[1 / 3] * 3)
     assert torch.allclose(found, backbone(x), atol=0.02)
     assert not torch.allclose(found, backbone(x), atol=1e-7)
-    assert both.state_dict() == {}
+    assert both.mixing.state_dict() == {}
 
 
 def test_sizes_and_penalty() -> None:

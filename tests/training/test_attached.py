@@ -42,10 +42,10 @@ def test_a_fusion_trains_and_its_members_do_not(tmp_path: Path) -> None:
     fusion = fused(tmp_path)
     model = fusion.backbone
     members = {name: {key: tensor.clone() for key, tensor in delta.state_dict().items()} for name, delta in named(fusion)}
-    mixers = {key: tensor.clone() for key, tensor in fusion.state_dict().items()}
+    mixers = {key: tensor.clone() for key, tensor in fusion.mixing.state_dict().items()}
     result = train(model, tiny.data(), fusion, tokenizer=tiny.tokenizer(), out=tmp_path / "fused", lr=1e-2, **QUICK)
     assert all(tiny.same(dict(delta.state_dict()), members[name]) == (name != "head") for name, delta in named(fusion))
-    assert all(not torch.equal(tensor, mixers[key]) for key, tensor in fusion.state_dict().items())
+    assert all(not torch.equal(tensor, mixers[key]) for key, tensor in fusion.mixing.state_dict().items())
     width, labels = model.config.hidden_size, len(tiny.LABELS)
     assert result.trainable_parameters == 3 * width**2 * len(fusion.mixers()) + (width + 1) * labels
     assert result.score == score(model, tiny.data().test)
