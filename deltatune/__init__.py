@@ -6,7 +6,7 @@
 >>> mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 >>> delta = dt.attach(mlp, LoRA(rank=2), where=["0", "2"], name="first")
 >>> delta
-Delta('first', LoRA(rank=2, alpha=16.0, dropout=0.0, rank_stabilized=False), 2 sites, enabled)
+Delta('first', LoRA(rank=2, alpha=16.0, dropout=0.0, rank_stabilized=False, ranks=(), init='kaiming'), 2 sites, enabled)
 >>> dt.detach(delta)
 
 Importing it loads torch and nothing heavier; what needs transformers, rich or datasets loads them at its first call.
