@@ -12,18 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 from deltatune.injection.branches import Given
+from deltatune.injection.draws import Draws
 from deltatune.injection.mixers import Mixer
 from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
-from deltatune.methods.kinds import BranchInputPatch, BranchPatch, InputPatch, OutputPatch, Patch
+from deltatune.methods.kinds import BranchInputPatch, BranchPatch, InputPatch, OutputPatch, Patch, Stochastic
 from deltatune.structure.index import Index
 from deltatune.structure.site import Rows, Site
+
+if TYPE_CHECKING:
+    from deltatune.injection.around import Around
 
 Inner = Callable[[Tensor], Tensor]
 EDIT_INPUT = (InputPatch, BranchInputPatch)
@@ -91,6 +95,8 @@ class OutputAct(Act):
         self._reads_input = False
         self._seen: dict[int, list[Tensor]] = {}
         self._givens: tuple[Given, ...] = ()
+        self._stochastic: tuple[Patch, ...] = ()
+        self._draws: Draws | None = None
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -111,9 +117,13 @@ class OutputAct(Act):
                 "no module whose input or output it could edit. Use a method that changes weights there, such as LoRA or DiffPruning."
             )
 
+    def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
+        """Learn where random draws are reckoned."""
+        self._draws = around.draws
+
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""
-        self.steps, self._edits_input, self._reads_input, self._givens = (), False, False, ()
+        self.steps, self._edits_input, self._reads_input, self._givens, self._stochastic = (), False, False, (), ()
         for term in terms:
             self.append(module, term, mixers)
 
@@ -125,6 +135,7 @@ class OutputAct(Act):
         self.steps = (*self.steps, step)
         patches = [member.patch for member in _flat(step)]
         self._givens += tuple(member.given for member in _flat(step) if member.given is not None)
+        self._stochastic += tuple(patch for patch in patches if isinstance(patch, Stochastic))
         self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
         self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
 
@@ -140,6 +151,8 @@ class OutputAct(Act):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""
+        if self._draws is not None and not torch.compiler.is_compiling() and any(patch.training for patch in self._stochastic):
+            self._draws.read()
         if not self._edits_input:
             return args, kwargs
         x = first_input(args, kwargs, self.names)

@@ -1,10 +1,12 @@
 """WHAT is attached: one file, one paper, one frozen dataclass, found here by its name."""
 
 from deltatune.methods.addition.adapter import Adapter as Adapter
+from deltatune.methods.addition.adapter_drop import AdapterDrop as AdapterDrop
 from deltatune.methods.addition.compacter import Compacter as Compacter
 from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
 from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
 from deltatune.methods.addition.ia3 import IA3 as IA3
+from deltatune.methods.addition.invertible_adapter import InvertibleAdapter as InvertibleAdapter
 from deltatune.methods.addition.loreft import LoReFT as LoReFT
 from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
 from deltatune.methods.addition.mam import MAM as MAM

@@ -23,7 +23,7 @@ class Dense(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype))
+        return F.linear(h, self.W.to(h), self.b.to(h))
 
 
 class Bottleneck(nn.Module):
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
 class Serial(OutputPatch):
     """y + U(f(D(y)))."""
 
-    def __init__(self, bottleneck: Bottleneck) -> None:
+    def __init__(self, bottleneck: nn.Module) -> None:
         super().__init__()
         self.bottleneck = bottleneck
 
@@ -57,10 +57,10 @@ class Serial(OutputPatch):
         return y + self.bottleneck(y)  # type: ignore[no-any-return]
 
 
-def dense_bottleneck(width: int, r: int, activation: str, init_std: float = 0.0) -> Bottleneck:
-    """W_d: (r, width) ~ N(0, 0.01) and W_u: (width, r) = 0; both ~ N(0, init_std) where that is not 0."""
+def dense_bottleneck(width: int, r: int, activation: str, init_std: float = 0.0, out: int | None = None) -> Bottleneck:
+    """W_d: (r, width) ~ N(0, 0.01) and W_u: (out or width, r) = 0; both ~ N(0, init_std) where that is not 0."""
     W_d = torch.randn(r, width) * (init_std or 0.01)
-    return Bottleneck(Dense(W_d), Dense(torch.randn(width, r) * init_std), activation)
+    return Bottleneck(Dense(W_d), Dense(torch.randn(out or width, r) * init_std), activation)
 
 
 def reduced(width: int, reduction: int, multiple: int = 1) -> int:

@@ -56,8 +56,6 @@ class MultiHeadParallelAdapter(Method):
         Raises:
             Unsupported: the site is no output projection of an attention whose number of heads is known.
         """
-        if not site.has_matrix:
-            return []
         if site.leaf != "output" or site.heads is None or site.in_features % site.heads:
             raise Unsupported(
                 f"A bottleneck for every head was asked for at `{site.key}` (role {site.role}), which is no output projection of an "
