@@ -86,14 +86,14 @@ class Coupling(nn.Module):
     def forward(self, e: Tensor) -> Tensor:
         """[e_1; e_2] -> [o_1; o_2], (..., d)."""
         e_1, e_2 = e.chunk(2, dim=-1)
-        o_1 = e_1 + self.F(e_2)
-        return torch.cat([o_1, e_2 + self.G(o_1)], dim=-1)
+        change_1 = self.F(e_2)
+        return e + torch.cat([change_1, self.G(e_1 + change_1)], dim=-1)
 
     def inverse(self, o: Tensor) -> Tensor:
         """[o_1; o_2] -> [e_1; e_2], (..., d)."""
         o_1, o_2 = o.chunk(2, dim=-1)
-        e_2 = o_2 - self.G(o_1)
-        return torch.cat([o_1 - self.F(e_2), e_2], dim=-1)
+        change_2 = self.G(o_1)
+        return o - torch.cat([self.F(o_2 - change_2), change_2], dim=-1)
 
 
 class Coupled(OutputPatch):
