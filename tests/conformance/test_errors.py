@@ -17,7 +17,7 @@ from deltatune.methods.kinds import InputPatch, OutputPatch, SelectionPatch, Wei
 from tests.conformance.cells import TAKEN, Cell, fresh, plain, small
 from tests.conformance.sample import acts_of
 from tests.conformance.trace import trace
-from tests.models import output
+from tests.models import HIDDEN, output
 
 ON_BERT = [cell for cell in TAKEN if cell.model == "bert"]
 
@@ -87,8 +87,8 @@ class Spare(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.used = nn.Linear(4, 4)
-        self.spare = nn.Linear(4, 4)
+        self.used = nn.Linear(HIDDEN, HIDDEN)
+        self.spare = nn.Linear(HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.used(x)
@@ -102,7 +102,7 @@ LINEAR = [
 @pytest.mark.parametrize("method", LINEAR)
 def test_a_host_that_never_fires_is_an_error(method: str) -> None:
     backbone = Spare().eval()
-    x, before = torch.randn(2, 4), trace(backbone)
+    x, before = torch.randn(2, HIDDEN), trace(backbone)
     delta = attach(backbone, small(method), ["used", "spare"])
     if all(isinstance(patch, SelectionPatch) for patch in delta.patches):
         backbone(x)  # what is trained in place needs no hook, and an unused parameter has no gradient

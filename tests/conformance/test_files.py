@@ -13,7 +13,7 @@ from tests.conformance.sample import pairwise
 from tests.models import output
 
 
-@pytest.mark.parametrize("cell", pairwise(TAKEN), ids=str)
+@pytest.mark.parametrize("cell", pairwise(TAKEN, ("method",), ("act", "sort"), ("model",)), ids=str)
 @torch.no_grad()
 def test_a_file_brings_the_delta_back(cell: Cell, tmp_path: Path) -> None:
     backbone, inputs = cell.fresh()

@@ -16,7 +16,7 @@ from tests.conformance.sample import pairwise
 from tests.models import output
 
 
-@pytest.mark.parametrize("cell", pairwise(TAKEN), ids=str)
+@pytest.mark.parametrize("cell", pairwise(TAKEN, ("method",), ("act", "sort"), ("model",)), ids=str)
 @torch.no_grad()
 def test_a_delta_follows_to(cell: Cell) -> None:
     backbone, inputs = cell.fresh()
