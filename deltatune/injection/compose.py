@@ -315,7 +315,7 @@ def compose(
             _add_mixers(composition, MIXERS[how])
         composition.enable()
         if how in MIXERS and MIXERS[how].freezes_members:
-            _freeze_mixed(composition)
+            _freeze_members(composition)
     except BaseException:
         composition.dissolve()
         _restore(ledger, deltas, terms)
@@ -350,15 +350,15 @@ def _check(ledger: Ledger, names: tuple[str, ...], deltas: list[Delta], how: How
 
 
 def _add_mixers(composition: Composition, kind: type[Mixer]) -> None:
-    """One on each module whose output members edit; of a fused projection, for the whole of it.
+    """One on each module whose output enough members edit; of a fused projection, for the whole of it.
 
     Raises:
-        Unsupported: the module is a convolution.
+        Unsupported: the module is a convolution, or there is nowhere anything to mix.
     """
     for _, slot in composition._slots():
         act = slot.acts.get(OutputAct)
         present = [member for member in composition.members if act is not None and member in act.members]
-        if act is None or not present:
+        if act is None or len(present) < kind.least:
             continue
         site = replace(act.members[present[0]][0].site, rows=None)
         if site.channel_axis != -1:
@@ -366,12 +366,16 @@ def _add_mixers(composition: Composition, kind: type[Mixer]) -> None:
                 f"`{site.path}` is a convolution; a {composition.how} composition weighs tokens. Compose with how='weighted'."
             )
         slot.mixers[composition.name] = kind(site.out_features, len(present)).to(site.device)
+    if kind.least > 1 and not composition.mixers():
+        raise Unsupported(
+            f"A {composition.how} of {list(composition.members)} was asked for, but there is no module on which {kind.least} of them edit "
+            "what it returns. Attach them at the same sites, or compose with how='sequential'."
+        )
 
 
-def _freeze_mixed(composition: Composition) -> None:
-    """Freeze the members whose changes are mixed; one that only trains a task head goes on training."""
-    mixed = {member for _, slot in composition._slots() if composition.name in slot.mixers for member in slot.acts[OutputAct].members}
-    composition.frozen = tuple(delta.name for delta in composition.deltas if delta.trainable and delta.name in mixed)
-    for delta in composition.deltas:
-        if delta.name in composition.frozen:
-            delta.freeze()
+def _freeze_members(composition: Composition) -> None:
+    """Freeze the members, but for those that only train a task head."""
+    frozen = [delta for delta in composition.deltas if delta.trainable and not all(entry.head for entry in delta.entries)]
+    composition.frozen = tuple(delta.name for delta in frozen)
+    for delta in frozen:
+        delta.freeze()

@@ -23,7 +23,8 @@ class Mixer(nn.Module, ABC):
     """y <- mix(y; z_1, .., z_n), one layer a module; its parameters belong to the composition.
 
     Class attributes:
-        freezes_members: the members whose changes are mixed do not train, unless they are unfrozen.
+        least: so many members must act on a module, or there is nothing to mix.
+        freezes_members: the members do not train, unless they are unfrozen; but for those that only train a task head.
         learning_rate: what ``dt.train`` uses when none is given.
 
     Args:
@@ -31,6 +32,7 @@ class Mixer(nn.Module, ABC):
         members: how many act on the module.
     """
 
+    least: ClassVar[int] = 1
     freezes_members: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
 
@@ -71,6 +73,7 @@ class Fusion(Mixer):
     add to it. Q and K start at N(0, 0.02), V at the identity, near which ``penalty`` keeps it: 0.01 |V - I|^2.
     """
 
+    least: ClassVar[int] = 2
     freezes_members: ClassVar[bool] = True
     INIT_STD: ClassVar[float] = 0.02
     STRENGTH: ClassVar[float] = 0.01

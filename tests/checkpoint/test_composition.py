@@ -42,7 +42,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", get_args(How))
 def test_round_trip(how: str, tmp_path: Path) -> None:
-    composition, first, inputs = composed(how)
+    names = ("ia3", "adapter") if how == "fusion" else ("lora", "adapter")  # a fusion needs common sites
+    composition, first, inputs = composed(how, names)
     assert dt.save(composition, tmp_path / "a", task="both-tasks", labels=["x", "y", "z"]) == tmp_path / "a"
     second, _ = backbone("bert", head=2 if how in WHOLE else 1)
     before = state(second)
@@ -53,7 +54,7 @@ def test_round_trip(how: str, tmp_path: Path) -> None:
     dt.save(loaded, tmp_path / "b", task="both-tasks", labels=["x", "y", "z"])
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     mixers = {"delta.safetensors"} if how in ("gated", "fusion") else set()
-    members = {f"members/{member}/{file}" for member in ("lora", "adapter") for file in ("delta.json", "delta.safetensors")}
+    members = {f"members/{member}/{file}" for member in names for file in ("delta.json", "delta.safetensors")}
     assert set(tree(tmp_path / "a")) == {"delta.json"} | mixers | members
     loaded.dissolve()
     for delta in dt.deltas(second):

@@ -18,9 +18,9 @@ from tests.checkpoint.deltas import backbone, same, small, state, train
 from tests.models import output
 
 MODELS = ("bert", "llama", "t5")
-KINDS: dict[str, tuple[str, str | None, type[nn.Module]]] = {
+KINDS: dict[str, tuple[str, Any, type[nn.Module]]] = {
     "adapters": ("adapter", None, OutputPatch),
-    "low_rank": ("lora", None, OutputPatch),
+    "low_rank": ("lora", ["attention.query", "feed_forward.down"], OutputPatch),
     "sparse": ("diff-pruning", "feed_forward.up", WeightPatch),
     "prefixes": ("prefix-tuning", None, PrefixPatch),
     "prompts": ("prompt-tuning", None, PromptPatch),
@@ -59,7 +59,7 @@ def test_one_artefact(name: str, how: Any, tmp_path: Path) -> None:
     first, inputs = attached(name, members)
     composition = dt.compose(first, members, how, weights=WEIGHTS if how == "weighted" else None, name="all")
     with torch.no_grad():
-        for k, tensor in enumerate(composition.state_dict().values()):
+        for k, tensor in enumerate(composition.mixing.state_dict().values()):
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(k)))
     expected = found(first, inputs)
     dt.save(composition, tmp_path / "a", unfinished=True)

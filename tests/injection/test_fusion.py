@@ -169,6 +169,17 @@ def test_parts_of_a_fused_projection_are_mixed_in_the_whole() -> None:
     assert torch.equal(output(backbone, inputs), output(fresh("gpt2")[0], inputs))
 
 
+def test_there_must_be_something_to_fuse() -> None:
+    backbone, _ = fresh("bert")
+    attach(backbone, LoRA(rank=2), "attention.query", name="a")
+    attach(backbone, LoRA(rank=2), ["attention.value", "feed_forward.up"], name="b")
+    with pytest.raises(Unsupported, match="no module on which 2 of them edit what it returns"):
+        compose(backbone, ["a", "b"], "fusion")
+    attach(backbone, LoRA(rank=2), "feed_forward.up", name="c")
+    composition = compose(backbone, NAMES, "fusion")
+    assert all(path.endswith("intermediate.dense") for path in composition.mixers())
+
+
 def test_convolutions_are_refused() -> None:
     backbone, _ = fresh("conv_net")
     for name in NAMES:
