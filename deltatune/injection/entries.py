@@ -13,6 +13,7 @@ from deltatune.injection.outputs import OutputAct
 from deltatune.injection.prefix import PrefixAct
 from deltatune.injection.prompt import PromptAct
 from deltatune.injection.selections import Choice, SelectionAct
+from deltatune.injection.side import SideAct
 from deltatune.injection.slot import Act, slot_of
 from deltatune.injection.tokens import TokensAct, check_tokens
 from deltatune.injection.weights import WeightAct
@@ -27,6 +28,7 @@ from deltatune.methods.kinds import (
     PrefixPatch,
     PromptPatch,
     SelectionPatch,
+    SidePatch,
     TokenPatch,
     WeightPatch,
 )
@@ -40,6 +42,7 @@ ACTS: tuple[tuple[type[Patch], type[Act]], ...] = (
     (PrefixPatch, PrefixAct),
     (ConditionalPrefixPatch, PrefixAct),
     (PromptPatch, PromptAct),
+    (SidePatch, SideAct),
     (InputPatch, OutputAct),
     (BranchInputPatch, OutputAct),
     (OutputPatch, OutputAct),

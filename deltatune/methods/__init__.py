@@ -7,6 +7,7 @@ from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as 
 from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
 from deltatune.methods.addition.ia3 import IA3 as IA3
 from deltatune.methods.addition.invertible_adapter import InvertibleAdapter as InvertibleAdapter
+from deltatune.methods.addition.ladder_side_tuning import LadderSideTuning as LadderSideTuning
 from deltatune.methods.addition.loreft import LoReFT as LoReFT
 from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
 from deltatune.methods.addition.mam import MAM as MAM

@@ -16,6 +16,7 @@ abstract class here, never by its name, and the engine in ``injection`` runs one
 | ``PrefixPatch`` | adds virtual keys and values to an attention |
 | ``ConditionalPrefixPatch`` | adds virtual keys and values that depend on the attention's input |
 | ``PromptPatch`` | adds virtual input embeddings to a text stack |
+| ``SidePatch`` | y <- y + F(h_0, ..., h_L): adds to what a text stack returns, and only reads its hidden states |
 """
 
 from __future__ import annotations
@@ -159,6 +160,28 @@ class PromptPatch(Patch):
     @abstractmethod
     def forward(self) -> Tensor:
         """P, (num_virtual_tokens, hidden)."""
+
+
+class SidePatch(Patch):
+    """y <- y + F(h_0, ..., h_L) at the end of a text stack of L layers, with no backward through them.
+
+    Attributes:
+        num_layers: L.
+    """
+
+    num_layers: int
+
+    @abstractmethod
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """What is added.
+
+        Args:
+            states: what each layer was given and what the stack returns, detached, each (batch, seq, hidden); with a
+                key-value cache the new tokens only.
+
+        Returns:
+            (batch, seq, hidden), of their dtype.
+        """
 
 
 @runtime_checkable
