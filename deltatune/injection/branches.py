@@ -59,14 +59,33 @@ class Given:
         self._held.pop(thread_key(), None)
 
 
-class BranchAct(Act):
-    """Keeps what the first projection of a sub-layer is given for the patches at the sub-layer's end."""
+class KeepingAct(Act):
+    """Keeps something for patches that run later; abstract.
+
+    Attributes:
+        givens: of the patches that act.
+    """
 
     listens = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.givens: tuple[Given, ...] = ()
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
+        """Keep it for what acts, in whatever order."""
+        self.givens = ()
+        for term in terms:
+            self.append(module, term, mixers)
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """Keep it for one more."""
+        members = [member for name in term.members for member in self.members.get(name, ())]
+        self.givens += tuple(member.given for member in members if member.given is not None)
+
+
+class BranchAct(KeepingAct):
+    """Keeps what the first projection of a sub-layer is given for the patches at the sub-layer's end."""
 
     def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Be swept behind every forward of the root."""
@@ -81,17 +100,6 @@ class BranchAct(Act):
         if not around.sweep.acts:
             around.sweep.close()
             around.sweep = None
-
-    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
-        """Keep x for what acts, in whatever order."""
-        self.givens = ()
-        for term in terms:
-            self.append(module, term, mixers)
-
-    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
-        """Keep x for one more."""
-        members = [member for name in term.members for member in self.members.get(name, ())]
-        self.givens += tuple(member.given for member in members if member.given is not None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Keep x as the caller gave it, before any input patch of this module edits it."""

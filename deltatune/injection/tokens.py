@@ -6,15 +6,15 @@ in which masks come tells the padding: 0 and 1, boolean, additive, or a ``src_ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.injection.branches import Given
-from deltatune.injection.slot import Act, Term, first_input, input_names
+from deltatune.injection.branches import KeepingAct
+from deltatune.injection.slot import first_input, input_names
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
@@ -23,25 +23,8 @@ PADDING = "src_key_padding_mask"
 """Boolean, True at padding: of ``nn.TransformerEncoderLayer``."""
 
 
-class TokensAct(Act):
+class TokensAct(KeepingAct):
     """Keeps the ranks of the tokens for the token patches of the same module."""
-
-    listens = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.givens: tuple[Given, ...] = ()
-
-    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
-        """Keep them for what acts, in whatever order."""
-        self.givens = ()
-        for term in terms:
-            self.append(module, term, mixers)
-
-    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
-        """Keep them for one more."""
-        members = [member for name in term.members for member in self.members.get(name, ())]
-        self.givens += tuple(member.given for member in members if member.given is not None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read them from the call."""
