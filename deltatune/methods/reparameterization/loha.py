@@ -34,7 +34,7 @@ class LoHa(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2108.06098"
 
     rank: int = 8

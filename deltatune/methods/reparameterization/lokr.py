@@ -39,7 +39,7 @@ class LoKr(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "output"
     where: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2309.14859"
 
     rank: int = 8

@@ -39,7 +39,7 @@ class OFT(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "output"
     where: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     source: ClassVar[str] = "arXiv:2306.07280"
 
     block_size: int = 32

@@ -36,7 +36,7 @@ class SHiRA(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2406.13175"
 
     rank: int = 8
