@@ -10,6 +10,7 @@ from torch import nn
 
 from deltatune.errors import Unsupported
 from deltatune.structure.index import Index, index
+from deltatune.structure.site import LayerList
 from tests.models import HIDDEN, MODELS, output
 
 
@@ -160,3 +161,15 @@ def test_widths() -> None:
     assert mixtral["model.layers.0.mlp.experts.gate_up_proj"].out_features == 96
     with pytest.raises(Unsupported, match="has no weight of its own"):
         _ = gpt2["transformer.h.0"].in_features
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "side"), [("bert", "bert.encoder.layer", ""), ("opt", "model.decoder.layers", ""), ("t5", "decoder.block", "decoder")]
+)
+def test_sites_know_their_list_of_layers(model: str, path: str, side: str) -> None:
+    backbone, _ = MODELS[model]()
+    found = index(backbone)
+    inside = {site.layer_list for site in found if site.module_path.startswith(f"{path}.")}
+    size = sum(parameter.numel() for parameter in backbone.get_submodule(path).parameters())
+    assert inside == {LayerList(path, 2, size, side)}
+    assert all(site.layer_list is None for site in found if site.layer is None)

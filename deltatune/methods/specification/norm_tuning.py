@@ -23,7 +23,7 @@ class NormTuning(Method):
     family: ClassVar[Family] = "specification"
     kind: ClassVar[Kind] = "selection"
     where: ClassVar[tuple[str, ...]] = ("norm",)
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2312.11420"
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
