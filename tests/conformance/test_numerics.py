@@ -13,10 +13,13 @@ from deltatune.injection.merge import merge, unmerge
 from tests.conformance.cells import TAKEN, Cell, moved, shake
 from tests.conformance.rules.precision import cast
 from tests.conformance.sample import pairwise
-from tests.models import output
+from tests.models import SORTS, output
+
+DOUBLE = [cell for cell in TAKEN if cell.model not in {build.__name__ for build in SORTS["mixture"]}]
+"""The experts of transformers' mixtures have no kernel in double precision."""
 
 
-@pytest.mark.parametrize("cell", pairwise(TAKEN, ("method",), ("act", "sort"), ("model",)), ids=str)
+@pytest.mark.parametrize("cell", pairwise(DOUBLE, ("method",), ("act", "sort"), ("model",)), ids=str)
 @torch.no_grad()
 def test_a_delta_follows_to(cell: Cell) -> None:
     backbone, inputs = cell.fresh()
@@ -46,7 +49,7 @@ def test_merging_into_half_precision_rounds_once(dtype: torch.dtype) -> None:
     shake(delta)
     entry = delta.entries[0]
     weight = entry.site.weight.clone()
-    exact = weight.double() + delta.method.scale * entry.patch.lora_B.double() @ entry.patch.lora_A.double()  # type: ignore[attr-defined]
+    exact = weight.double() + delta.method.scale(2) * entry.patch.lora_B.double() @ entry.patch.lora_A.double()  # type: ignore[attr-defined]
     merge(delta)
     assert torch.equal(entry.site.weight, exact.to(dtype))
     unmerge(delta)
