@@ -25,7 +25,7 @@ from deltatune.injection.guard import Guard
 from deltatune.injection.outputs import put_rows
 from deltatune.injection.slot import Act, How, Member, Term
 from deltatune.injection.steps import steps
-from deltatune.methods.kinds import Patch, Stochastic, WeightPatch
+from deltatune.methods.kinds import Patch, Reaching, Stochastic, WeightPatch
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site, is_packed
 
@@ -45,6 +45,7 @@ class Fold:
         self.terms = terms
         self._patches: list[Patch] = [member.patch for _, groups, _ in terms for group in groups for member in group]
         self._stochastic = [patch for patch in self._patches if isinstance(patch, Stochastic)]
+        self._read = [*self._patches, *(patch.shared for patch in self._patches if isinstance(patch, Reaching))]
         self._cache: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Fold:
             return self._compute(theta)
         if self.draws_now:
             return self._compute(theta)
-        phi = [tensor for patch in self._patches for tensor in (*patch.parameters(), *patch.buffers())]
+        phi = [tensor for module in self._read for tensor in (*module.parameters(), *module.buffers())]
         if any(tensor.is_inference() for tensor in phi):
             return self._compute(theta)
         key = (steps(), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (theta, *phi)))

@@ -207,6 +207,15 @@ class Stochastic(Protocol):
         """Draw anew; called before each training forward of the backbone."""
 
 
+@runtime_checkable
+class Reaching(Protocol):
+    """A weight patch whose g also depends on the delta's shared state; what is cached of it follows that, too."""
+
+    @property
+    def shared(self) -> nn.Module:
+        """The shared state it reaches."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A recipe for a delta: a frozen dataclass of at most eight fields.
