@@ -60,6 +60,9 @@ def inspect(
     recipe = make(method, pairs(set_ or [])) if method else None
     wanted = where_of(where) or (recipe.where if recipe else None)
     matches = find_sites(model, wanted, layers_of(layers), index)
+    if recipe and recipe.reads_weights:
+        for parameter in model.parameters():
+            parameter.data.zero_()  # what was never written may be no number
     attached = attach(model, recipe, where_of(where), layers=layers_of(layers)) if recipe else None
     if json:
         show_json(_described(backbone, model, index, matches, attached))

@@ -128,26 +128,22 @@ class OutputAct(Act):
             self.append(module, term, mixers)
 
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
-        """One more step, the outermost."""
-        step = self._step(term, mixers)
-        if step is None:
-            return
-        self.steps = (*self.steps, step)
-        patches = [member.patch for member in _flat(step)]
-        self._givens += tuple(member.given for member in _flat(step) if member.given is not None)
-        self._stochastic += tuple(patch for patch in patches if isinstance(patch, Stochastic))
-        self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
-        self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
+        """One more step, the outermost; one for each delta of a sequential composition."""
+        for step in self._steps(term, mixers):
+            self.steps = (*self.steps, step)
+            patches = [member.patch for member in _flat(step)]
+            self._givens += tuple(member.given for member in _flat(step) if member.given is not None)
+            self._stochastic += tuple(patch for patch in patches if isinstance(patch, Stochastic))
+            self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
+            self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
 
-    def _step(self, term: Term, mixers: nn.ModuleDict) -> Step | None:
+    def _steps(self, term: Term, mixers: nn.ModuleDict) -> Sequence[Step]:
         present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
-        if not present:
-            return None
         groups = tuple(tuple(self.members[name]) for name, _ in present)
-        if term.how == "sequential":
-            return Single(tuple(member for group in groups for member in group))
+        if term.how == "sequential" or not present:
+            return [Single(group) for group in groups]
         mixer = mixers[term.mixer] if term.mixer is not None and term.mixer in mixers else None
-        return Group(groups, tuple(weight for _, weight in present), mixer)  # type: ignore[arg-type]
+        return [Group(groups, tuple(weight for _, weight in present), mixer)]  # type: ignore[arg-type]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,10 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.checkpoint.record import RECORD, TENSORS
 from deltatune.injection.delta import Delta
-from deltatune.methods.kinds import Method, methods
+from deltatune.methods.kinds import Method
 from deltatune.structure.index import index
+from tests.conformance.cells import small as small
 from tests.models import MODELS
-
-SMALL: dict[str, Any] = {"num_virtual_tokens": 3, "mid_dim": 8, "bottleneck_dim": 4, "rank": 2, "token_ids": (3, 5, 99)}
-
-
-def small(name: str) -> Method:
-    """The method with fields that keep it tiny."""
-    kind = methods[name]
-    return kind(**{field.name: SMALL[field.name] for field in dataclasses.fields(kind) if field.name in SMALL})
 
 
 def backbone(name: str, head: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:

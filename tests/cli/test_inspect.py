@@ -60,8 +60,8 @@ def test_what_would_train_is_what_trains(method: Any, call: Call, encoder: str) 
 @pytest.mark.parametrize("name", sorted(methods))
 def test_every_method_can_be_tried(name: str, call: Call, encoder: str) -> None:
     done = call("inspect", "--backbone", encoder, "--method", name, "--json")
-    if done.code == 2:  # a field without a sensible default says so
-        assert "was asked for" in done.err
+    if done.code == 2:  # a field without a sensible default says so, and one whose default is too much for a tiny model
+        assert "was asked for" in done.err or "Choose" in done.err
     else:
         assert json.loads(done.out)["trainable_parameters"] > 0
 
