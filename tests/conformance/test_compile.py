@@ -63,15 +63,14 @@ def test_it_compiles_whole(cell: Cell) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("cell", [cell for cell in TAKEN if str(cell) in KINDS], ids=str)
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("kind", [cell for cell in TAKEN if str(cell) in KINDS], ids=str)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_inductor_for_one_method_per_kind(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_for_one_method_per_kind(kind: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with config.patch(compile_threads=1):
-        _check_compiled(cell, "inductor")
+        _check_compiled(kind, "inductor")
 
 
 def _check_compiled(cell: Cell, backend: str) -> None:
