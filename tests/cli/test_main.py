@@ -70,7 +70,7 @@ print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}))
 def test_the_console_script_ends_with_its_exit_code() -> None:
     bad = run("methods", "show", "lroa")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "Error: No method is called `lroa`. Did you mean `lora`?\n"
+    assert bad.stderr.startswith("Error: No method is called `lroa`. Did you mean `lora`")
     good = run("methods", "--json")
     assert good.returncode == 0, good.stderr
     assert "lora" in {entry["name"] for entry in json.loads(good.stdout)}
