@@ -76,7 +76,7 @@ def test_gradients_are_those_without(cell: Cell) -> None:
                 _gradients(backbone, inputs, delta)
             continue
         found = _gradients(backbone, inputs, delta)
-        assert moved(found[0], expected[0]) < 1e-6, f"reentrant={reentrant}"
+        assert moved(found[0], expected[0]) < 1e-5, f"reentrant={reentrant}"
         assert _equal(found[1], expected[1]), f"reentrant={reentrant}"
 
 
