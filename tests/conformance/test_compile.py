@@ -50,6 +50,12 @@ def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where inductor keeps torch's headers, whose compilation costs more than that of a small model."""
+    return tmp_path_factory.mktemp("inductor")
+
+
 def test_every_architecture_and_every_method_is_there() -> None:
     assert {cell.model for cell in PAIRWISE} == set(MODELS)
     assert {cell.method for cell in PAIRWISE} == set(methods)
@@ -65,10 +71,10 @@ def test_it_compiles_whole(cell: Cell) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("kind", [cell for cell in TAKEN if str(cell) in KINDS], ids=str)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_inductor_for_one_method_per_kind(kind: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_for_one_method_per_kind(kind: Cell, headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(headers))
     with config.patch(compile_threads=1):
         _check_compiled(kind, "inductor")
 
@@ -93,7 +99,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return moved(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("model", ["llama", "tied_mlp"])
+@pytest.mark.parametrize("model", ["vit", "tied_mlp"])
 @torch.no_grad()
 def test_everything_after_compilation_is_seen(model: str) -> None:
     backbone, inputs = fresh(model)
@@ -113,10 +119,9 @@ def test_everything_after_compilation_is_seen(model: str) -> None:
         trained = output(backbone, inputs)
         assert not _same(trained, acting)
         assert _same(output(compiled, inputs), trained), "trained"
-        if not any("AddedBias" in type(patch).__name__ for patch in delta.patches):
-            merge(delta)
-            assert _same(output(compiled, inputs), trained), "merged"
-            unmerge(delta)
+        merge(delta)
+        assert _same(output(compiled, inputs), trained), "merged"
+        unmerge(delta)
         detach(delta)
         assert _same(output(compiled, inputs), plain), "detached"
 
