@@ -183,6 +183,10 @@ def free_folder(run: Run) -> Path:
 def show_result(run: Run, result: Result) -> None:
     """The end of a run, for people."""
     others = [f"{name} {value:.4f}" for name, value in result.metrics.items() if name != result.metric]
+    course = [
+        ("time", f"{result.seconds:.1f} s for {result.steps} steps, {1000 * result.seconds_per_step:.0f} ms each"),
+        ("peak memory", size(result.peak_memory_bytes)),
+    ]
     show(
         "",
         facts(
@@ -192,8 +196,7 @@ def show_result(run: Run, result: Result) -> None:
                 f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters "
                 f"({share(result.trainable_parameters, result.total_parameters)})",
             ),
-            ("time", f"{result.seconds:.1f} s for {result.steps} steps, {1000 * result.seconds_per_step:.0f} ms each"),
-            ("peak memory", size(result.peak_memory_bytes)),
+            *(course if result.steps else []),
             ("delta", f"{size(result.delta_bytes)} in {result.out}"),
         ),
         "",

@@ -156,7 +156,8 @@ def place(
         entries = build_entries(ledger.index(backbone), method, sites, shared, name)
     if heads:  # they train in full, so a patch there would add nothing
         entries = [entry for entry in entries if not entry.head or isinstance(entry.patch, SelectionPatch)]
-    check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
+    if method.trains:
+        check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
     entries += head_entries(ledger.index(backbone), heads, name, entries)
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:

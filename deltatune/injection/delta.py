@@ -108,12 +108,17 @@ class Delta:
         for _, parameter in self.named_parameters():
             yield parameter
 
+    @property
+    def wants_gradients(self) -> bool:
+        """It would train now: enabled, not frozen, not merged, and no control."""
+        return self.enabled and self.trainable and not self.merged and self.method.trains
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Those that train when the delta is enabled and not frozen."""
         return {name: parameter for name, parameter in self.named_parameters() if self._trains(name)}
 
     def _trains(self, name: str) -> bool:
-        return self._flags().get(name, True)
+        return self.method.trains and self._flags().get(name, True)
 
     def _flags(self) -> dict[str, bool]:
         flags: dict[str, bool] = {}

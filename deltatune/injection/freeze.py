@@ -31,12 +31,12 @@ def thaw(backbone: nn.Module, before: dict[str, bool]) -> None:
 def refresh_gradients(delta: Delta) -> None:
     """Set ``requires_grad`` of a delta's parameters from what is enabled, frozen, merged and live."""
     reshard(delta.backbone)
-    wanted = delta.enabled and delta.trainable and not delta.merged
+    wanted = delta.wants_gradients
     for entry in delta.entries:
         if isinstance(entry.patch, SelectionPatch):
             live = entry.choice.live
             owner = delta.ledger.deltas.get(live) if live is not None else None
-            entry.parameter.requires_grad_(owner is not None and owner.enabled and owner.trainable and not owner.merged)
+            entry.parameter.requires_grad_(owner is not None and owner.wants_gradients)
         for name, parameter in entry.patch.named_parameters():
             parameter.requires_grad_(wanted and entry.flags.get(name, True))
     if delta.shared is not None:

@@ -41,6 +41,7 @@ from deltatune.methods.reparameterization.vera import VeRA as VeRA
 from deltatune.methods.specification.bitfit import BitFit as BitFit
 from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
 from deltatune.methods.specification.fish_mask import FISHMask as FISHMask
+from deltatune.methods.specification.frozen import Frozen as Frozen
 from deltatune.methods.specification.full import FullFineTuning as FullFineTuning
 from deltatune.methods.specification.last_layer import LastLayer as LastLayer
 from deltatune.methods.specification.last_layers import LastLayers as LastLayers

@@ -226,6 +226,7 @@ class Method(ABC):
         kind: how it acts in the main; a single patch may act otherwise where a site needs it.
         where: default roles; an entry ending in ``?`` may be absent from a backbone.
         identity: a fresh delta leaves the outputs as they were.
+        trains: something of a delta wants gradients; False for a control that is only scored.
         reads_weights: ``build`` reads the values of the backbone's parameters, not only their shapes; it sees the
             originals then, whatever acts or is merged.
         learning_rate: what ``dt.train`` uses when none is given.
@@ -237,6 +238,7 @@ class Method(ABC):
     kind: ClassVar[Kind]
     where: ClassVar[tuple[str, ...]]
     identity: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = ""

@@ -64,6 +64,11 @@ class Job:
         return [*self.deltas, *mixing]
 
     @property
+    def trains(self) -> bool:
+        """Something of them wants gradients; not of a control."""
+        return any(one.trained_parameters() for one in self.trained)
+
+    @property
     def metric(self) -> str:
         """The metric that counts."""
         return self.data.task.metric

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,6 @@ from deltatune.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deltatune.training.trainer import DeltaTrainer
 
 Show = Literal["auto", "bar", "lines", "none"]
 
@@ -172,51 +172,80 @@ def replay(run: Run, *, out: str | os.PathLike[str] | None = None, overwrite: bo
     )  # fmt: skip
 
 
-def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
-    from deltatune.training.arguments import Schedule, training_arguments
-    from deltatune.training.measure import StepTimer, peak_memory
-    from deltatune.training.progress import progress as shown
-    from deltatune.training.trainer import DeltaTrainer
+@dataclass(frozen=True)
+class Course:
+    """What the training itself came to; where nothing trains, nothing.
 
-    settings, timer = run.settings, StepTimer()
-    material = job.material(settings)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
-    rows_a_step = settings.batch_size * settings.grad_accumulation * processes
-    watched = shown(show, "+".join(one.name for one in job.trained), job.metric, rows_a_step)
+    Attributes:
+        steps: optimiser steps.
+        seconds: evaluations and checkpoints included.
+        seconds_per_step: median of a step.
+        peak_memory_bytes: most memory meanwhile.
+        history: losses and validation scores by step.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    seconds_per_step: float = 0.0
+    peak_memory_bytes: int = 0
+    history: tuple[dict[str, Any], ...] = ()
+
+
+def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
+    """Train, score on the test rows, and write what came of it."""
     with ExitStack() as stack:
-        folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
         if place is not None and is_main():
             stack.push(lambda kind, *_: place.abandon() if kind is not None else None)
             place.open()
         stack.enter_context(left_alone(job.backbone, job.trained))
-        if settings.gradient_checkpointing:
-            stack.enter_context(recomputing(job.backbone))
-        trainer = DeltaTrainer(
-            job.backbone,
-            job.trained,
-            material,
-            training_arguments(settings, schedule, folder, job.lr),
-            keep_best=settings.early_stopping is not None,
-            patience=settings.early_stopping,
-            callbacks=[timer, *([watched] if watched else [])],
-        )
-        stack.callback(give_back, trainer)
-        if watched is not None:
-            stack.callback(watched.close)
-        began = time.perf_counter()
-        with peak_memory() as peak:
-            trainer.run()
-        seconds = time.perf_counter() - began
-        test = subset(job.data.task, job.data.test, settings.test_rows) if settings.test_rows else job.data.test
-        metrics = score_rows(job.framing, job.backbone, test, settings.eval_batch_size)
-        result = _result(job, metrics, trainer, seconds, timer.seconds_per_step, peak.bytes)
+        course = _course(job, run.settings, place, show, stack) if job.trains else Course()
+        test = subset(job.data.task, job.data.test, run.settings.test_rows) if run.settings.test_rows else job.data.test
+        result = _result(job, score_rows(job.framing, job.backbone, test, run.settings.eval_batch_size), course)
         if place is not None and is_main():
             _write(job, run, place, result)
         return result
 
 
-def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds: float, seconds_per_step: float, peak: int) -> Result:
+def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, stack: ExitStack) -> Course:
+    """Train; what has to be given back is left to the caller's stack."""
+    from deltatune.training.arguments import Schedule, training_arguments
+    from deltatune.training.measure import StepTimer, peak_memory
+    from deltatune.training.progress import progress as shown
+    from deltatune.training.trainer import DeltaTrainer
+
+    timer, material = StepTimer(), job.material(settings)
+    folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
+    rows_a_step = settings.batch_size * settings.grad_accumulation * processes
+    watched = shown(show, "+".join(one.name for one in job.trained), job.metric, rows_a_step)
+    if settings.gradient_checkpointing:
+        stack.enter_context(recomputing(job.backbone))
+    trainer = DeltaTrainer(
+        job.backbone,
+        job.trained,
+        material,
+        training_arguments(settings, schedule, folder, job.lr),
+        keep_best=settings.early_stopping is not None,
+        patience=settings.early_stopping,
+        callbacks=[timer, *([watched] if watched else [])],
+    )
+    stack.callback(give_back, trainer)
+    if watched is not None:
+        stack.callback(watched.close)
+    began = time.perf_counter()
+    with peak_memory() as peak:
+        trainer.run()
+    return Course(
+        steps=trainer.state.global_step,
+        seconds=round(time.perf_counter() - began, 3),
+        seconds_per_step=round(timer.seconds_per_step, 5),
+        peak_memory_bytes=peak.bytes,
+        history=tuple(entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry),
+    )
+
+
+def _result(job: Job, metrics: dict[str, float], course: Course) -> Result:
     budgets = [one.budget() for one in job.trained]
     return Result(
         score=metrics["score"],
@@ -224,13 +253,13 @@ def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds:
         metrics={name: value for name, value in metrics.items() if name != "score"},
         trainable_parameters=sum(budget.delta for budget in budgets),
         total_parameters=budgets[0].N,
-        seconds=round(seconds, 3),
-        seconds_per_step=round(seconds_per_step, 5),
-        peak_memory_bytes=peak,
+        seconds=course.seconds,
+        seconds_per_step=course.seconds_per_step,
+        peak_memory_bytes=course.peak_memory_bytes,
         delta_bytes=sum(budget.size_bytes for budget in budgets),
-        steps=trainer.state.global_step,
+        steps=course.steps,
         out=None,
-        history=[entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry],
+        history=list(course.history),
         backbone=job.backbone,
         tokenizer=job.tokenizer,
         deltas=job.deltas,
@@ -238,12 +267,13 @@ def _result(job: Job, metrics: dict[str, float], trainer: DeltaTrainer, seconds:
 
 
 def _write(job: Job, run: Run, place: RunFolder, result: Result) -> None:
-    """The delta, the picture, and at last the numbers, which make the run finished."""
+    """The delta, the picture if something was trained, and at last the numbers, which make the run finished."""
     _save(job, run, result, place.delta, overwrite=True)
     result.out = place.path
     result.delta_bytes = bytes_in(place.delta)
     title = f"{'+'.join(delta.name for delta in job.deltas)} on {job.data.task.name}, {run.backbone}"
-    draw_curve(curve_of(result.history), place.path / CURVE, title=title, metric=result.metric)
+    if result.history:
+        draw_curve(curve_of(result.history), place.path / CURVE, title=title, metric=result.metric)
     place.finish({**result.to_json(), "history": result.history})
 
 

@@ -18,8 +18,8 @@ from deltatune.methods.kinds import methods
 from tests.checkpoint.deltas import backbone, files, same, small, state, train, trained
 from tests.models import output
 
-HEADLESS = ("linear-probe",)
-PAIRS = [(model, method) for model in ("bert", "gpt2", "t5") for method in methods if model == "bert" or method not in HEADLESS]
+ONLY_A_HEAD = ("linear-probe", "frozen")
+PAIRS = [(model, method) for model in ("bert", "gpt2", "t5") for method in methods if model == "bert" or method not in ONLY_A_HEAD]
 PLAIN = [(model, method) for model in ("torch_encoder", "conv_net", "tied_mlp", "mixtral") for method in ("bitfit", "full", "diff-pruning")]
 
 

@@ -63,7 +63,7 @@ def test_every_method_can_be_tried(name: str, call: Call, encoder: str) -> None:
     if done.code == 2:  # a field without a sensible default says so, and one whose default is too much for a tiny model
         assert "was asked for" in done.err or "Choose" in done.err
     else:
-        assert json.loads(done.out)["trainable_parameters"] > 0
+        assert (json.loads(done.out)["trainable_parameters"] > 0) == methods[name].trains
 
 
 def test_no_weight_is_read(call: Call, encoder: str, tmp_path: Path) -> None:

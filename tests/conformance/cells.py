@@ -137,7 +137,9 @@ class Cell:
         return attach(backbone, self.recipe, NO_ROLES.get(self.model), **options)
 
 
-CELLS = [Cell(method, model) for method in methods for model in MODELS]
+TRAINING = [name for name in methods if methods[name].trains]
+CONTROLS = [name for name in methods if not methods[name].trains]
+CELLS = [Cell(method, model) for method in TRAINING for model in MODELS]
 TAKEN = [cell for cell in CELLS if not cell.refuses]
 REFUSING = [cell for cell in CELLS if cell.refuses]
 MERGING = [cell for cell in TAKEN if cell.merges]

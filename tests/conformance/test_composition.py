@@ -14,8 +14,7 @@ from torch import nn
 
 import deltatune as dt
 from deltatune.injection.delta import Delta
-from deltatune.methods import methods
-from tests.conformance.cells import TAKEN, Cell, fresh, moved, plain, shake, small
+from tests.conformance.cells import TAKEN, TRAINING, Cell, fresh, moved, plain, shake, small
 from tests.conformance.sample import ACTS, representatives
 from tests.conformance.trace import trace
 from tests.models import output
@@ -30,7 +29,7 @@ def _pairs() -> list[tuple[Cell, Cell]]:
         for a, b in combinations_with_replacement(representatives(model).values(), 2):
             pairs[Cell(a, model), Cell(b, model)] = None
     turn = cycle(MODELS)
-    for method in methods:
+    for method in TRAINING:
         own = [model for model in MODELS if Cell(method, model) in TAKEN]
         for act in ACTS:
             model = next((model for model in (next(turn) for _ in MODELS) if model in own and act in representatives(model)), None)
@@ -63,7 +62,7 @@ def test_every_method_meets_every_way_of_acting() -> None:
     met = {(a.method, b.method) for a, b in TOGETHER}
     every = set(representatives("bert").values())
     assert len(every) >= 5
-    for method in methods:
+    for method in TRAINING:
         if Cell(method, "bert") in TAKEN and Cell(method, "t5") in TAKEN:
             assert len({b for a, b in met if a == method}) >= len(every), method
 

@@ -12,9 +12,8 @@ import deltatune as dt
 from deltatune.errors import DeltaError, NoSite, Unsupported
 from deltatune.injection.delta import Delta
 from deltatune.injection.mixers import Gate
-from deltatune.methods import methods
 from deltatune.methods.kinds import InputPatch, OutputPatch, SelectionPatch, WeightPatch
-from tests.conformance.cells import TAKEN, Cell, shake, small
+from tests.conformance.cells import TAKEN, TRAINING, Cell, shake, small
 from tests.conformance.sample import acts_of, representatives
 
 WIDTH_IN, WIDTH_OUT = 8, 12
@@ -35,7 +34,7 @@ def _sits_there(name: str) -> bool:
     return True
 
 
-METHODS = [name for name in methods if Cell(name, "mlp") in TAKEN and acts_of(name) <= ON_A_LINEAR_MAP and _sits_there(name)]
+METHODS = [name for name in TRAINING if Cell(name, "mlp") in TAKEN and acts_of(name) <= ON_A_LINEAR_MAP and _sits_there(name)]
 PARTNERS = [method for act, method in representatives("mlp").items() if act in ON_A_LINEAR_MAP]
 PAIRS = [(method, partner) for method in METHODS for partner in PARTNERS]
 IN_ORDER = list(dict.fromkeys([*PAIRS, *((b, a) for a, b in PAIRS)]))

@@ -9,8 +9,7 @@ import torch
 
 import deltatune as dt
 from deltatune.errors import DeltaError, NoSite, Unsupported
-from deltatune.methods import methods
-from tests.conformance.cells import CELLS, KEPT_APART, MERGING, REFUSED, REFUSING, TAKEN, UNMERGEABLE, Cell, over, plain
+from tests.conformance.cells import CELLS, KEPT_APART, MERGING, REFUSED, REFUSING, TAKEN, TRAINING, UNMERGEABLE, Cell, over, plain
 from tests.conformance.rules import RULES
 from tests.conformance.trace import trace
 from tests.models import MODELS, SORTS, output
@@ -22,12 +21,12 @@ SIZES = {"methods": 49, "architectures": 25, "refused": 97, "merged": 673, "chec
 def sizes() -> dict[str, int]:
     """The same, counted: a check is one rule on one cell."""
     checks = len(REFUSING) + sum(map(len, RULES.values()))
-    return {"methods": len(methods), "architectures": len(MODELS), "refused": len(REFUSING), "merged": len(MERGING), "checks": checks}
+    return {"methods": len(TRAINING), "architectures": len(MODELS), "refused": len(REFUSING), "merged": len(MERGING), "checks": checks}
 
 
 def test_the_matrix_is_whole() -> None:
     assert sizes() == SIZES, f"if this is meant, write\nSIZES = {sizes()}".replace("'", '"')
-    assert len(CELLS) == len(set(CELLS)) == len(methods) * len(MODELS)
+    assert len(CELLS) == len(set(CELLS)) == len(TRAINING) * len(MODELS)
     assert len(TAKEN) + len(REFUSING) == len(CELLS)
     assert len(MERGING) + len(KEPT_APART) == len(TAKEN)
     assert all(set(cells) in (set(TAKEN), set(MERGING), set(KEPT_APART)) for cells in RULES.values())
@@ -36,7 +35,7 @@ def test_the_matrix_is_whole() -> None:
 
 def test_the_tables_name_what_exists() -> None:
     for table in (REFUSED, UNMERGEABLE):
-        assert table.keys() - set(methods) == set()
+        assert table.keys() - set(TRAINING) == set()
         assert frozenset().union(*table.values()) - MODELS.keys() == set()
 
 

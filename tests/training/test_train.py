@@ -120,6 +120,14 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert read_run(out).where == "attention.*"
 
 
+def test_a_control_is_only_scored(tmp_path: Path) -> None:
+    place, out = tiny.folder("bert", tmp_path), tmp_path / "run"
+    result = train(place, tiny.data(), "frozen", out=out, progress="none")
+    assert (result.steps, result.trainable_parameters, result.history) == (0, 0, [])
+    assert {path.name for path in out.iterdir()} == {"delta", "metrics.json", "run.yaml"}
+    assert evaluate(Predictor.open(out), tiny.data())["score"] == result.score, "the head that was scored is in the file"
+
+
 def test_what_a_tracker_writes_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = files.mark_complete
 
