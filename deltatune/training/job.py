@@ -66,7 +66,7 @@ class Job:
     @property
     def trains(self) -> bool:
         """Something of them wants gradients; not of a control."""
-        return any(one.trained_parameters() for one in self.trained)
+        return any(one.budget().delta for one in self.trained)
 
     @property
     def metric(self) -> str:
