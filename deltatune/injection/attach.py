@@ -18,7 +18,7 @@ from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_
 from deltatune.injection.refusals import check_alone
 from deltatune.injection.slot import Member, close_slot, open_slot, slot_of
 from deltatune.injection.switching import unchanged
-from deltatune.methods.kinds import Method, SelectionPatch, Sharing
+from deltatune.methods.kinds import Method, SelectionPatch, Sharing, Surveying
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.site import Site
 from deltatune.structure.where import Layers, Matches, Where, find_sites
@@ -151,6 +151,8 @@ def place(
     """Build the patches for these sites and install them, all or none; ``attach`` and ``load`` end here."""
     ledger = open_ledger(backbone)
     check_free(name, ledger)
+    if isinstance(method, Surveying):
+        method.survey(sites)
     shared = method.share(sites) if isinstance(method, Sharing) else None
     with unchanged(backbone, ledger) if method.reads_weights else nullcontext():
         entries = build_entries(ledger.index(backbone), method, sites, shared, name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 from deltatune.methods.gating import Reads, below, gated, ungated
-from deltatune.methods.kinds import Exported, Grouped, Method, Patch, Penalised, Phased, Prepared, Reforming, Sharing, Stepping
+from deltatune.methods.kinds import Exported, Grouped, Method, Patch, Penalised, Phased, Prepared, Reforming, Sharing, Stepping, Surveying
 from deltatune.structure.site import Site
 from deltatune.structure.where import has_role
 
@@ -40,6 +40,13 @@ class Composed(Method, ABC):
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:
         """The parts, in the order in which they act."""
+
+    def survey(self, sites: Sequence[Site]) -> None:
+        """Let every part check its own sites."""
+        for part in self._checked():
+            taken = [site for site in sites if has_role(site, part.method.where)]
+            if taken and isinstance(part.method, Surveying):
+                part.method.survey(taken)
 
     def share(self, sites: Sequence[Site]) -> nn.Module | None:
         """What the parts share among their sites, each for itself."""

@@ -273,6 +273,14 @@ class Spelled(Protocol):
 
 
 @runtime_checkable
+class Surveying(Protocol):
+    """A method that checks its fields against all its sites together, before anything is built."""
+
+    def survey(self, sites: Sequence[Site]) -> None:
+        """Raise where the sites do not suit the fields."""
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """A method with state common to all its sites."""
 

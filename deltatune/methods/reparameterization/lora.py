@@ -75,8 +75,8 @@ class LoRA(Method):
         """r at one site: that of the first entry of ``ranks`` that fits, else ``rank``."""
         return next((rank for pattern, rank in self.ranks if _fits(pattern, site)), self.rank)
 
-    def share(self, sites: Sequence[Site]) -> None:
-        """Nothing is shared; but an entry of ``ranks`` that fits no site is a mistake."""
+    def survey(self, sites: Sequence[Site]) -> None:
+        """An entry of ``ranks`` that fits no site is a mistake."""
         for pattern, rank in self.ranks:
             if not any(_fits(pattern, site) for site in sites):
                 roles = sorted({site.role or site.key for site in sites})
