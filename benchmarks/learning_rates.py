@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -93,7 +94,11 @@ def row(name: str) -> dict[str, Any]:
     found = losses(name)
     best = min(found, key=lambda rate: found[rate])
     default = methods[name].learning_rate
-    return {"default": default, "best": best, "losses": {f"{rate:g}": found[rate] for rate in sorted(found)}}
+    return {
+        "default": default,
+        "best": best,
+        "losses": {f"{rate:g}": found[rate] if math.isfinite(found[rate]) else None for rate in sorted(found)},
+    }
 
 
 if __name__ == "__main__":

@@ -189,14 +189,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["train", "cost", "cost-of", "page"], nargs="?", default="train")
     parser.add_argument("names", nargs="*", help="methods; all of them if left out")
+    parser.add_argument("--part", default="0/1", help="k/n: every n-th run of a seed from the k-th on, for several processes")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     asked = parser.parse_args()
     chosen = asked.names or [name for name in methods if name != "full"] + ["full"]
+    k, n = map(int, asked.part.split("/"))
     if asked.verb == "train":
-        train(chosen, asked.seeds, asked.steps)
+        train(chosen[k::n], asked.seeds, asked.steps)
     elif asked.verb == "cost":
-        cost(chosen)
+        cost([name for name in chosen if methods[name].trains])
     elif asked.verb == "cost-of":
         print(json.dumps(cost_of(chosen[0])))
     else:
