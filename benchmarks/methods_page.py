@@ -17,6 +17,7 @@ from deltatune.methods.fields import summary_of
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods"
 PAGE = HERE.parent / "docs" / "methods.md"
+PACKAGED = HERE.parent / "deltatune" / "methods" / "measured.json"
 FAMILIES = ("addition", "specification", "reparameterization", "baseline")
 DRAWS = 4000
 REASONS: dict[str, str] = {}
@@ -128,9 +129,32 @@ def _failing(found: Mapping[str, Mapping[str, Score]]) -> list[str]:
     return [name for name in methods if name in measured and methods[name].family != "baseline" and not learns(name, found)]
 
 
+def packaged(results: Path = RESULTS) -> dict[str, Any]:
+    """The same figures for ``deltatune methods show``."""
+    found, sizes = scores(results), _sizes(results)
+    costs = json.loads((results / "cost.json").read_text(encoding="utf-8"))["rows"] if (results / "cost.json").exists() else {}
+    steps = max(run["steps"] for run in sizes.values())
+    rows = {
+        name: {
+            "scores": {task: (round(by[name].mean, 4), _rounded(by[name].spread)) for task, by in found.items() if name in by},
+            "share": round(size["trained"] / size["total"], 6),
+            "file_bytes": size["file_bytes"],
+            "step": costs.get(name, {}).get("step"),
+            "memory": costs.get(name, {}).get("memory"),
+        }
+        for name, size in sizes.items()
+    }
+    return {"budget": f"MiniLM, {steps} steps of 16", "rows": {name: rows[name] for name in sorted(rows)}}
+
+
+def _rounded(spread: float | None) -> float | None:
+    return None if spread is None else round(spread, 4)
+
+
 def write() -> None:
-    """Write the page."""
+    """Write the page, and what the package tells of it."""
     PAGE.write_text(page(), encoding="utf-8")
+    PACKAGED.write_text(json.dumps(packaged(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

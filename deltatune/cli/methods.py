@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from deltatune.cli.terminal import Json, facts, quoted, show, show_json, table
 from deltatune.methods.fields import REQUIRED, MethodField, fields_of, formula_of, in_words, summary_of
 from deltatune.methods.kinds import Exported, Grouped, Method, Penalised, Phased, Prepared, Sharing, Stepping
 from deltatune.methods.kinds import methods as registered
+from deltatune.methods.measured import budget, measured
 
 FAMILIES = ("addition", "specification", "reparameterization", "baseline")
 
@@ -69,7 +71,7 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
     if json:
         show_json(described(name))
         return
-    fields = fields_of(recipe)
+    fields, row = fields_of(recipe), measured(name)
     show(
         Text.assemble((name, "bold cyan"), "  ", (f"{recipe.__name__}: {summary_of(recipe)}", "bold")),
         Padding(Text(formula_of(recipe).replace("``", "")), (1, 0, 1, 2)),
@@ -81,6 +83,7 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
             ("learning rate", f"{recipe.learning_rate:g}"),
             ("in training", "; ".join(lives(recipe))),
             ("source", recipe.source),
+            *([("measured", f"{row} ({budget()})")] if row is not None else []),
         ),
         _fields(fields),
         quoted(_example(name, fields), style="dim"),
@@ -95,7 +98,7 @@ def ordered() -> list[str]:
 
 def described(name: str) -> dict[str, Any]:
     """A method as JSON tells it."""
-    recipe = registered[name]
+    recipe, row = registered[name], measured(name)
     return {
         "name": name,
         "family": recipe.family,
@@ -107,6 +110,7 @@ def described(name: str) -> dict[str, Any]:
         "identity": recipe.identity,
         "learning_rate": recipe.learning_rate,
         "source": recipe.source,
+        "measured": None if row is None else dataclasses.asdict(row),
         "fields": [_described_field(field) for field in fields_of(recipe)],
     }
 

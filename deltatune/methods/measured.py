@@ -1,0 +1,61 @@
+"""What ``benchmarks/methods.py`` measured of each method, as packaged in ``measured.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A method with its own defaults on MiniLM.
+
+    Attributes:
+        scores: task -> mean accuracy and its standard deviation over the seeds (None with one seed).
+        share: trained parameters, as a share of the backbone's.
+        file_bytes: of the delta's folder, head included.
+        step: seconds a step, as a ratio to full fine-tuning; None where nothing trains.
+        memory: peak memory, as a ratio to full fine-tuning.
+    """
+
+    scores: dict[str, tuple[float, float | None]]
+    share: float
+    file_bytes: int
+    step: float | None
+    memory: float | None
+
+    def __str__(self) -> str:
+        scores = [f"{task} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}") for task, (mean, spread) in self.scores.items()]
+        costs = [f"{word} {ratio:.2f}" for word, ratio in (("step", self.step), ("memory", self.memory)) if ratio is not None]
+        sizes = [f"{self.share:.3%} of the parameters", f"{self.file_bytes / 1e3:,.0f} kB"]
+        return "; ".join([", ".join(scores), ", ".join(sizes), *([", ".join(costs) + " of full fine-tuning's"] if costs else [])])
+
+
+def measured(name: str) -> Measured | None:
+    """The row of a method; None where it was not measured.
+
+    >>> measured("of nobody") is None
+    True
+    """
+    row = _table()["rows"].get(name)
+    if row is None:
+        return None
+    scores = {task: (float(mean), None if spread is None else float(spread)) for task, (mean, spread) in row["scores"].items()}
+    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"])
+
+
+def budget() -> str:
+    """What every method was given, in words."""
+    return str(_table()["budget"])
+
+
+@cache
+def _table() -> dict[str, Any]:
+    place = files("deltatune.methods") / "measured.json"
+    if not place.is_file():
+        return {"budget": "", "rows": {}}
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return found
