@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from deltatune.checkpoint.fingerprint import fingerprint
 from deltatune.checkpoint.folder import replacing, settle
+from deltatune.checkpoint.foreign import Reading, foreign_format, load_foreign, save_foreign
 from deltatune.checkpoint.loading import Allowed, load_composition, load_delta
-from deltatune.checkpoint.record import MEMBERS, RECORD, TENSORS, About, Origin, Record, Stored, read_record
+from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS, About, Origin, Record, Stored, read_record
 from deltatune.checkpoint.tensors import named, not_finite, write_tensors
 from deltatune.errors import CheckpointError
 from deltatune.injection.compose import Composition
@@ -31,7 +32,6 @@ from deltatune.methods.kinds import Exported, SelectionPatch, methods
 from deltatune.structure.anatomy import modules_of
 
 OURS = (RECORD, TENSORS, MEMBERS)
-RUN_DELTA = "delta"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -39,6 +39,7 @@ def save(
     delta: Delta | Composition,
     folder: str | os.PathLike[str],
     *,
+    format: str = "native",
     overwrite: bool = False,
     unfinished: bool = False,
     allow_nonfinite: bool = False,
@@ -60,6 +61,7 @@ def save(
     Args:
         delta: an attached delta, or a composition with its members.
         folder: where to; its parents are made.
+        format: ``native``, or ``peft`` for a folder that PEFT reads; that holds none of the information below.
         overwrite: replace what a folder holds of a delta; its other files stay.
         unfinished: it is the state of a run that goes on, so training-time parameters belong in it.
         allow_nonfinite: save NaN and infinity.
@@ -82,7 +84,8 @@ def save(
     Raises:
         OutputError: the folder is not empty, or cannot be written; nothing is left half-written.
         CheckpointError: a tensor is not finite.
-        Unsupported: the delta was detached, or a tensor is sharded or quantised.
+        Unsupported: the delta was detached, a tensor is sharded or quantised, or the format cannot hold such a delta.
+        UnknownName: there is no such format.
         InvalidValue: something that is no JSON.
 
     Example:
@@ -94,6 +97,8 @@ def save(
         ...     sorted(path.name for path in save(delta, f"{place}/tiny").iterdir())
         ['delta.json', 'delta.safetensors']
     """
+    if format != "native":
+        return save_foreign(delta, folder, format, overwrite=overwrite, allow_nonfinite=allow_nonfinite, backbone_id=backbone_id)
     about = About(where, layers, task, labels, template, metric, score, metrics, training, data, versions)
     origin = _origin(delta, backbone_id)
     parts = [_part(part, origin, unfinished, allow_nonfinite) for part in (delta.deltas if isinstance(delta, Composition) else [delta])]
@@ -121,12 +126,15 @@ def load(
     allow_nonfinite: bool = False,
     allow_unknown: bool = False,
     allow_idle: bool = False,
+    allow_bin: bool = False,
 ) -> Delta | Composition:
     """Attach what a folder holds, at exactly the sites it was saved from.
 
+    A folder of another library that ``checkpoint.foreign`` has a format for, such as PEFT's, is translated.
+
     Args:
         backbone: the backbone the delta was trained on, a fresh instance or one with other deltas.
-        folder: what ``save`` wrote.
+        folder: what ``save`` wrote, or another library.
         name: how it is called here; as it was called if left out.
         enable: let it act; else it rests.
         head: take along the task head it was saved with; else the backbone's own stays, as for another task.
@@ -138,6 +146,7 @@ def load(
         allow_nonfinite: load NaN and infinity.
         allow_unknown: leave out keys and fields this version does not know.
         allow_idle: take sites that a forward may never call, as in ``attach``.
+        allow_bin: read another library's weights from a pickle, by ``torch.load(weights_only=True)`` alone.
 
     Returns:
         The delta, or the composition.
@@ -146,6 +155,7 @@ def load(
         CheckpointError: the folder is missing, truncated, edited, of a newer format, or does not fit; the tensors are
             named, and the backbone is as it was.
         ForeignBackbone: it was trained on another backbone; what differs is named.
+        Unsupported: another library's folder holds what cannot be translated.
         InvalidValue: the name is taken.
 
     Example:
@@ -171,14 +181,22 @@ def load(
         unknown=allow_unknown,
         idle=allow_idle,
     )
-    place = locate(folder)
-    record = read(place, allow_unknown=allow_unknown)
-    put = load_composition if record.is_composition else load_delta
+    kind = foreign_format(folder)
     with torch.random.fork_rng(devices=[]):  # fresh patches draw numbers, which the file replaces
-        loaded = put(backbone, place, record, record.name if name is None else name, allowed)
+        if kind is not None:
+            loaded = load_foreign(backbone, Path(folder).expanduser(), kind, name, allowed, Reading(allow_bin, allow_unknown))
+        else:
+            loaded = _load(backbone, locate(folder), name, allowed)
     if not enable:
         loaded.disable()
     return loaded
+
+
+def _load(backbone: nn.Module, place: Path, name: str | None, allowed: Allowed) -> Delta | Composition:
+    """Attach what a folder of ours holds."""
+    record = read(place, allow_unknown=allowed.unknown)
+    put = load_composition if record.is_composition else load_delta
+    return put(backbone, place, record, record.name if name is None else name, allowed)
 
 
 def read(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> Record:

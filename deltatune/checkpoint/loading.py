@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,22 +47,37 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked delta, ready to be placed."""
+    """A checked delta, ready to be placed.
 
-    record: Record
+    Attributes:
+        title: what it is called in the file.
+        name: what it will be called here.
+        method: its recipe.
+        sites: where it sits.
+        heads: the task heads that belong to it.
+        tensors: everything it is made of, under its names in delta files.
+        differences: keys of the selections that are stored as differences.
+        exported: whether its training-time parameters were dropped.
+        named: the placed delta -> the tensors under its names, where they are known by the placed patches only.
+    """
+
+    title: str
     name: str
     method: Method
     sites: tuple[Site, ...]
     heads: tuple[Site, ...]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    differences: frozenset[str] = frozenset()
+    exported: bool | None = None
+    named: Callable[[Delta, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 def load_delta(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Delta:
     """Check one delta's files against the backbone, and attach it."""
     check_free(name, ledger_of(backbone))
-    sites = _index(backbone)
+    sites = index_of(backbone)
     _check_origin(backbone, sites, record, allowed)
-    return _attach(backbone, _plan(sites, folder, record, name, allowed), allowed)
+    return attach_plan(backbone, _plan(sites, folder, record, name, allowed), allowed)
 
 
 def load_composition(backbone: nn.Module, folder: Path, record: Record, name: str, allowed: Allowed) -> Composition:
@@ -71,9 +86,9 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     A member keeps its name; where that is taken it is called after the composition, too.
     """
     check_free(name, ledger_of(backbone))
-    sites = _index(backbone)
+    sites = index_of(backbone)
     _check_origin(backbone, sites, record, allowed)
-    taken = _taken(backbone) | {name}
+    taken = names_on(backbone) | {name}
     plans = []
     for member in record.member_records:
         called = member.name if member.name not in taken else f"{name}-{member.name}"
@@ -84,7 +99,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     placed: list[Delta] = []
     try:
         for plan in plans:
-            placed.append(_attach(backbone, plan, allowed))
+            placed.append(attach_plan(backbone, plan, allowed))
         weights = record.weights if record.how == "weighted" else None
         composition = compose(backbone, placed, how=record.how or "sequential", weights=weights, name=name)
         try:
@@ -99,12 +114,14 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     return composition
 
 
-def _taken(backbone: nn.Module) -> set[str]:
+def names_on(backbone: nn.Module) -> set[str]:
+    """Every name of a delta or composition on it."""
     ledger = ledger_of(backbone)
     return set() if ledger is None else ledger.deltas.keys() | ledger.compositions.keys()
 
 
-def _index(backbone: nn.Module) -> Index:
+def index_of(backbone: nn.Module) -> Index:
+    """The index of its sites, kept by its ledger if it has one."""
     ledger = ledger_of(backbone)
     return index(backbone) if ledger is None else ledger.index(backbone)
 
@@ -129,17 +146,25 @@ def _plan(sites: Index, folder: Path, record: Record, name: str, allowed: Allowe
     absent = sorted((set(record.stored.differences) | set(record.stored.values)) - tensors.keys())
     if absent and not allowed.missing:
         raise CheckpointError(f"`{folder}` lacks the tensors {named(absent)} that its record names. Copy or save the delta again.")
-    plan = Plan(record, name, method, _sites(sites, record, record.sites), _sites(sites, record, record.heads), tensors)
-    return plan if allowed.head else _without_head(plan)
+    plan = Plan(
+        title=record.name,
+        name=name,
+        method=method,
+        sites=find(sites, record.name, record.sites),
+        heads=find(sites, record.name, record.heads),
+        tensors=tensors,
+        differences=frozenset(record.stored.differences),
+        exported=record.exported,
+    )
+    return plan if allowed.head else _without_head(plan, record)
 
 
-def _without_head(plan: Plan) -> Plan:
+def _without_head(plan: Plan, record: Record) -> Plan:
     """The same without the task head.
 
     Raises:
         InvalidValue: nothing else is there.
     """
-    record = plan.record
     if set(record.sites) <= set(record.heads):
         raise InvalidValue(f"`{record.name}` is a task head and nothing else, so head=False would leave nothing. Load it with its head.")
     kept = {key: tensor for key, tensor in plan.tensors.items() if not key.startswith(tuple(f"{head}." for head in record.heads))}
@@ -155,15 +180,21 @@ def _tensors(folder: Path, record: Record, allowed: Allowed) -> dict[str, Tensor
     return tensors
 
 
-def _sites(known: Index, record: Record, keys: tuple[str, ...]) -> tuple[Site, ...]:
+def find(known: Index, title: str, keys: Iterable[str]) -> tuple[Site, ...]:
+    """The sites with these keys, each once.
+
+    Raises:
+        CheckpointError: there is no such site; the nearest are named.
+    """
     found = {key: _site(known, key) for key in keys}
     absent = [key for key, site in found.items() if site is None]
     if absent:
         raise CheckpointError(
-            f"`{record.name}` sits at {named(absent)}, and this {type(known.backbone).__name__} has no such site. "
+            f"`{title}` sits at {named(absent)}, and this {type(known.backbone).__name__} has no such site. "
             f"{nearest(absent[0], [site.key for site in known])} Load the backbone it was trained on."
         )
-    return tuple(dict.fromkeys(site for site in found.values() if site is not None))
+    order = {id(site): k for k, site in enumerate(known)}  # as attach has them: optimizers know parameters by their position
+    return tuple(dict.fromkeys(sorted((site for site in found.values() if site is not None), key=lambda site: order[id(site)])))
 
 
 def _site(known: Index, key: str) -> Site | None:
@@ -177,11 +208,18 @@ def _site(known: Index, key: str) -> Site | None:
     return None if site.reached or parameter not in site.parameters else site
 
 
-def _attach(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
+def attach_plan(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
+    """Place a delta and fill it, or leave nothing behind.
+
+    Raises:
+        CheckpointError: it cannot be built, or the tensors do not fit.
+    """
     delta = _placed(backbone, plan, allowed)
     try:
-        if plan.record.exported:
+        if plan.exported:
             _export(delta)
+        if plan.named is not None:
+            plan = replace(plan, tensors=plan.named(delta, plan.tensors))
         _take_types(delta, plan.tensors)
         _fill(delta, _fitted(delta, _values(delta, plan), allowed))
     except BaseException:
@@ -202,14 +240,14 @@ def _placed(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
     limit = FLOOR + GROWTH * (own + sum(map(_bytes, plan.tensors.values())))
     fresh = ledger_of(backbone) is None
     try:
-        with Bounded(limit, f"`{plan.record.name}` ({plan.method})"):
+        with Bounded(limit, f"`{plan.title}` ({plan.method})"):
             return place(backbone, plan.method, plan.sites, plan.name, plan.heads, allow_idle=allowed.idle)
     except BaseException as cause:
         if fresh:
             close_ledger(backbone)
         if isinstance(cause, MISBUILT):
             raise CheckpointError(
-                f"`{plan.record.name}` ({plan.method}) cannot be built: {cause}. Its record was edited; save it again."
+                f"`{plan.title}` ({plan.method}) cannot be built: {cause}. Its record was edited; save it again."
             ) from cause
         raise
 
@@ -220,11 +258,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _values(delta: Delta, plan: Plan) -> dict[str, Tensor]:
     """The tensors of the file with theta = theta_0 + difference written out."""
-    assert plan.record.stored is not None
-    by_difference = set(plan.record.stored.differences)
     state = dict(plan.tensors)
     for entry in delta.entries:
-        if isinstance(entry.patch, SelectionPatch) and entry.key in by_difference and entry.key in state:
+        if isinstance(entry.patch, SelectionPatch) and entry.key in plan.differences and entry.key in state:
             original, change = entry.choice.original, state[entry.key]
             if change.shape == original.shape:
                 state[entry.key] = original + change.to(original.device)

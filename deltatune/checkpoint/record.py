@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from deltatune.checkpoint.fingerprint import Fingerprint
+from deltatune.checkpoint.keys import fold, unfold
 from deltatune.checkpoint.tensors import regular_file_size
 from deltatune.errors import CheckpointError, InvalidValue, nearest
 from deltatune.injection.slot import How
@@ -20,6 +22,9 @@ from deltatune.methods.kinds import Method, methods
 FORMAT = "deltatune"
 FORMAT_VERSION = 1
 RECORD, TENSORS, MEMBERS = "delta.json", "delta.safetensors", "members"
+DIGEST = "digest"
+RUN_DELTA = "delta"
+"""Where the folder of a run holds its delta."""
 MAX_RECORD = 16 * 2**20
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -87,6 +92,10 @@ class Stored:
     sha256: str
     differences: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``delta.json``, where keys that differ only in numbers are one entry."""
+        return {"sha256": self.sha256, "differences": fold(self.differences), "values": fold(self.values)}
 
 
 @dataclass(frozen=True)
@@ -177,23 +186,35 @@ class Record:
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "method": {"name": self.method, "fields": self.fields} if self.method is not None else None,
-            "sites": self.sites,
-            "heads": self.heads,
+            "sites": fold(self.sites),
+            "heads": fold(self.heads),
             "exported": self.exported,
-            "tensors": None if self.stored is None else vars(self.stored),
+            "tensors": None if self.stored is None else self.stored.to_json(),
             "backbone": origin,
             "composition": composition,
             **{name: value for name, value in vars(self.about).items()},
         }
-        text = json.dumps(_plain(data, self.name), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        return f"{text}\n".encode()
+        return sealed(_plain(data, self.name))
 
 
-def read_record(file: Path, *, allow_unknown: bool = False) -> Record:
+def sealed(data: Mapping[str, Any]) -> bytes:
+    """The content of ``delta.json``: ``data`` with the digest of all of it."""
+    text = json.dumps({**data, DIGEST: digest_of(data)}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """SHA-256 of what a record says, however it is laid out, but for the digest itself."""
+    said = {key: value for key, value in data.items() if key != DIGEST}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def read_record(file: Path, *, allow_unknown: bool = False, allow_edited: bool = False) -> Record:
     """Read a ``delta.json``.
 
     Raises:
-        CheckpointError: it is missing, no JSON, of a newer format, or has missing, unknown or mistyped keys.
+        CheckpointError: it is missing, no JSON, of a newer format, was edited, or has missing, unknown or mistyped keys.
     """
     size = regular_file_size(file)
     if size > MAX_RECORD:
@@ -202,7 +223,7 @@ def read_record(file: Path, *, allow_unknown: bool = False) -> Record:
         data = json.loads(file.read_bytes(), parse_constant=_refuse, object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(f"`{file}` is truncated or was edited: {cause}. Copy or save the delta again.") from cause
-    return _record(_Keys(data, file, allow_unknown))
+    return _record(_Keys(data, file, allow_unknown), allow_edited)
 
 
 class _Keys:
@@ -225,6 +246,16 @@ class _Keys:
             )
         return _tuples(value)
 
+    def take_keys(self, key: str) -> tuple[str, ...]:
+        """A list of keys of sites or tensors, written out."""
+        folded: tuple[str, ...] = self.take(key, tuple[str, ...])
+        try:
+            return unfold(folded)
+        except ValueError as cause:
+            raise CheckpointError(
+                f"`{self.file}` has {self.inside}{key} that make no sense: {cause}. Copy or save the delta again."
+            ) from cause
+
     def below(self, key: str) -> _Keys:
         """The object under a key."""
         return _Keys(self.data.pop(key, None), self.file, self.lenient, f"{self.inside}{key}.")
@@ -238,8 +269,8 @@ class _Keys:
             )
 
 
-def _record(keys: _Keys) -> Record:
-    keys = _migrated(keys)
+def _record(keys: _Keys, allow_edited: bool) -> Record:
+    keys = _migrated(keys, allow_edited)
     method = keys.below("method") if keys.data.get("method") is not None else None
     tensors = keys.below("tensors") if keys.data.get("tensors") is not None else None
     composition = keys.below("composition") if keys.data.get("composition") is not None else None
@@ -253,8 +284,8 @@ def _record(keys: _Keys) -> Record:
         origin=_origin(keys.below("backbone")),
         about=About(**{entry.name: keys.take(entry.name, hints[entry.name]) for entry in dataclasses.fields(About)}),
         stored=None if tensors is None else _stored(tensors),
-        sites=keys.take("sites", tuple[str, ...]),
-        heads=keys.take("heads", tuple[str, ...]),
+        sites=keys.take_keys("sites"),
+        heads=keys.take_keys("heads"),
         exported=keys.take("exported", bool | None),
         **({} if method is None else {"method": method.take("name", str), "fields": method.take("fields", dict[str, Any])}),
         **({} if composition is None else _composition(composition)),
@@ -265,14 +296,20 @@ def _record(keys: _Keys) -> Record:
     return record
 
 
-def _migrated(keys: _Keys) -> _Keys:
-    """The keys as the current format version has them."""
+def _migrated(keys: _Keys, allow_edited: bool) -> _Keys:
+    """The keys as the current format version has them, and as they were written."""
+    found = digest_of(keys.data)
     if keys.take("format", str) != FORMAT:
         raise CheckpointError(f"`{keys.file}` is not a delta's record. Give a folder written by dt.save.")
     version = keys.take("format_version", int)
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"`{keys.file}` has format version {version}, and this deltatune reads up to {FORMAT_VERSION}. Upgrade deltatune to read it."
+        )
+    if keys.take(DIGEST, str) != found and not allow_edited:
+        raise CheckpointError(
+            f"`{keys.file}` was edited: what it says has another digest than it had when it was saved. Copy or save the delta again, or "
+            "pass allow_edited=True to take it as it is."
         )
     for step in range(version, FORMAT_VERSION):
         if step not in MIGRATIONS:
@@ -282,7 +319,7 @@ def _migrated(keys: _Keys) -> _Keys:
 
 
 def _stored(keys: _Keys) -> Stored:
-    stored = Stored(keys.take("sha256", str), keys.take("differences", tuple[str, ...]), keys.take("values", tuple[str, ...]))
+    stored = Stored(keys.take("sha256", str), keys.take_keys("differences"), keys.take_keys("values"))
     keys.end()
     return stored
 

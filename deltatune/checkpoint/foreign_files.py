@@ -1,0 +1,173 @@
+"""Files of other libraries, read with limits: weights as safetensors, or as a pickle only where that is allowed, and configs as JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltatune.checkpoint.record import MAX_RECORD
+from deltatune.checkpoint.tensors import MAX_HEADER, named, regular_file_size
+from deltatune.errors import CheckpointError, Unsupported, nearest
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, a link, too large, or no JSON object.
+    """
+    size = regular_file_size(file)
+    if size > MAX_RECORD:
+        raise CheckpointError(f"`{file}` has {size:,} bytes; a config has at most {MAX_RECORD:,}. It is not what it is called.")
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as cause:
+        raise CheckpointError(f"`{file}` is truncated or was edited: {cause}. Copy it again.") from cause
+    if not isinstance(data, dict):
+        raise CheckpointError(f"`{file}` holds {type(data).__name__} instead of an object. Copy it again.")
+    return data
+
+
+def read_weights(folder: Path, safe: str, pickled: str, *, allow_bin: bool) -> dict[str, Tensor]:
+    """The tensors of a folder: of its safetensors file, else of its pickle if that is allowed.
+
+    Args:
+        folder: where.
+        safe: name of the safetensors file.
+        pickled: name of the pickle.
+        allow_bin: read a pickle, by ``torch.load(weights_only=True)`` alone.
+
+    Raises:
+        CheckpointError: neither is there, it is damaged, or it is a pickle that is not allowed.
+    """
+    if (folder / safe).exists() or (folder / safe).is_symlink():
+        return read_safetensors(folder / safe)
+    if not (folder / pickled).exists():
+        raise CheckpointError(f"`{folder}` has no weights: neither `{safe}` nor `{pickled}` is there. Copy the folder again.")
+    if not allow_bin:
+        raise CheckpointError(
+            f"`{folder / pickled}` is a pickle, which can run code when it is read. Convert it to `{safe}`; or pass allow_bin=True "
+            "(--allow-bin) to read it by torch.load(weights_only=True), which takes tensors and plain values alone."
+        )
+    return read_pickle(folder / pickled)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; they are mapped from the disk, not copied.
+
+    Raises:
+        CheckpointError: it is missing, a link, truncated, or no safetensors file.
+    """
+    size = regular_file_size(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f"`{file}` is truncated or no safetensors file: it has {size:,} bytes and claims {length:,} for its header. Copy it again."
+        )
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, UnicodeError) as cause:
+        raise CheckpointError(f"`{file}` is no valid safetensors file: {cause}. Copy it again.") from cause
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of ``torch.save``, read by ``torch.load(weights_only=True)``.
+
+    Raises:
+        CheckpointError: it is missing, a link, damaged, or holds anything but tensors under names.
+    """
+    regular_file_size(file)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError) as cause:
+        reason = str(cause).strip().splitlines()
+        raise CheckpointError(f"`{file}` cannot be read as tensors alone: {reason[0] if reason else cause!r}. Copy it again.") from cause
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        raise CheckpointError(f"`{file}` holds more than tensors under names. Save the delta's state_dict alone.")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+class Fields:
+    """Takes values out of a foreign config one by one, and complains about what is left: nothing is silently ignored.
+
+    Args:
+        data: the config.
+        file: where it stands, for errors.
+        harmless: fields that change neither what is computed nor what trains; they may stay.
+    """
+
+    def __init__(self, data: Mapping[str, Any], file: Path, harmless: Collection[str] = ()) -> None:
+        self.data = {key: value for key, value in data.items() if key not in harmless}
+        self.file = file
+        self.lenient: list[str] = []
+
+    def take(self, key: str, default: Any, *types: type) -> Any:
+        """The value of a field, or the default where it is absent or null.
+
+        Raises:
+            CheckpointError: it is of another type than those given (of the default's, if none is).
+        """
+        value = self.data.pop(key, None)
+        if value is None:
+            return default
+        kinds = types or (type(default),)
+        kinds = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(f"`{self.file}` has {key} = {value!r:.80}, which is no {wanted}. Correct or copy the config again.")
+        return value
+
+    def refuse(self, key: str, *allowed: Any, why: str = "") -> None:
+        """A field that must be absent, null, empty, false, or one of the values given.
+
+        Raises:
+            Unsupported: it has another value.
+        """
+        value = self.data.pop(key, None)
+        if value not in (None, False, *allowed) and value not in ([], {}, ""):
+            raise Unsupported(
+                f"`{self.file}` has {key} = {value!r:.80}, which deltatune cannot reproduce{f': {why}' if why else ''}. "
+                "Convert the delta with the library that wrote it, or train it anew here."
+            )
+
+    def only_trains(self, key: str, *allowed: Any) -> None:
+        """A field that we lack and that matters in training alone: an error unless unknown fields are allowed; see ``end``."""
+        value = self.data.pop(key, None)
+        if value not in (None, False, 0, *allowed) and value not in ([], {}, ""):
+            self.lenient.append(f"{key} = {value!r:.60}")
+
+    def end(self, *, allow_unknown: bool) -> None:
+        """Nothing may be left.
+
+        Raises:
+            CheckpointError: a field is unknown, or would be lost when the delta trains on.
+        """
+        if allow_unknown:
+            return
+        if self.data:
+            key, value = sorted(self.data.items())[0]
+            more = f" and {len(self.data) - 1} more" if len(self.data) > 1 else ""
+            raise CheckpointError(
+                f"`{self.file}` has {key} = {value!r:.80}{more}, which this version of deltatune does not know. "
+                "Upgrade deltatune, or pass allow_unknown=True to load without."
+            )
+        if self.lenient:
+            raise CheckpointError(
+                f"`{self.file}` has {', '.join(self.lenient)}, which our method lacks: outputs would be the same, further training would "
+                "not. Pass allow_unknown=True to load without."
+            )
+
+
+def left_over(tensors: Mapping[str, Tensor], file: Path, known: Collection[str]) -> CheckpointError:
+    """The error for tensors that no rule of a format takes."""
+    first = min(tensors)
+    return CheckpointError(f"`{file}` holds tensors that have no place here: {named(sorted(tensors))}. {nearest(first, known)}")
