@@ -125,6 +125,7 @@ def load(
     allow_misshapen: bool = False,
     allow_nonfinite: bool = False,
     allow_unknown: bool = False,
+    allow_edited: bool = False,
     allow_idle: bool = False,
     allow_bin: bool = False,
 ) -> Delta | Composition:
@@ -145,6 +146,7 @@ def load(
         allow_misshapen: leave tensors fresh that have another shape in the file, such as a head for other labels.
         allow_nonfinite: load NaN and infinity.
         allow_unknown: leave out keys and fields this version does not know.
+        allow_edited: take a record that was edited after it was saved.
         allow_idle: take sites that a forward may never call, as in ``attach``.
         allow_bin: read another library's weights from a pickle, by ``torch.load(weights_only=True)`` alone.
 
@@ -179,6 +181,7 @@ def load(
         misshapen=allow_misshapen,
         nonfinite=allow_nonfinite,
         unknown=allow_unknown,
+        edited=allow_edited,
         idle=allow_idle,
     )
     kind = foreign_format(folder)
@@ -194,19 +197,19 @@ def load(
 
 def _load(backbone: nn.Module, place: Path, name: str | None, allowed: Allowed) -> Delta | Composition:
     """Attach what a folder of ours holds."""
-    record = read(place, allow_unknown=allowed.unknown)
+    record = read(place, allow_unknown=allowed.unknown, allow_edited=allowed.edited)
     put = load_composition if record.is_composition else load_delta
     return put(backbone, place, record, record.name if name is None else name, allowed)
 
 
-def read(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> Record:
+def read(folder: str | os.PathLike[str], *, allow_unknown: bool = False, allow_edited: bool = False) -> Record:
     """What a folder says about the delta it holds; no tensor is read.
 
     Raises:
         CheckpointError: there is no delta, or its record was truncated or edited, or is of a newer format.
     """
     place = locate(folder)
-    record = read_record(place / RECORD, allow_unknown=allow_unknown)
+    record = read_record(place / RECORD, allow_unknown=allow_unknown, allow_edited=allow_edited)
     if not record.is_composition:
         return record
     return replace(record, member_records=tuple(_member(place, name, digest, allow_unknown) for name, digest in record.members))

@@ -42,6 +42,7 @@ class Allowed:
     misshapen: bool = False
     nonfinite: bool = False
     unknown: bool = False
+    edited: bool = False
     idle: bool = False
 
 

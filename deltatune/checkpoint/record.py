@@ -364,8 +364,10 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _plain(value: Any, name: str) -> Any:
     """``value`` as JSON can say it."""
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, str):
+        return _text(value, name)
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
             raise InvalidValue(f"Delta `{name}` cannot be saved: {value} stands in its record, and JSON has no such number. Leave it out.")
@@ -382,8 +384,17 @@ def _plain(value: Any, name: str) -> Any:
 
 def _key(key: Any, name: str) -> str:
     if isinstance(key, str):
-        return key
+        return _text(key, name)
+
     raise InvalidValue(f"Delta `{name}` cannot be saved: its record would have the key {key!r}, and JSON takes strings only.")
+
+
+def _text(value: str, name: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as cause:
+        raise InvalidValue(f"Delta `{name}` cannot be saved: its record would hold {value!r:.80}, which is no Unicode text.") from cause
+    return value
 
 
 def _tuples(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.checkpoint import read
+from deltatune.checkpoint.record import sealed
 from deltatune.errors import CheckpointError, ForeignBackbone
 from deltatune.injection.compose import Composition
 from deltatune.injection.slot import How
@@ -120,7 +121,9 @@ def test_a_failed_load_leaves_no_trace(tmp_path: Path) -> None:
         return Path(shutil.copytree(folder, tmp_path / "b"))
 
     member = copy() / "members" / "adapter"
-    (member / "delta.json").write_text((member / "delta.json").read_text().replace('"tanh"', '"relu"').replace('"gelu"', '"relu"'))
+    data = json.loads((member / "delta.json").read_text())
+    data["method"]["fields"]["activation"] = "relu"
+    (member / "delta.json").write_bytes(sealed(data))
     refused("is not the member that")
     (copy() / "members" / "adapter" / "delta.safetensors").write_bytes(b"1234")
     refused("truncated")
@@ -137,7 +140,7 @@ def test_a_failed_load_leaves_no_trace(tmp_path: Path) -> None:
     ):
         data = json.loads((copy() / "delta.json").read_text())
         data["composition"].update(change)
-        (tmp_path / "b" / "delta.json").write_text(json.dumps(data))
+        (tmp_path / "b" / "delta.json").write_bytes(sealed(data))
         refused(words)
     copy()
     with torch.no_grad():

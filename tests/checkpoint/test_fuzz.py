@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import deltatune as dt
+from deltatune.checkpoint.record import digest_of
 from deltatune.errors import DeltaError
 from deltatune.methods import LoRA, PrefixTuning
 from tests.checkpoint.deltas import same, state, trained
@@ -32,6 +33,11 @@ def plain() -> nn.Module:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return dt.save(trained(plain(), LoRA(rank=2), where=["0", "2"]), tmp_path / "d")
+
+
+def resealed(data: dict[str, Any]) -> bytes:
+    """A record whose digest was changed along, whatever stands in it."""
+    return json.dumps({**data, "digest": digest_of(data)}).encode()
 
 
 def bytes_changed(content: bytes, draw: random.Random) -> bytes:
@@ -102,7 +108,8 @@ def test_values_of_the_record(saved: Path) -> None:
     content = json.loads((saved / "delta.json").read_text())
     ends = []
     for k in range(ROUNDS):
-        (saved / "delta.json").write_text(json.dumps(values_changed(content, random.Random(k))))
+        changed = values_changed(content, random.Random(k))
+        (saved / "delta.json").write_bytes(resealed(changed) if isinstance(changed, dict) else json.dumps(changed).encode())
         ends.append(attempt(saved))
     assert ends.count("CheckpointError") > ROUNDS / 2
 
@@ -119,7 +126,7 @@ def test_tensors(saved: Path, change: Callable[[bytes, random.Random], bytes], k
         (saved / "delta.safetensors").write_bytes(edited)
         if known:
             record["tensors"]["sha256"] = hashlib.sha256(edited).hexdigest()
-            (saved / "delta.json").write_text(json.dumps(record))
+            (saved / "delta.json").write_bytes(resealed(record))
         ends.append(attempt(saved))
     assert ends.count("CheckpointError") > ROUNDS / (4 if known else 2)
 
@@ -137,7 +144,7 @@ def test_fields_of_a_method_with_shared_state(tmp_path: Path) -> None:
         for odd in ODD:
             data = json.loads(json.dumps(content))
             data["method"]["fields"][field] = odd
-            (folder / "delta.json").write_text(json.dumps(data))
+            (folder / "delta.json").write_bytes(resealed(data))
             with contextlib.suppress(DeltaError):
                 dt.detach(dt.load(model, folder))
                 ends.add((field, str(odd)))
@@ -158,12 +165,12 @@ def test_nothing_outside_the_folder_is_read(saved: Path) -> None:
             "tensors": None,
             "composition": {"how": "parallel", "weights": [1.0, 1.0], "members": [[name, ""], ["b", ""]]},
         }
-        (saved / "delta.json").write_text(json.dumps(whole))
+        (saved / "delta.json").write_bytes(resealed(whole))
         with pytest.raises(DeltaError, match="names no delta"):
             dt.load(plain(), saved)
     (saved / "members").symlink_to(secret.parent)
     digest = hashlib.sha256((secret / "delta.json").read_bytes()).hexdigest()
     whole["composition"]["members"] = [["secret", digest], ["d", digest]]
-    (saved / "delta.json").write_text(json.dumps(whole))
+    (saved / "delta.json").write_bytes(resealed(whole))
     with pytest.raises(DeltaError, match="is a link"):
         dt.load(plain(), saved)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.checkpoint import read
 from deltatune.checkpoint.bounded import Bounded
+from deltatune.checkpoint.record import sealed
 from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, Unsupported
 from deltatune.methods import BitFit, LoRA
 from tests.checkpoint.deltas import backbone, same, state, trained
@@ -34,7 +35,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the record of a saved delta."""
     data = json.loads((folder / "delta.json").read_text())
     change(data)
-    (folder / "delta.json").write_text(json.dumps(data))
+    (folder / "delta.json").write_bytes(sealed(data))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -201,6 +202,23 @@ RECORDS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 def test_an_edited_record(saved: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
     edit(saved, change)
     assert words in refused(saved)
+
+
+@pytest.mark.parametrize("change", [("alpha", 1600.0), ("score", 0.99), ("labels", ["b", "a"])], ids=lambda change: change[0])
+def test_a_value_that_was_edited(change: tuple[str, Any], saved: Path) -> None:
+    """It would load as well, and mean something else."""
+    key, value = change
+    data = json.loads((saved / "delta.json").read_text())
+    (data["method"]["fields"] if key == "alpha" else data)[key] = value
+    (saved / "delta.json").write_text(json.dumps(data))
+    assert "delta.json` was edited" in refused(saved)
+    loaded = dt.load(backbone("bert")[0], saved, allow_edited=True)
+    assert loaded.method == LoRA(rank=2, alpha=value if key == "alpha" else 16.0)
+
+
+def test_a_record_may_be_laid_out_anew(saved: Path) -> None:
+    (saved / "delta.json").write_text(json.dumps(json.loads((saved / "delta.json").read_text())))
+    assert dt.load(backbone("bert")[0], saved).method == LoRA(rank=2)
 
 
 def test_a_field_out_of_range(saved: Path) -> None:

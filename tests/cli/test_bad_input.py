@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deltatune.checkpoint.record import sealed
 from tests.cli.conftest import Call, refused, tune_words, write_texts
 from tests.training.tiny import folder
 
@@ -118,7 +119,7 @@ def test_labels_that_do_not_fit_the_delta(call: Call, finished: Path, tmp_path: 
         ("truncated tensors", "delta.safetensors"),
         ("edited tensors", "delta.safetensors"),
         ("truncated record", "delta.json"),
-        ("edited record", "`rang`"),
+        ("edited record", "delta.json"),
         ("no tensors", "delta.safetensors"),
     ],
 )
@@ -134,7 +135,7 @@ def test_a_delta_file_that_was_changed(change: str, part: str, call: Call, finis
     elif change == "truncated record":
         record.write_text(record.read_text()[:-40])
     elif change == "edited record":
-        record.write_text(record.read_text().replace('"rank"', '"rang"'))
+        record.write_text(record.read_text().replace('"alpha": 16.0', '"alpha": 1600.0'))
     else:
         tensors.unlink()
     for words in (("predict", copied, "goal"), ("eval", copied)):
@@ -147,7 +148,7 @@ def test_a_delta_of_another_backbone(call: Call, finished: Path, tmp_path: Path)
     record = copied / "delta" / "delta.json"
     held = json.loads(record.read_text())
     held["backbone"]["id"] = other
-    record.write_text(json.dumps(held))
+    record.write_bytes(sealed(held))
     refused(call("predict", copied, "goal"), "backbone")
 
 

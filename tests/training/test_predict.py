@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.checkpoint.record import sealed
 from deltatune.errors import CheckpointError, DataError
 from deltatune.methods import LoRA
 from deltatune.tasks import Rows, Task, TaskData, Template
@@ -88,7 +89,7 @@ def test_an_edited_delta_is_an_error(run: Path, tmp_path: Path) -> None:
         (broken / name).write_bytes((run / "delta" / name).read_bytes())
     record = json.loads((broken / "delta.json").read_text())
     record["sites"] = ["nowhere"]
-    (broken / "delta.json").write_text(json.dumps(record))
+    (broken / "delta.json").write_bytes(sealed(record))
     with pytest.raises(CheckpointError):
         predict(broken, "x")
 
