@@ -1,0 +1,1 @@
+"""Delta files of past format versions, which load for ever."""
