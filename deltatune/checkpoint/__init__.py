@@ -8,6 +8,7 @@ from deltatune.checkpoint.folder import replacing as replacing
 from deltatune.checkpoint.format import load as load
 from deltatune.checkpoint.format import read as read
 from deltatune.checkpoint.format import save as save
+from deltatune.checkpoint.peft import PeftFormat as PeftFormat
 from deltatune.checkpoint.record import Record as Record
 
-__all__ = ["Fingerprint", "Record", "fingerprint", "load", "read", "replacing", "save"]
+__all__ = ["Fingerprint", "PeftFormat", "Record", "fingerprint", "load", "read", "replacing", "save"]

@@ -46,6 +46,7 @@ class Part:
         shared: tensors of its shared state.
         bare: keys of sites without tensors of their own, such as those that are made from shared state alone.
         exported: it is the final form of a method that has another one while it trains.
+        built: names within the patches that keep what the method builds there, such as what it read from the backbone.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Part:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     bare: tuple[str, ...] = ()
     exported: bool | None = None
+    built: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -72,7 +74,12 @@ class Part:
         tensors = {
             (key if f"{key}.{name}" in selected else keys.get(key, key), name): tensor for (key, name), tensor in self.tensors.items()
         }
-        return replace(self, tensors=tensors).flat | dict(heads)
+        kept = {key: tensor.clone() for key, tensor in delta.state_dict().items() if self.built and key.endswith(self._ends)}
+        return kept | replace(self, tensors=tensors).flat | dict(heads)
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(f".{name}" for name in self.built)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,10 @@ class Fields:
             raise CheckpointError(f"`{self.file}` has {key} = {value!r:.80}, which is no {wanted}. Correct or copy the config again.")
         return value
 
+    def peek(self, key: str) -> Any:
+        """The value of a field, which stays; None where it is absent."""
+        return self.data.get(key)
+
     def refuse(self, key: str, *allowed: Any, why: str = "") -> None:
         """A field that must be absent, null, empty, false, or one of the values given.
 
