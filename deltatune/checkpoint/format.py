@@ -227,7 +227,7 @@ def locate(folder: str | os.PathLike[str]) -> Path:
         if (place / RECORD).exists():
             return place
         if (place / RUN_DELTA / RECORD).exists():
-            return place / RUN_DELTA
+            return _own_folder(place / RUN_DELTA)
         inside = sorted(str(file.parent) for file in place.glob(f"*/{RECORD}")) if place.is_dir() else []
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"`{folder}` cannot be read: {cause}. Check the path.") from cause
@@ -235,15 +235,23 @@ def locate(folder: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"There is no delta in `{folder}`: it has no `{RECORD}`. {hint}")
 
 
+def _own_folder(folder: Path) -> Path:
+    """A folder below the one that was asked for.
+
+    Raises:
+        CheckpointError: it is a link, which could lead anywhere.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"`{folder}` is a link; delta files are read from regular folders only. Copy its content into the folder.")
+    return folder
+
+
 def _member(folder: Path, name: str, digest: str, allow_unknown: bool) -> Record:
     """The record of a composition's member, as it was when the composition was saved."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise CheckpointError(f"`{folder / RECORD}` names the member `{name}`, which names no delta. Copy or save the composition again.")
     file = folder / MEMBERS / name / RECORD
-    if file.parent.is_symlink() or file.parent.parent.is_symlink():
-        raise CheckpointError(
-            f"`{file.parent}` is a link; delta files are read from regular folders only. Copy its content into the folder."
-        )
+    _own_folder(file.parent.parent), _own_folder(file.parent)
     record = read_record(file, allow_unknown=allow_unknown)
     if hashlib.sha256(file.read_bytes()).hexdigest() != digest or record.is_composition:
         raise CheckpointError(f"`{file}` is not the member that `{folder / RECORD}` was saved with. Copy or save the composition again.")
