@@ -1,4 +1,4 @@
-"""What a saved delta says about itself: ``deltatune inspect DIR``. No tensor is read, and no backbone is loaded."""
+"""What a saved delta says about itself: ``deltatune inspect DIR``. Of tensors the headers are read, and no backbone is loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from deltatune.checkpoint.format import read
 from deltatune.checkpoint.record import Record
+from deltatune.cli.contents import described_header, native_headers, tensors_table
 from deltatune.cli.terminal import facts, show, show_json, size, table
 from deltatune.training.opening import delta_folder
 
@@ -25,8 +26,10 @@ def show_folder(folder: str, json: bool) -> None:
     place = delta_folder(folder)
     record = read(place)
     size_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    headers = native_headers(place)
     if json:
-        show_json({**described(record), "size_bytes": size_bytes, "folder": str(place)})
+        files = {name: described_header(header) for name, header in headers.items()}
+        show_json({**described(record), "size_bytes": size_bytes, "folder": str(place), "files": files})
         return
     about = record.about
     kind = f"a composition, {record.how}" if record.is_composition else recipe_of(record)
@@ -50,6 +53,8 @@ def show_folder(folder: str, json: bool) -> None:
     )
     for member in record.member_records or (record,):
         show(_sites(member))
+    for header in headers.values():
+        show(tensors_table(header.tensors))
 
 
 def described(record: Record) -> dict[str, Any]:

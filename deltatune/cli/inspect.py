@@ -1,14 +1,16 @@
-"""``deltatune inspect``: where a delta can sit in a backbone and what it would train, or what a delta folder holds."""
+"""``deltatune inspect``: where a delta can sit in a backbone and what it would train, or what a delta folder or a file holds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from deltatune.checkpoint.record import RECORD
 from deltatune.cli.commands import commands
 from deltatune.cli.places import Layers, Where, layers_of, where_of
 from deltatune.cli.skeleton import skeleton
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 @commands.register("inspect")
 def inspect(
-    delta: Annotated[str | None, typer.Argument(metavar="DIR", help="A folder with a delta: shows what it holds.")] = None,
+    delta: Annotated[
+        str | None, typer.Argument(metavar="FILE|DIR", help="A delta of any library, or a .safetensors file: shows what it holds.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Alias, installed package, local folder, or hub id.")] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Put the head of this task on the backbone.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="Mark what this method would train.")] = None,
@@ -38,21 +42,20 @@ def inspect(
     sites: Annotated[bool, typer.Option("--sites", help="List every site in a line of its own.")] = False,
     json: Json = False,
 ) -> None:
-    """Show where a delta can sit in a backbone, and what would train; or what a delta folder holds.
+    """Show where a delta can sit in a backbone, and what would train; or what a delta folder or a file of tensors holds.
 
-    Nothing is downloaded but the backbone's configuration, and no weight is read.
+    Nothing is downloaded but the backbone's configuration, and no weight is read; of files only the headers are.
 
     deltatune inspect --backbone minilm
     deltatune inspect --backbone minilm --where "attention.*" --layers top:2
     deltatune inspect --backbone smollm2-135m --method lora --set rank=4
     deltatune inspect runs/bbc
+    deltatune inspect adapter_model.safetensors
     """
     if (delta is None) == (backbone is None):
-        raise InvalidValue("`inspect` shows either a delta folder or a backbone. Give DIR, or --backbone NAME.")
+        raise InvalidValue("`inspect` shows either a delta or a backbone. Give a folder or a file, or --backbone NAME.")
     if delta is not None:
-        from deltatune.cli.folder import show_folder
-
-        show_folder(delta, json)
+        _show_files(Path(delta).expanduser(), json)
         return
     assert backbone is not None
     model = skeleton(backbone, task)
@@ -68,6 +71,18 @@ def inspect(
         show_json(_described(backbone, model, index, matches, attached))
         return
     _draw(backbone, model, index, matches, attached, sites)
+
+
+def _show_files(place: Path, json: bool) -> None:
+    """A delta of our own by its record; whatever else there is by its headers and configs."""
+    from deltatune.cli.contents import is_native, show_contents
+    from deltatune.cli.folder import show_folder
+
+    place = place.parent if place.name == RECORD else place
+    if is_native(place) or not place.exists():
+        show_folder(str(place), json)
+    else:
+        show_contents(place, json)
 
 
 def _draw(backbone: str, model: nn.Module, index: Index, matches: Matches, delta: Delta | None, sites: bool) -> None:
