@@ -9,7 +9,7 @@ from typing import overload
 
 from torch import nn
 
-from deltatune.errors import InvalidValue, NoSite
+from deltatune.errors import InvalidValue
 from deltatune.injection.branches import Given
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
@@ -104,9 +104,8 @@ def attach(
     ledger = open_ledger(backbone)
     try:
         name = _free_name(ledger, method) if name is None else name
-        asked = list(method.where) if where is None else where
-        matches = _find(backbone, ledger, asked, layers)
-        index = ledger.index(backbone)
+        index = ledger.renewed_index(backbone)
+        matches = find_sites(backbone, list(method.where) if where is None else where, layers, index)
         return place(backbone, method, matches.sites, name, heads_of(index) if head else [], matches, allow_idle=allow_idle)
     except BaseException:
         if fresh:
@@ -206,28 +205,6 @@ def _free_name(ledger: Ledger, method: Method) -> str:
     stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
     stem = stem.replace("-", "_")
     return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}_{n}"))
-
-
-def _find(backbone: nn.Module, ledger: Ledger, where: Where, layers: Layers | None) -> Matches:
-    """The sites; the backbone is walked anew where modules were replaced or came since it was indexed."""
-    known = ledger.is_indexed
-    try:
-        matches = find_sites(backbone, where, layers, ledger.index(backbone))
-        if not any(_is_stale(backbone, site) for site in matches):
-            return matches
-    except NoSite:
-        if not known:
-            raise
-    ledger.forget_index()
-    return find_sites(backbone, where, layers, ledger.index(backbone))
-
-
-def _is_stale(backbone: nn.Module, site: Site) -> bool:
-    """The module was replaced since the backbone was indexed, as by resizing the vocabulary."""
-    module: nn.Module | None = backbone
-    for name in site.module_path.split(".") if site.module_path else ():
-        module = None if module is None else module._modules.get(name)
-    return module is not site.module
 
 
 def _classes() -> set[type[Method]]:

@@ -147,15 +147,15 @@ class Delta:
         check_unmerged(self, "load into")
         check_in_memory(self)
         reforming = {key: module for key, module in self._modules() if isinstance(module, Reforming)}
-        forms = {key: _form(module) for key, module in reforming.items()}
+        forms = {part: _form(part) for module in reforming.values() for part in module.modules()}
         try:
             for key, module in reforming.items():
                 module.reform({name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")})
             self._check_fits(state)
         except BaseException:
-            for key, module in reforming.items():
-                vars(module).clear()
-                vars(module).update(forms[key])
+            for part, form in forms.items():
+                vars(part).clear()
+                vars(part).update(form)
             raise
         with torch.no_grad():
             for entry in self.entries:
@@ -220,12 +220,17 @@ class Delta:
 
     def freeze(self) -> None:
         """It acts but does not train."""
-        self.trainable = False
-        refresh_gradients(self)
+        self._set_trainable(False)
 
     def unfreeze(self) -> None:
         """It trains again."""
-        self.trainable = True
+        self._set_trainable(True)
+
+    def _set_trainable(self, trainable: bool) -> None:
+        self.trainable = trainable
+        for entry in self.entries:
+            if isinstance(entry.patch, SelectionPatch):
+                entry.choice.freeze(self.name, not trainable, entry.parameter)
         refresh_gradients(self)
 
     def penalty(self) -> Tensor:

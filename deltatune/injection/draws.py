@@ -31,6 +31,11 @@ class Draws:
         """Forget the patches of a delta."""
         self._patches.pop(delta, None)
 
+    @property
+    def any(self) -> bool:
+        """Some patch draws."""
+        return bool(self._patches)
+
     def take(self, deltas: Iterable[str]) -> None:
         """Draw anew for the deltas that act: a training forward begins."""
         for delta in deltas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -80,6 +81,7 @@ class Entry:
             selection, at one owner.
         head: it trains a freshly initialised task head, which is stored by value.
         flags: which of the patch's parameters train, by name.
+        number: of several patches of the delta at the same place, which; from 0.
     """
 
     delta: str
@@ -88,10 +90,16 @@ class Entry:
     hosts: tuple[Host, ...]
     head: bool
     flags: dict[str, bool]
+    number: int = 0
 
     @property
     def key(self) -> str:
-        """Stable name in delta files: the site's key, or the parameter's path with its rows."""
+        """Stable name in delta files: the site's key, or the parameter's path with its rows; numbered from the second on."""
+        return f"{self.place}#{self.number}" if self.number else self.place
+
+    @property
+    def place(self) -> str:
+        """The same for all patches of the delta there."""
         if isinstance(self.patch, WeightPatch | SelectionPatch):
             path = ".".join(part for part in (self.site.module_path, self.patch.parameter) if part)
             return path if self.site.rows is None else f"{path}:{self.site.leaf}"
@@ -154,6 +162,7 @@ def build_entries(index: Index, method: Method, sites: Sequence[Site], shared: n
     """Build everything before anything is touched; what is met twice (whole, and as a role's rows) is taken once."""
     entries: list[Entry] = []
     taken: set[tuple[int, str]] = set()
+    numbers: Counter[str] = Counter()
     heads = {id(module) for head in heads_of(index) for module in modules_of(head.module).values()}
     for site in _read_sites(index, sites):
         before = len(entries)
@@ -161,7 +170,7 @@ def build_entries(index: Index, method: Method, sites: Sequence[Site], shared: n
             target: object = site.module
             hosts: tuple[Host, ...] = (Host(site.module),)
             if isinstance(patch, WeightPatch | SelectionPatch):
-                target = site.module.get_parameter(patch.parameter)
+                target = _parameter(site, patch.parameter)
             rows = "" if site.rows is None else site.key
             if {(id(target), ""), (id(target), rows)} & taken:
                 continue
@@ -183,9 +192,27 @@ def build_entries(index: Index, method: Method, sites: Sequence[Site], shared: n
             if isinstance(patch, SelectionPatch):
                 patch.by_value = is_head
                 hosts = (_owner(index, site, patch),)
-            entries.append(Entry(name, site, patch, hosts, is_head, flags))
+            entry = Entry(name, site, patch, hosts, is_head, flags)
+            entry.number = numbers[entry.place]
+            numbers[entry.place] += 1
+            entries.append(entry)
         taken |= {_target(entry) for entry in entries[before:]}
     return entries
+
+
+def _parameter(site: Site, name: str) -> nn.Parameter:
+    """The Parameter a patch names.
+
+    Raises:
+        Unsupported: it is computed from others there.
+    """
+    try:
+        return site.module.get_parameter(name)
+    except AttributeError as cause:
+        raise Unsupported(
+            f"`{name}` of `{site.path}` ({type(site.module).__name__}) is no Parameter: it is computed from others, as by weight_norm or "
+            "spectral_norm. Choose other sites, or remove the parametrization first (torch.nn.utils.parametrize)."
+        ) from cause
 
 
 def head_entries(index: Index, heads: Sequence[Site], name: str, built: Sequence[Entry]) -> list[Entry]:

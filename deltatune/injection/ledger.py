@@ -86,14 +86,11 @@ class Ledger(nn.Module):
             self._index = index(backbone)
         return self._index
 
-    @property
-    def is_indexed(self) -> bool:
-        """The backbone has been walked, perhaps before modules of it were replaced."""
-        return self._index is not None
-
-    def forget_index(self) -> None:
-        """Walk anew at the next use: a module was replaced, as by resizing the vocabulary."""
-        self._index = None
+    def renewed_index(self, backbone: nn.Module) -> Index:
+        """The same, walked anew where modules came, went or were replaced meanwhile; to be asked once an attach."""
+        if self._index is not None and not self._index.is_current:
+            self._index = None
+        return self.index(backbone)
 
     @property
     def acting_terms(self) -> list[Term]:

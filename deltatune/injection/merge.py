@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,32 @@ Target = tuple[nn.Module, str]
 
 @dataclass
 class Kept:
-    """A parameter of the backbone as it was before anything was merged into it."""
+    """A parameter of the backbone as it was before anything was merged into it.
+
+    Attributes:
+        module: its owner.
+        name: what the owner calls it.
+        original: its bits.
+        version: the Parameter's version counter when a merge wrote it last; None in a copy, whose counters begin anew.
+    """
 
     module: nn.Module
     name: str
     original: Tensor
+    version: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "version": None}
+
+    @property
+    def was_written(self) -> bool:
+        """By something else than a merge, as far as that can be known."""
+        return self.version is not None and self.version != self.parameter._version
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return self.module.get_parameter(self.name)
 
 
 def merge(delta: Delta, *, keep: bool = False) -> int:
@@ -65,6 +87,7 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
     ledger.arrange([delta.name])  # ends what Ctrl-C broke off, so that the weights are in their places
     for entry in delta.entries:
         _check(ledger, entry)
+    _check_unwritten(ledger, delta, "merged")
     if keep:
         _check_not_shared(ledger, delta)
     delta.merged = True
@@ -81,11 +104,16 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
     return kept
 
 
-def unmerge(delta: Delta) -> None:
+def unmerge(delta: Delta, *, discard: bool = False) -> None:
     """Take a delta out of the weights again; the last one restores their exact bits.
 
+    Args:
+        delta: a merged delta.
+        discard: lose what was written into the weights since they were merged, as by ``load_state_dict``.
+
     Raises:
-        Unsupported: it is not merged, or one that does not commute with it is merged on top.
+        Unsupported: it is not merged, one that does not commute with it is merged on top, or the weights were written
+            since by something else.
     """
     ledger = delta.ledger
     if not delta.merged:
@@ -93,6 +121,8 @@ def unmerge(delta: Delta) -> None:
     ledger.arrange([delta.name])
     for entry in delta.entries:
         _check_on_top(ledger, entry)
+    if not discard:
+        _check_unwritten(ledger, delta, "unmerged")
     delta.merged = False
     _write(ledger, delta, check=False)
     ledger.arrange([delta.name])
@@ -123,6 +153,11 @@ def _check(ledger: Ledger, entry: Entry) -> None:
             raise Unsupported(
                 f"Delta `{entry.delta}` cannot be merged: {type(patch).__name__} at `{entry.key}` is no change of a weight. "
                 "Keep it attached, or train a method that merges, such as LoRA or (IA)^3."
+            )
+        if "weight" not in module._parameters:
+            raise Unsupported(
+                f"Delta `{entry.delta}` cannot be merged: the weight of `{entry.key}` is no Parameter but computed from others, as by "
+                "weight_norm. Remove the parametrization first (torch.nn.utils.parametrize), or keep the delta attached."
             )
         if entry.site.tied:
             raise Unsupported(
@@ -157,6 +192,18 @@ def _check_on_top(ledger: Ledger, entry: Entry) -> None:
             raise Unsupported(
                 f"Delta `{entry.delta}` cannot be unmerged first: {type(outer.patch).__name__} is merged on top of it at `{entry.key}` "
                 "and the two do not commute. Unmerge in the reverse order."
+            )
+
+
+def _check_unwritten(ledger: Ledger, delta: Delta, verb: str) -> None:
+    """Nothing but merges wrote the weights: starting from the kept bits would lose it."""
+    targets = {key for entry in delta.entries for key in _targets(entry)}
+    for kept in ledger.kept:
+        if id(kept.parameter) in targets and kept.was_written:
+            raise Unsupported(
+                f"Delta `{delta.name}` cannot be {verb}: the `{kept.name}` of a {type(kept.module).__name__} was written since a delta was "
+                "merged into it, as by load_state_dict, and that would be lost. Unmerge ahead of loading weights; to lose what was "
+                "written, call dt.unmerge(delta, discard=True) on what is merged."
             )
 
 
@@ -196,7 +243,7 @@ def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
     merged = [ledger.deltas[name] for term in ledger.terms for name in term.members if ledger.deltas[name].merged]
     entries = [entry for other in merged for entry in other.entries]
     targets = _reach(delta, entries)
-    known = {id(kept.module.get_parameter(kept.name)): kept.original for kept in ledger.kept}
+    known = {id(kept.parameter): kept.original for kept in ledger.kept}
     originals = {key: known[key] if key in known else owner.get_parameter(name).detach() for key, (owner, name) in targets.items()}
     values = dict(originals)
     for entry in sorted(entries, key=lambda entry: not isinstance(entry.patch, WeightPatch)):  # weights act inside the module
@@ -211,7 +258,9 @@ def _write(ledger: Ledger, delta: Delta, *, check: bool = True) -> int:
         for key, (owner, name) in targets.items():
             if key in known or key in changed:
                 owner.get_parameter(name).copy_(values[key])
-    ledger.kept = [other for other in ledger.kept if id(other.module.get_parameter(other.name)) not in targets] + kept
+    for item in kept:
+        item.version = item.parameter._version
+    ledger.kept = [other for other in ledger.kept if id(other.parameter) not in targets] + kept
     return sum(item.original.numel() * item.original.element_size() for item in kept)
 
 
@@ -334,8 +383,8 @@ def _make_permanent(ledger: Ledger, delta: Delta) -> None:
     from deltatune.injection.attach import detach  # attaching knows how to take apart
 
     targets = {key for entry in delta.entries for key in _targets(entry)}
-    changed = {id(kept.module.get_parameter(kept.name)) for kept in ledger.kept} & targets
-    ledger.kept = [kept for kept in ledger.kept if id(kept.module.get_parameter(kept.name)) not in changed]
+    changed = {id(kept.parameter) for kept in ledger.kept} & targets
+    ledger.kept = [kept for kept in ledger.kept if id(kept.parameter) not in changed]
     for other in ledger.deltas.values():  # selections that rest now must come back on top of the new weight
         for entry in other.entries:
             if isinstance(entry.patch, SelectionPatch) and id(entry.parameter) in changed:

@@ -4,7 +4,7 @@
 
 over the active deltas i that select the parameter. The object stays the same, so optimizers, tied weights and FSDP see
 nothing new. theta_0 is kept as a plain tensor that follows the slot through ``to``. One selection per parameter is
-*live*, the last active one whose weight is not 0: it trains, the others stay constant differences. A delta that was
+*live*, the last active one that is not frozen and whose weight is not 0: it trains, the others stay constant differences. A delta that was
 not trained meanwhile gets back its exact bits, and so does the backbone. Of a fresh task head, whose theta_0 is
 random, the last active value stands alone.
 """
@@ -34,6 +34,7 @@ class Choice:
             and one that is alone with weight 1 is there as a whole.
         gradients: what the Parameter's ``grad`` was when a delta, or the plain backbone (None), ceased to be live.
         active: the active deltas with their weights, in order.
+        frozen: the deltas that do not train.
     """
 
     def __init__(self, theta: nn.Parameter) -> None:
@@ -41,18 +42,24 @@ class Choice:
         self.gradients: dict[str | None, Tensor | None] = {}
         self.values: dict[str, Tensor] = {}
         self.active: tuple[tuple[str, float], ...] = ()
+        self.frozen: frozenset[str] = frozenset()
 
     @property
     def live(self) -> str | None:
         """The delta that trains."""
-        return next((delta for delta, weight in reversed(self.active) if weight), None)
+        return next((delta for delta, weight in reversed(self.active) if weight and delta not in self.frozen), None)
+
+    @property
+    def alone(self) -> str | None:
+        """The delta whose value the Parameter is, as a whole."""
+        return self.active[0][0] if len(self.active) == 1 and self.active[0][1] == 1.0 else None
 
     def value(self, delta: str, theta: Tensor) -> Tensor:
         """theta_i as it stands now."""
+        if delta == self.alone:
+            return theta.detach()
         if delta != self.live:
             return self.values[delta]
-        if self.active == ((delta, 1.0),):
-            return theta.detach()
         learnt = theta.detach() - self._sum(self.active, theta)
         return as_held(self.values[delta], theta) + learnt / dict(self.active)[delta]
 
@@ -69,7 +76,21 @@ class Choice:
         before = self.live
         self._read(theta)
         self._write(active, theta)
-        if self.live != before:  # a gradient belongs to the delta that was live, whatever acts for a moment
+        self._hand_over(before, theta)
+
+    def freeze(self, delta: str, frozen: bool, theta: Tensor) -> None:
+        """Let a delta train or not; what acts stays as it is."""
+        after = self.frozen | {delta} if frozen else self.frozen - {delta}
+        if self.alone is None and delta in dict(self.active) and after != self.frozen:
+            before, active = self.live, self._read(theta)
+            self.frozen = after
+            self._write(active, theta)
+            self._hand_over(before, theta)
+        self.frozen = after
+
+    def _hand_over(self, before: str | None, theta: Tensor) -> None:
+        """A gradient belongs to the delta that was live, whatever acts for a moment."""
+        if self.live != before:
             self.gradients[before] = theta.grad
             gradient = self.gradients.pop(self.live, None)
             theta.grad = None if gradient is None else as_held(gradient, theta)
@@ -91,8 +112,9 @@ class Choice:
 
     def _read(self, theta: Tensor) -> tuple[tuple[str, float], ...]:
         """Take what the live delta has learnt into its value; returns what was active, and nothing is from now on."""
-        if self.live is not None:
-            self.values[self.live] = self.value(self.live, theta).clone()
+        holder = self.alone or self.live
+        if holder is not None:
+            self.values[holder] = self.value(holder, theta).clone()
         active, self.active = self.active, ()
         return active
 
@@ -100,8 +122,8 @@ class Choice:
     def _write(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> None:
         theta.copy_(self._sum(active, theta))
         self.active = active
-        if len(active) == 1 and active[0][1] == 1.0:
-            del self.values[active[0][0]]
+        if self.alone is not None:
+            del self.values[self.alone]
 
     def _sum(self, active: tuple[tuple[str, float], ...], theta: Tensor) -> Tensor:
         """The sum over what is active, in the form in which the Parameter is held."""
@@ -159,6 +181,7 @@ class SelectionAct(Act):
             choice = self.choices[member.parameter]
             choice.values.pop(delta, None)
             choice.gradients.pop(delta, None)
+            choice.frozen -= {delta}
             if not choice.values and not choice.active:
                 del self.choices[member.parameter]
         super().remove(module, delta)

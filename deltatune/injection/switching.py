@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.errors import UnknownName
 from deltatune.injection.delta import Delta
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, ledger_of
-from deltatune.injection.refusals import check_unmerged
+from deltatune.injection.refusals import check_alone, check_selects_unmerged, check_unmerged
+from deltatune.methods.kinds import SelectionPatch
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:
@@ -26,7 +27,8 @@ def switch(backbone: nn.Module, name: str | None) -> None:
 
     Raises:
         UnknownName: nothing attached has that name.
-        Unsupported: a delta that would have to rest is merged; nothing is changed then.
+        Unsupported: a delta that would have to rest is merged, or the one to act belongs to a composition; nothing is
+            changed then.
     """
     ledger = ledger_of(backbone)
     if ledger is None:
@@ -35,6 +37,9 @@ def switch(backbone: nn.Module, name: str | None) -> None:
         return
     chosen = None if name is None else ledger.compositions.get(name) or ledger.delta(name)
     others = [acting for term in ledger.terms if (acting := ledger.acting(term)) is not chosen]
+    if isinstance(chosen, Delta):
+        check_alone(chosen, "switch to")
+        check_selects_unmerged(chosen)
     for other in others:
         if isinstance(other, Delta):
             check_unmerged(other, "disable")
@@ -59,34 +64,72 @@ def refresh(backbone: nn.Module) -> None:
 def disabled(backbone: nn.Module) -> Iterator[None]:
     """The plain backbone for a moment: no delta acts, and all act again as before at the end.
 
-    Merged deltas stay in the weights: unmerge them first.
+    A forward before it can be differentiated behind it, as a loss wants that compares the two; not within it, where the
+    parameters are others. Merged deltas stay in the weights: unmerge them first.
     """
     ledger = ledger_of(backbone)
     if ledger is None:
         yield
         return
     acting = ledger.acting_deltas
+    lent = Lent(ledger, acting)
     ledger.resting += 1
     ledger.arrange(acting)
+    lent.begin()
     try:
         yield
     finally:
+        lent.end()
         ledger.resting -= 1
         ledger.arrange(ledger.acting_deltas)
+        lent.settle()
         for name in ledger.acting_deltas:
             refresh_gradients(ledger.deltas[name])
+
+
+class Lent:
+    """Selected parameters that hold other values for a moment, and behind it the same bits as before: autograd need not know.
+
+    It may have saved them for a backward that comes afterwards; one that comes meanwhile is still refused.
+    """
+
+    def __init__(self, ledger: Ledger, deltas: Iterable[str]) -> None:
+        entries = [entry for name in deltas for entry in ledger.deltas[name].entries if isinstance(entry.patch, SelectionPatch)]
+        whole = {id(entry.parameter): entry.parameter for entry in entries if entry.choice.alone is not None}
+        self._lent = [theta for theta in whole.values() if type(theta.data) is Tensor]
+        self._before = self._within = self._versions()
+
+    def begin(self) -> None:
+        """The moment begins: they hold the other values."""
+        self._within = self._versions()
+
+    def end(self) -> None:
+        """It ends: what was written by others meanwhile stays known as written."""
+        quiet = [now == then for now, then in zip(self._versions(), self._within, strict=True)]
+        self._before = [version if still else -1 for version, still in zip(self._before, quiet, strict=True)]
+
+    def settle(self) -> None:
+        """They hold the bits of before again."""
+        for theta, version in zip(self._lent, self._before, strict=True):
+            if version >= 0:
+                torch._C._autograd._unsafe_set_version_counter((theta,), (version,))
+
+    def _versions(self) -> list[int]:
+        return [theta._version for theta in self._lent]
 
 
 @contextmanager
 def unchanged(backbone: nn.Module, ledger: Ledger) -> Iterator[None]:
     """The backbone's own weights for a moment, without what is selected and what is merged."""
-    merged = [(kept.module.get_parameter(kept.name), kept.original) for kept in ledger.kept]
-    held = [theta.detach().clone() for theta, _ in merged]
+    held = [(kept, kept.parameter.detach().clone()) for kept in ledger.kept]
+    known = [kept for kept, _ in held if not kept.was_written]
     with disabled(backbone), torch.no_grad():
-        for theta, original in merged:
-            theta.copy_(original)
+        for kept, _ in held:
+            kept.parameter.copy_(kept.original)
         try:
             yield
         finally:
-            for (theta, _), value in zip(merged, held, strict=True):
-                theta.copy_(value)
+            for kept, value in held:
+                kept.parameter.copy_(value)
+            for kept in known:
+                kept.version = kept.parameter._version

@@ -58,7 +58,7 @@ class Watch:
 
     def before(self, backbone: nn.Module, args: Any) -> None:
         """Pre-hook of the root: the random draws of this forward."""
-        if backbone.training:
+        if backbone.training and self.draws.any:  # else nothing here may depend on which deltas act: compiled code would be bound to it
             self.draws.take(self._ledger.acting_deltas)
 
     def after(self, backbone: nn.Module, args: Any, output: Any) -> None:

@@ -11,7 +11,7 @@ from deltatune.errors import Unsupported
 from deltatune.structure.anatomy import Anatomy, Assignment, StackPaths, has_own_parameters, modules_of
 from deltatune.structure.roles import assign
 from deltatune.structure.rows import heads_of
-from deltatune.structure.site import LayerList, Site
+from deltatune.structure.site import DELTA_CHILD, LayerList, Site
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -70,6 +70,7 @@ class Index:
         """
         self.backbone = backbone
         modules = modules_of(backbone)
+        self._children = [(module, _own_children(module)) for module in modules.values()]
         anatomy = assign(modules, use_files)
         self._owners = _owners(modules)
         self._unreached = anatomy.unreached | {path for path, module in modules.items() if isinstance(module, CONTAINERS)}
@@ -100,6 +101,11 @@ class Index:
             KeyError: there is none.
         """
         return self._by_key[key]
+
+    @property
+    def is_current(self) -> bool:
+        """No module came, went or was replaced since the walk, as by resizing the vocabulary or a new task head."""
+        return all(_own_children(module) == children for module, children in self._children)
 
     def layer_list(self, site: Site) -> str | None:
         """Path of the list of layers in which ``site`` lies; None outside the layers."""
@@ -202,6 +208,10 @@ class Index:
 def index(backbone: nn.Module) -> Index:
     """Index ``backbone``; the result stays true until its modules change."""
     return Index(backbone)
+
+
+def _own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    return {name: child for name, child in module._modules.items() if name != DELTA_CHILD}
 
 
 def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[Owner]]:
