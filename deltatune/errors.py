@@ -42,6 +42,10 @@ class ForeignBackbone(CheckpointError):
     """A delta file that was trained on another backbone."""
 
 
+class Diverged(DeltaError):
+    """A training whose numbers are no longer finite."""
+
+
 class DataError(DeltaError):
     """A dataset or a row that the task cannot use."""
 

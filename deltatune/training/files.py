@@ -18,24 +18,22 @@ MARKER = "complete.json"
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def writing(target: Path, faults: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What goes wrong while something is written, in our words.
+
+    Args:
+        target: file or folder.
+        faults: further errors that mean so here; torch.save tells of a full disk by various RuntimeErrors.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
     try:
         yield
-    except (OSError, SafetensorError) as cause:
-        raise _unwritable(target, cause) from cause
-    except RuntimeError as cause:
-        if "Writer" not in str(cause) and "write" not in str(cause):  # torch.save tells of a full disk by a RuntimeError
-            raise
-        raise _unwritable(target, cause) from cause
-
-
-def _unwritable(target: Path, cause: Exception) -> OutputError:
-    return OutputError(f"`{target}` cannot be written: {cause}. Free some space, or choose an output folder you can write to.")
+    except (OSError, SafetensorError) + faults as cause:
+        raise OutputError(
+            f"`{target}` cannot be written: {cause}. Free some space, or choose an output folder you can write to."
+        ) from cause
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

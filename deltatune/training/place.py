@@ -11,17 +11,19 @@ from typing import Any
 
 from deltatune.errors import DeltaError, OutputError
 from deltatune.training.files import write_text, writing
+from deltatune.training.replaced import Replaced, remove
 from deltatune.training.run import RUN_FILE, Run, read_run
 
 DELTA, METRICS, CURVE, CHECKPOINTS, LOGS = "delta", "metrics.json", "curve.png", "checkpoints", "logs"
-OURS = (DELTA, METRICS, CURVE, CHECKPOINTS, LOGS, RUN_FILE)
+OURS = (METRICS, DELTA, CURVE, CHECKPOINTS, LOGS, RUN_FILE)
+"""What makes a run, in the order in which it goes: without the first it is not finished, without the last it is no run."""
 
 
 class RunFolder:
     """The output folder of one run.
 
     ``run.yaml`` is written first and ``metrics.json`` last: with the first alone a run can be resumed, with both it is
-    finished. Checkpoints lie in ``checkpoints/`` meanwhile.
+    finished. Checkpoints lie in ``checkpoints/`` meanwhile, and a run that is overwritten in ``replaced-run/``.
 
     Args:
         path: where.
@@ -36,6 +38,8 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.run = run
         self.overwrite = overwrite
+        self.replaced = Replaced(self.path, OURS)
+        self._begun = False
         self._made: list[Path] = []
         self._check()
 
@@ -52,58 +56,62 @@ class RunFolder:
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"`{self.path}` is a file; a run writes into a folder. Choose another `out`.")
+        if is_main():
+            with writing(self.path):
+                self.replaced.put_back()
         found = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
-        if not found:
+        if not found or self.replaced.is_between:  # the latter where another process is at it
             return
-        if RUN_FILE not in found and METRICS not in found:
+        if RUN_FILE not in found:
             shown = ", ".join(f"`{name}`" for name in found[:3])
             raise OutputError(f"`{self.path}` holds {shown}{' and more' if len(found) > 3 else ''}, which is no run. Choose another `out`.")
+        differences = self.run.differences(self._before())
         if self.overwrite:
             return
         if METRICS in found:
-            raise OutputError(f"`{self.path}` holds a finished run. Choose another `out`, or overwrite it (overwrite=True, --overwrite).")
-        self._check_same()
-
-    def _check_same(self) -> None:
-        try:
-            before = read_run(self.path)
-        except DeltaError as cause:
-            raise OutputError(
-                f"`{self.path}` holds an unfinished run whose {RUN_FILE} cannot be read: {cause} Choose another `out`, or overwrite it."
-            ) from cause
-        differences = self.run.differences(before)
+            raise OutputError(f"`{self.path}` holds a finished run. Choose another `out`, or overwrite it (`overwrite=True`).")
         if differences:
             raise OutputError(
                 f"`{self.path}` holds an unfinished run that differs: {'; '.join(differences[:3])}. "
-                "Ask for the same to resume it, choose another `out`, or overwrite it (overwrite=True, --overwrite)."
+                "Ask for the same to resume it, choose another `out`, or overwrite it (`overwrite=True`)."
             )
 
+    def _before(self) -> Run:
+        """The run that is in the folder."""
+        try:
+            return read_run(self.path)
+        except DeltaError as cause:
+            raise OutputError(
+                f"The {RUN_FILE} in `{self.path}` cannot be read as a run's: {cause} Choose another `out`, or empty the folder."
+            ) from cause
+
     def open(self) -> None:
-        """Make the folder and write ``run.yaml``; an overwritten run goes now.
+        """Make the folder and write ``run.yaml``; a run that is overwritten is set aside.
 
         Raises:
             OutputError: the folder cannot be made or written.
         """
         with writing(self.path):
-            if self.overwrite and self.path.is_dir():
-                self._clear()
+            if self.overwrite and (self.path / RUN_FILE).exists():
+                self._make_room()
             self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            self._begun = True
             if not (self.path / RUN_FILE).exists():
                 write_text(self.path / RUN_FILE, self.run.to_yaml())
             self.checkpoints.mkdir(exist_ok=True)
 
-    def _clear(self) -> None:
-        (self.path / METRICS).unlink(missing_ok=True)  # first, so that half a removal is not a finished run
-        for name in OURS:
-            entry = self.path / name
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+    def _make_room(self) -> None:
+        """Set aside what is there; but an overwriting run that was killed goes on, or makes way for another one."""
+        if (self.path / METRICS).exists():
+            self.replaced.drop()  # of a run that was killed when it was finished
+        if not self.replaced.is_whole:
+            self.replaced.set_aside()
+        elif self.run.differences(self._before()):
+            remove(self.path, OURS)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json`` and drop the checkpoints; what a tracker wrote beside them becomes ``logs/``.
+        """Write ``metrics.json``, drop the checkpoints and what was replaced; what a tracker wrote becomes ``logs/``.
 
         Raises:
             OutputError: the file cannot be written.
@@ -116,13 +124,20 @@ class RunFolder:
                 self.checkpoints.rename(self.path / LOGS)
             else:
                 self.checkpoints.rmdir()
+            self.replaced.drop()
 
-    def abandon(self) -> None:
-        """After an error: leave nothing where the run has no complete checkpoint to resume from."""
-        if any(self.checkpoints.glob("checkpoint-*/complete.json")):
+    def abandon(self, *, resumable: bool = True) -> None:
+        """After an error: unless the run can be resumed from a complete checkpoint, the folder is again what it was before.
+
+        Args:
+            resumable: whether to go on from a checkpoint could end otherwise.
+        """
+        finished = self._begun and (self.path / METRICS).exists()
+        if finished or (resumable and any(self.checkpoints.glob("checkpoint-*/complete.json"))):
             return
-        if (self.path / RUN_FILE).exists():
-            self._clear()
+        if self._begun:
+            remove(self.path, OURS)
+        self.replaced.put_back()
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

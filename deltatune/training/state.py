@@ -1,4 +1,4 @@
-"""The deltas' part of a run's checkpoint: their tensors, bit for bit, and nothing of the backbone."""
+"""The deltas' part of a run's checkpoint: their tensors, finite and bit for bit, and nothing of the backbone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltatune.errors import CheckpointError
+from deltatune.checkpoint.tensors import named, not_finite
+from deltatune.errors import CheckpointError, Diverged
 from deltatune.training.life import Trained
 
 SUFFIX = ".delta.safetensors"
@@ -31,6 +32,21 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = tensor.clone() if place in taken else tensor
         taken.add(place)
     return tensors
+
+
+def check_finite(deltas: Sequence[Trained], step: int) -> None:
+    """Make sure that the training has not diverged.
+
+    Raises:
+        Diverged: a delta holds NaN or infinity.
+    """
+    for delta in deltas:
+        broken = not_finite(delta.state_dict())
+        if broken:
+            raise Diverged(
+                f"The training diverged: at step {step}, `{delta.name}` holds NaN or infinity in {named(broken)}. "
+                "Lower the learning rate (`lr`), or clip the gradients to a smaller norm (`max_grad_norm`)."
+            )
 
 
 def read_state(deltas: Sequence[Trained], folder: Path) -> None:

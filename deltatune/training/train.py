@@ -16,7 +16,7 @@ from torch import nn
 
 from deltatune.checkpoint.folder import check_free
 from deltatune.checkpoint.format import save
-from deltatune.errors import InvalidValue
+from deltatune.errors import Diverged, InvalidValue
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Method
@@ -34,6 +34,7 @@ from deltatune.training.place import CURVE, RunFolder, is_main
 from deltatune.training.result import Result
 from deltatune.training.run import DataFile, Run, installed_versions, load_data
 from deltatune.training.settings import Settings
+from deltatune.training.state import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ def train(
         InvalidValue: a value out of its range, or a task that does not fit the model's head.
         NoSite: an entry of ``where`` that hits nothing.
         OutputError: ``out`` holds something already, or cannot be written.
+        Diverged: the numbers are no longer finite; nothing is kept.
 
     Example:
         >>> from deltatune.methods import LoRA
@@ -96,7 +98,7 @@ def train(
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
     data = load_data(task)
     run = _run(backbone, task, data, methods, chosen, _written(where), layers)
-    place = None if out is None else RunFolder(out, run, overwrite=overwrite)
+    place = None if out is None or callable(where) else RunFolder(out, run, overwrite=overwrite)
     with trainer_modules():
         job = make_job(backbone, data, methods, where, layers, chosen, tokenizer)
         try:
@@ -195,7 +197,7 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
     """Train, score on the test rows, and write what came of it."""
     with ExitStack() as stack:
         if place is not None and is_main():
-            stack.push(lambda kind, *_: place.abandon() if kind is not None else None)
+            stack.push(lambda kind, *_: None if kind is None else place.abandon(resumable=not issubclass(kind, Diverged)))
             place.open()
         stack.enter_context(left_alone(job.backbone, job.trained))
         course = _course(job, run.settings, place, show, stack) if job.trains else Course()
@@ -236,6 +238,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     began = time.perf_counter()
     with peak_memory() as peak:
         trainer.run()
+    check_finite(job.trained, trainer.state.global_step)
     return Course(
         steps=trainer.state.global_step,
         seconds=round(time.perf_counter() - began, 3),

@@ -22,7 +22,7 @@ from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
 from deltatune.training.life import Life, Trained, deltas_of, phase_starts
 from deltatune.training.objective import Objective
-from deltatune.training.state import read_state, write_state
+from deltatune.training.state import check_finite, read_state, write_state
 
 SCORE = "eval_score"
 
@@ -146,6 +146,7 @@ class DeltaTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The task's metrics on the validation rows; draws no random numbers, so it leaves the training as it is."""
+        check_finite(self.deltas, self.state.global_step)
         rows = self.material.validation if eval_dataset is None else eval_dataset
         values = score_rows(self.material.framing, self.backbone, rows, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
@@ -162,6 +163,7 @@ class DeltaTrainer(Trainer):
             write_state(self.deltas, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_finite(self.deltas, self.state.global_step)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         with writing(folder):
             if self.args.should_save:
@@ -175,6 +177,14 @@ class DeltaTrainer(Trainer):
                 for older in checkpoints(folder.parent):
                     if older != folder and older.name != f"checkpoint-{best}":
                         discard(older)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with writing(Path(output_dir), (RuntimeError,)):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with writing(Path(output_dir), (RuntimeError,)):
+            super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # the deltas are read by DeltaCallback, once the phases they have entered are known

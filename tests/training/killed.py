@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deltatune.methods.kinds import Method
-from deltatune.training import files, trainer
+from deltatune.training import files, replaced, trainer
 from deltatune.training import train as main
 from deltatune.training.result import Result
 from tests.training import tiny
@@ -28,7 +28,8 @@ def run(name: str, method: Method, out: str, **options: Any) -> Result:
 
 def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any]) -> None:
     """The same, killed at ``step:N``, before step N's forward; or at ``save:N``, inside the N-th file that torch.save writes;
-    at ``mark:N``, ahead of the N-th completion marker; or at ``test:1``, when training is over and the test rows are scored.
+    at ``mark:N``, ahead of the N-th completion marker; at ``move:N``, ahead of the N-th file of a run that moves; or
+    at ``test:1``, when training is over and the test rows are scored.
     """
     kind, number = moment.split(":")
     calls = 0
@@ -50,6 +51,8 @@ def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any
         trainer.DeltaTrainer.compute_loss = counted(trainer.DeltaTrainer.compute_loss)  # type: ignore[method-assign]
     elif kind == "save":
         torch.save = counted(torch.save)
+    elif kind == "move":
+        replaced.move = counted(replaced.move)
     elif kind == "test":
         main.score_rows = counted(main.score_rows)  # type: ignore[attr-defined]
     else:

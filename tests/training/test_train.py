@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import deltatune as dt
-from deltatune.errors import CheckpointError, InvalidValue, NoSite, OutputError, UnknownName, Unsupported
+from deltatune.errors import CheckpointError, Diverged, InvalidValue, NoSite, OutputError, UnknownName, Unsupported
 from deltatune.methods import IA3, BitFit, LoRA
 from deltatune.training import files
 from deltatune.training.predict import Predictor, evaluate, predict
@@ -184,6 +184,8 @@ def test_a_function_for_where_is_written_as_paths(tmp_path: Path) -> None:
     out = tmp_path / "run"
     quick(out=out, where=lambda site: site.role == "attention.query" and site.layer == 1)
     assert read_run(out).where == ("bert.encoder.layer.1.attention.self.query",)
+    (out / "metrics.json").unlink()
+    assert quick(out=out, where=lambda site: site.role == "attention.query" and site.layer == 1).out == out, "it is the same run"
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,10 @@ def test_a_training_that_breaks_leaves_no_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_a_training_that_diverges_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="diverged"):
+    with pytest.raises(Diverged, match=r"diverged: at step \d, `lora` holds NaN .* Lower the learning rate"):
         quick(out=tmp_path / "run", lr=1e30, max_grad_norm=0)
-    assert not (tmp_path / "run" / "delta").exists()
+    assert list(tmp_path.iterdir()) == [], "no checkpoint is left from which the run would diverge again"
+    assert quick(out=tmp_path / "run", lr=1e-3).out == tmp_path / "run"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
