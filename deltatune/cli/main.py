@@ -25,6 +25,7 @@ from rich.markup import escape
 import deltatune
 from deltatune.cli.commands import HELP, Command, commands
 from deltatune.cli.knobs import completed
+from deltatune.cli.spoken import spoken
 from deltatune.cli.terminal import note, show_error
 from deltatune.errors import DeltaError, OutputError
 
@@ -138,7 +139,7 @@ def explain(cause: Exception, debug: bool) -> int:
         traceback.print_exception(cause)
     known = cause if isinstance(cause, DeltaError) else _disk(cause)
     if known is not None:
-        show_error(str(known))
+        show_error(spoken(str(known)))
         return 2
     what = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
     hint = "" if debug else "This was not foreseen. Run it again with `--debug` for the traceback, and report it."

@@ -28,9 +28,15 @@ Layers = Annotated[
 
 
 def where_of(entries: list[str] | None) -> str | tuple[str, ...] | None:
-    """What ``attach`` takes for the entries of ``--where``: None if there are none."""
+    """What ``attach`` takes for the entries of ``--where``: None if there are none.
+
+    Raises:
+        InvalidValue: an empty entry.
+    """
     if not entries:
         return None
+    if not all(entry.strip() for entry in entries):
+        raise InvalidValue("`--where` was given nothing. Write a role, a path or a pattern, or leave it out for the method's own sites.")
     return entries[0] if len(entries) == 1 else tuple(entries)
 
 
@@ -44,11 +50,11 @@ def layers_of(text: str | None) -> str | list[int] | None:
         InvalidValue: neither numbers nor ``top:`` or ``bottom:``.
     """
     if text is None or re.fullmatch(r"\s*(top|bottom):\d+\s*", text):
-        return text.strip() if text else None
+        return text and text.strip()
     numbers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:\s*(?:-|\.\.)\s*(\d+))?\s*", part)
         if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise InvalidValue(f"`--layers {text}` cannot be read. Write `0-5`, `0,2,4`, `top:3` or `bottom:2`.")
+            raise InvalidValue(f"`--layers '{text}'` cannot be read. Write `0-5`, `0,2,4`, `top:3` or `bottom:2`.")
         numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
     return numbers

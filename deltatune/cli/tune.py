@@ -15,7 +15,7 @@ from deltatune.cli.commands import commands
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
 from deltatune.cli.terminal import facts, note, share, show, show_json, size
-from deltatune.errors import InvalidValue
+from deltatune.errors import DeltaError, InvalidValue
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, pairs, settings_of
 
@@ -84,9 +84,8 @@ def tune(
     folder = out or free_folder(run)
     try:
         result = replay(run, out=folder, overwrite=overwrite)
-    except KeyboardInterrupt:
-        if any(folder.glob("checkpoints/checkpoint-*")):
-            note(f"The same command with `--out {folder}` goes on from the last checkpoint.")
+    except (KeyboardInterrupt, DeltaError):
+        _tell_what_stays(folder)
         raise
     if not is_main():
         return
@@ -94,6 +93,15 @@ def tune(
         show_json(result.to_json(), one_line=True)
     else:
         show_result(run, result)
+
+
+def _tell_what_stays(folder: Path) -> None:
+    from deltatune.training.replaced import REPLACED
+
+    if any(folder.glob("checkpoints/checkpoint-*/complete.json")):
+        note(f"The same command with `--out {folder}` goes on from the last checkpoint.")
+    if (folder / REPLACED).is_dir():
+        note(f"The run that was there before is in `{folder / REPLACED}` until this one is finished.")
 
 
 def _own_data(data: str | None, task: str | None, text: list[str] | None, label: str | None, type_: str | None) -> DataFile | None:
@@ -159,7 +167,7 @@ def _recipes(before: Run | None, method: str | None, fields: dict[str, str]) -> 
 def _placed(run: Run, where: list[str] | None, layers: str | None) -> Run:
     from dataclasses import replace
 
-    return replace(run, where=where_of(where) or run.where, layers=layers_of(layers) if layers else run.layers)
+    return replace(run, where=where_of(where) or run.where, layers=run.layers if layers is None else layers_of(layers))
 
 
 def _task(run: Run) -> str:

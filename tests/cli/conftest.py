@@ -42,7 +42,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def refused(outcome: Outcome, *parts: str) -> None:
     """The command ended with one plain message that holds all ``parts``."""
     assert outcome.code == 2, outcome.err
-    assert outcome.err.startswith("Error: ") or "Usage: " in outcome.err, outcome.err
+    assert sum(line.startswith("Error: ") for line in outcome.err.splitlines()) == 1 or "Usage: " in outcome.err, outcome.err
     assert "Traceback" not in outcome.err
     assert [part for part in parts if part not in outcome.err] == [], outcome.err
 

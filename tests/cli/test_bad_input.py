@@ -30,11 +30,17 @@ TUNE = ("tune", "--backbone", "minilm", "--task", "bbc-news", "--method", "lora"
         ((*TUNE, "--set", "rank=2", "--set", "rank=4"), ("set twice",)),
         (("tune", "--backbone", "minilm", "--task", "bcb-news", "--method", "lora"), ("No task is called `bcb-news`", "`bbc-news`")),
         (("tune", "--backbone", "minilmm", "--task", "bbc-news", "--method", "lora"), ("No backbone is called `minilmm`", "`minilm`")),
-        ((*TUNE, "--where", "attention.qurey"), ("No site", "`attention.qurey`", "`attention.query`")),
+        (
+            (*TUNE, "--where", "attention.qurey"),
+            ("No site", "`attention.qurey`", "`attention.query`", "`deltatune inspect --backbone NAME`"),
+        ),
         ((*TUNE, "--layers", "6-9"), ("layers 0 to 5",)),
-        ((*TUNE, "--layers", "some"), ("--layers some", "top:3")),
+        ((*TUNE, "--layers", "some"), ("--layers 'some'", "top:3")),
+        ((*TUNE, "--layers", ""), ("--layers ''", "top:3")),
+        ((*TUNE, "--layers", "top:99"), ("`--layers top:99`", "layers 0 to 5", "`--layers top:1`")),
+        ((*TUNE, "--where", ""), ("`--where` was given nothing",)),
         ((*TUNE, "--quantize", "int4"), ("int4", "int8", "nf4")),
-        ((*TUNE, "--lr", "-1"), ("`lr`", "greater than 0")),
+        ((*TUNE, "--lr", "-1"), ("`--lr`", "greater than 0")),
         ((*TUNE, "--framing", "text2text"), ("encoder",)),
         ((*TUNE, "--epochs", "many"), ("--epochs",)),
         ((*TUNE, "--rank", "8"), ("--rank",)),
@@ -176,15 +182,33 @@ def test_a_place_that_cannot_be_written(call: Call, encoder: str, texts: Path, t
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file of this process may grow beyond a few hundred bytes: what a full disk is like, for root too."""
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished run that may be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def full_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes: what a full disk is like, for root too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("full_disk")
-def test_a_full_disk(call: Call, encoder: str, texts: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("encoder", "texts")
+@pytest.mark.parametrize("full_disk", [600, 1300, 8000, 12_000, 24_000, 30_000], indirect=True)
+def test_a_full_disk(call: Call, encoder: str, texts: Path, tmp_path: Path, full_disk: None, request: pytest.FixtureRequest) -> None:
+    """It stops at the run's file, at the delta, inside torch's own writing of the optimiser, or at the picture."""
     refused(call(*tune_words(encoder, texts, tmp_path / "run")), "cannot be written", "space")
-    assert list(tmp_path.iterdir()) == []
+    left = {entry.name for entry in tmp_path.glob("run/*")}
+    assert left == (set() if request.node.callspec.params["full_disk"] < 30_000 else {"run.yaml", "delta", "checkpoints"})
+
+
+@pytest.mark.parametrize("full_disk", [8000], indirect=True)
+def test_a_full_disk_does_not_cost_the_run_that_was_to_be_replaced(
+    call: Call, encoder: str, texts: Path, copied: Path, full_disk: None
+) -> None:
+    before = {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()}
+    refused(call(*tune_words(encoder, texts, copied, "--overwrite")), "cannot be written", "space")
+    assert {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()} == before
