@@ -20,7 +20,7 @@ from deltatune.training.settings import Settings
 PANELS: dict[str, tuple[str, ...]] = {
     "Scoring and stopping": ("early_stopping", "evaluations", "eval_rows", "eval_batch_size", "test_rows", "save_steps"),
     "Memory and speed": ("bf16", "gradient_checkpointing", "quantize", "max_length"),
-    "How the task is put": ("framing", "template", "class_weights"),
+    "How the task is put": ("framing", "template", "new_head", "class_weights"),
 }
 """Where the help shows them; what is not listed is ``Training``."""
 
@@ -28,7 +28,7 @@ CHOICES = {"framing": "auto|head|text2text", "quantize": "int8|nf4"}
 """What the help shows for fields with few values; the dataclass checks them."""
 
 TOLD = {
-    "report_to": "Experiment trackers of transformers, such as tensorboard; commas between several.",
+    "report_to": "Experiment trackers of transformers, such as tensorboard, whose package you install; commas between several.",
     "seed": "Of the head's and the patches' first weights, of dropout and of the order of rows.",
     "weight_decay": "Weight decay of AdamW.",
 }

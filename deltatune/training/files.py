@@ -28,9 +28,10 @@ def writing(target: Path, faults: tuple[type[Exception], ...] = ()) -> Iterator[
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
+    caught: tuple[type[Exception], ...] = (OSError, SafetensorError, *faults)
     try:
         yield
-    except (OSError, SafetensorError) + faults as cause:
+    except caught as cause:
         raise OutputError(
             f"`{target}` cannot be written: {cause}. Free some space, or choose an output folder you can write to."
         ) from cause

@@ -11,11 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import InvalidValue, UnknownName, missing_extra, nearest
+from deltatune.errors import InvalidValue, missing_extra
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
 from deltatune.tasks.files import task_from_file
+from deltatune.training.entries import DATA, RUN, checked
 from deltatune.training.settings import Settings
 
 RUN_FILE = "run.yaml"
@@ -111,27 +112,34 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     return _run(entries, str(path))
 
 
-def _run(entries: dict[str, Any], path: str) -> Run:
-    known = {"backbone", "task", "data", "method", "where", "layers", "settings", "fingerprint", "versions"}
-    for entry in entries:
-        if entry not in known:
-            raise UnknownName(f"The configuration `{path}` has the entry `{entry}`, which runs do not have. {nearest(entry, known)}")
-    lacking = [name for name in ("backbone", "method") if not entries.get(name)]
-    if not entries.get("task") and not entries.get("data"):
+def _run(written: dict[Any, Any], path: str) -> Run:
+    place = f"The configuration `{path}`"
+    entries = checked(written, RUN, place)
+    lacking = [name for name in ("backbone", "method") if name not in entries]
+    if ("task" in entries) == ("data" in entries):
+        if "task" in entries:
+            raise InvalidValue(f"{place} has both `task` and `data`. A run has one of them.")
         lacking.append("task")
     if lacking:
-        raise InvalidValue(f"The configuration `{path}` does not say its {' and '.join(lacking)}. Add it.")
+        raise InvalidValue(f"{place} does not say its {' and '.join(lacking)}. Add it.")
     recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
     return Run(
-        backbone=str(entries["backbone"]),
-        task=str(entries["task"]) if entries.get("task") else DataFile(**_tuples(entries["data"])),
+        backbone=entries["backbone"],
+        task=entries["task"] if "task" in entries else _data_file(entries["data"], place),
         methods=tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes),
         where=_tuples(entries.get("where")),
         layers=entries.get("layers"),
-        settings=Settings.of(entries.get("settings") or {}),
-        fingerprint=str(entries.get("fingerprint") or ""),
-        versions=entries.get("versions") or {},
+        settings=Settings.of(entries.get("settings", {})),
+        fingerprint=entries.get("fingerprint", ""),
+        versions=entries.get("versions", {}),
     )
+
+
+def _data_file(written: dict[str, Any], place: str) -> DataFile:
+    entries = checked(written, DATA, f"`data` in {place[0].lower()}{place[1:]}")
+    if "path" not in entries:
+        raise InvalidValue(f"{place} does not say the `path` of its `data`. Add it.")
+    return DataFile(**_tuples(entries))
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:

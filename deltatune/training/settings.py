@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +13,9 @@ from deltatune.errors import InvalidValue, UnknownName, nearest
 FramingName = Literal["auto", "head", "text2text"]
 Quantize = Literal["int8", "nf4"]
 Precision = Literal["fp32", "bf16"]
+
+LARGEST = 2**32
+"""Whole numbers are smaller: more no seed can be, and no count has to be."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Settings:
         test_rows: most test rows that are scored at the end; 0 takes all.
         save_steps: steps between two checkpoints; None saves when validation rows are scored.
         class_weights: weigh classes by 1 / frequency in the loss, so that rare ones count as much.
+        new_head: give the task a fresh head where the backbone's file holds one with another number of outputs.
         framing: ``head`` (one output per label), ``text2text`` (label words), or ``auto``, by the backbone's kind.
         template: which of the task's templates the text-to-text framing uses.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
@@ -65,6 +70,7 @@ class Settings:
     test_rows: int = 0
     save_steps: int | None = None
     class_weights: bool = False
+    new_head: bool = False
     framing: FramingName = "auto"
     template: int = 0
     quantize: Quantize | None = None
@@ -73,6 +79,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "report_to", _names(self.report_to))
+        for field in dataclasses.fields(self):
+            self._check_size(field.name, getattr(self, field.name))
         for name in ("epochs", "batch_size", "grad_accumulation", "max_length", "eval_batch_size"):
             self._check(name, getattr(self, name) > 0, "greater than 0")
         for name in ("weight_decay", "max_grad_norm", "evaluations", "eval_rows", "test_rows", "template", "seed"):
@@ -84,6 +92,12 @@ class Settings:
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
         self._check("framing", self.framing in get_args(FramingName), f"one of {', '.join(get_args(FramingName))}")
         self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")
+
+    def _check_size(self, name: str, value: Any) -> None:
+        if isinstance(value, float):
+            self._check(name, math.isfinite(value), "a finite number")
+        elif isinstance(value, int):
+            self._check(name, value < LARGEST, f"less than {LARGEST}")
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -117,6 +131,8 @@ class Settings:
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(name for name in value.replace(",", " ").split() if name != "none")
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise InvalidValue(f"The setting `report_to` is {value!r}; it has to be a list of names.")
     return tuple(value)
 
 

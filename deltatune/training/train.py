@@ -35,6 +35,7 @@ from deltatune.training.result import Result
 from deltatune.training.run import DataFile, Run, installed_versions, load_data
 from deltatune.training.settings import Settings
 from deltatune.training.state import check_finite
+from deltatune.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,7 @@ def train(
         True
     """
     chosen = Settings.of(settings)
+    check_trackers(chosen.report_to)
     if isinstance(method, Delta | Composition):
         if method.backbone is not backbone or where is not None or layers is not None:
             raise InvalidValue(f"`{method.name}` is attached already. Give train the model it sits on, and neither `where` nor `layers`.")

@@ -199,6 +199,7 @@ def test_a_function_for_where_is_written_as_paths(tmp_path: Path) -> None:
         ({"method": "lroa"}, UnknownName, "Did you mean `lora`"),
         ({"learning_rate": 1}, UnknownName, "no setting called `learning_rate`"),
         ({"method": []}, InvalidValue, "no method"),
+        ({"report_to": "tensorbord"}, UnknownName, "no experiment tracker `tensorbord`. Did you mean `tensorboard`"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
