@@ -26,6 +26,7 @@ from deltatune.injection.switching import deltas, disabled, refresh, switch
 from deltatune.structure.where import find_sites
 
 if TYPE_CHECKING:
+    from deltatune.checkpoint.combine import combine
     from deltatune.checkpoint.format import load, save
     from deltatune.injection.state import backbone_state
     from deltatune.structure.tree import tree
@@ -40,6 +41,7 @@ __all__ = [
     "Delta",
     "attach",
     "backbone_state",
+    "combine",
     "compose",
     "deltas",
     "detach",
@@ -59,6 +61,7 @@ __all__ = [
 
 _LATER = {
     "backbone_state": "deltatune.injection.state",
+    "combine": "deltatune.checkpoint.combine",
     "load": "deltatune.checkpoint.format",
     "open": "deltatune.training.opening",
     "save": "deltatune.checkpoint.format",
