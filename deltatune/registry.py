@@ -6,6 +6,7 @@ entry point of the group ``deltatune.<plural>``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -32,6 +33,7 @@ class Registry(Generic[T]):
         self.group = f"deltatune.{plural}"
         self._entries: dict[str, T] = {}
         self._plugins_read = False
+        self._broken: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that enters its argument under ``name``; a name is given once.
@@ -50,6 +52,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         entries = self._read()
+        if name in self._broken:
+            raise Unsupported(f"The {self.noun} {self._broken[name]} Repair or uninstall its package.")
         if name not in entries:
             raise UnknownName(f"No {self.noun} is called `{name}`. {nearest(name, entries)}")
         return entries[name]
@@ -75,19 +79,13 @@ class Registry(Generic[T]):
         raise UnknownName(f"{entry!r} is not a registered {self.noun}. Register it first.")
 
     def _read(self) -> dict[str, T]:
-        """The table, plug-ins included; they load at the first look-up, not at import.
-
-        Raises:
-            Unsupported: a plug-in cannot be loaded.
-        """
+        """The table, plug-ins included; they load at the first look-up, not at import. One that cannot be loaded is told of."""
         if not self._plugins_read:
             self._plugins_read = True  # a plug-in may look things up itself
             for plugin in entry_points(group=self.group):
                 try:
                     plugin.load()
                 except Exception as cause:
-                    self._plugins_read = False
-                    raise Unsupported(
-                        f"The {self.noun} `{plugin.name}` ({plugin.value}) could not be loaded: {cause!r}. Repair or uninstall its package."
-                    ) from cause
+                    self._broken[plugin.name] = f"`{plugin.name}` ({plugin.value}) could not be loaded: {cause!r}."
+                    warnings.warn(f"The {self.noun} {self._broken[plugin.name]} The others can be used.", stacklevel=4)
         return self._entries

@@ -30,13 +30,17 @@ def test_names() -> None:
         colours.register("red")("#e00")
 
 
-def test_a_plug_in_that_cannot_be_loaded_is_named_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_that_cannot_be_loaded_is_named_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = EntryPoint("blue", "no_such_package.blue", "deltatune.colours")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken] if group == "deltatune.colours" else [])
     colours = _colours()
+    with pytest.warns(UserWarning, match=r"The colour `blue` \(no_such_package\.blue\) could not be loaded.*others can be used"):
+        assert colours["red"] == "#f00"
     for _ in range(2):
         with pytest.raises(Unsupported, match=r"The colour `blue` \(no_such_package\.blue\) could not be loaded.*uninstall its package"):
-            colours["red"]
+            colours["blue"]
+    with pytest.raises(UnknownName):
+        colours["rde"]
 
 
 def test_a_plug_in_may_look_things_up(monkeypatch: pytest.MonkeyPatch) -> None:

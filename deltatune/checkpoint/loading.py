@@ -124,7 +124,7 @@ def names_on(backbone: nn.Module) -> set[str]:
 def index_of(backbone: nn.Module) -> Index:
     """The index of its sites, kept by its ledger if it has one."""
     ledger = ledger_of(backbone)
-    return index(backbone) if ledger is None else ledger.index(backbone)
+    return index(backbone) if ledger is None else ledger.renewed_index(backbone)
 
 
 def _check_origin(backbone: nn.Module, sites: Index, record: Record, allowed: Allowed) -> None:
@@ -287,12 +287,12 @@ def _fitted(delta: Delta, state: Mapping[str, Tensor], allowed: Allowed) -> dict
 
 
 def _take_types(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
-    """Patches are built in fp32; give each parameter the type it was saved in."""
-    for entry in delta.entries:
-        for name, parameter in entry.patch.named_parameters():
-            saved = tensors.get(f"{entry.key}.{name}")
-            if saved is not None and saved.is_floating_point() and saved.dtype != parameter.dtype:
-                parameter.data = parameter.data.to(saved.dtype)
+    """What the delta owns is built in fp32; give each tensor the type it was saved in."""
+    for key, module in delta.holders():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            saved = tensors.get(f"{key}.{name}")
+            if saved is not None and saved.is_floating_point() and saved.dtype != tensor.dtype:
+                tensor.data = tensor.data.to(saved.dtype)
 
 
 def _fill(delta: Delta, state: Mapping[str, Tensor]) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from deltatune.annotations import fits
 from deltatune.checkpoint.fingerprint import Fingerprint
 from deltatune.checkpoint.keys import fold, unfold
 from deltatune.checkpoint.tensors import regular_file_size
@@ -162,7 +162,7 @@ class Record:
         hints = _hints(kind)
         values = {name: _tuples(value) for name, value in self.fields.items() if name in known}
         for name, value in values.items():
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 raise CheckpointError(
                     f"`{self.name}` has {name}={value!r}, but {kind.__name__}.{name} is of type {hints[name]}. Save the delta again."
                 )
@@ -240,7 +240,7 @@ class _Keys:
         if key not in self.data:
             raise CheckpointError(f"`{self.file}` lacks the key `{self.inside}{key}`. Copy or save the delta again.")
         value = self.data.pop(key)
-        if not _fits(_tuples(value), hint):
+        if not fits(_tuples(value), hint):
             raise CheckpointError(
                 f"`{self.file}` has {self.inside}{key} = {value!r:.80}, which is not of type {hint}. Copy or save the delta again."
             )
@@ -404,28 +404,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin in (tuple, Sequence):
-        if not isinstance(value, tuple):
-            return False
-        if origin is tuple and args[-1] is not Ellipsis:
-            return len(value) == len(args) and all(map(_fits, value, args))
-        return all(_fits(inner, args[0]) for inner in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(inner, args[1]) for inner in value.values())
-    if hint in (int, float):
-        return isinstance(value, hint | int) and not isinstance(value, bool)
-    return isinstance(value, NoneType if hint is None else hint)
 
 
 def _refuse(constant: str) -> float:

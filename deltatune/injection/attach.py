@@ -15,9 +15,10 @@ from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import ORDER, Entry, build_entries, check_hits, head_entries, heads_of
 from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_of, open_ledger
-from deltatune.injection.refusals import check_alone
+from deltatune.injection.refusals import check_alone, check_backbone, check_kind, check_names
 from deltatune.injection.slot import Member, close_slot, open_slot, slot_of
 from deltatune.injection.switching import unchanged
+from deltatune.methods.checks import check_types
 from deltatune.methods.kinds import Method, SelectionPatch, Sharing, Surveying
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.site import Site
@@ -94,12 +95,14 @@ def attach(
         84 of 178 parameters (47.191%), 336 bytes
         >>> detach(delta)
     """
+    check_backbone(backbone, "attach")
     if isinstance(method, list | tuple) and method:
         return _attach_all(backbone, method, where, layers, name, head=head, allow_idle=allow_idle)
     if not isinstance(method, Method):
         raise InvalidValue(
             f"attach was given {method!r} as its method. Give an instance of a class in deltatune.methods, such as LoRA(rank=8)."
         )
+    check_types(method)
     fresh = ledger_of(backbone) is None
     ledger = open_ledger(backbone)
     try:
@@ -160,6 +163,7 @@ def place(
     if method.trains:
         check_hits(matches or Matches(tuple(sites), hits={"the file": tuple(sites)}), entries, method, type(backbone).__name__)
     entries += head_entries(ledger.index(backbone), heads, name, entries)
+    check_names(entries, shared)
     delta = Delta(name, method, backbone, entries, shared)
     if shared is not None:
         ledger.shared[name] = shared
@@ -185,6 +189,7 @@ def detach(delta: Delta | Composition) -> None:
     """
     from deltatune.injection.merge import unmerge  # merging is built on attaching
 
+    check_kind(delta, (Delta, Composition), "detach")
     if isinstance(delta, Composition):
         members = delta.deltas
         delta.disable()

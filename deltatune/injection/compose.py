@@ -24,7 +24,7 @@ from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger, check_free, ledger_of
 from deltatune.injection.mixers import MIXERS, Mixer
 from deltatune.injection.outputs import OutputAct
-from deltatune.injection.refusals import check_alone, check_selects_unmerged, check_unmerged
+from deltatune.injection.refusals import check_alone, check_backbone, check_kind, check_selects_unmerged, check_unmerged
 from deltatune.injection.slot import How, Slot, Term, slot_of
 
 
@@ -298,6 +298,9 @@ def compose(
         >>> compose(mlp, ["a", "b"], how="weighted", weights=[0.7, 0.3])
         Composition('a-b', weighted, ['a', 'b'])
     """
+    check_backbone(backbone, "compose")
+    for member in members:
+        check_kind(member, (str, Delta), "compose")
     names = tuple(member.name if isinstance(member, Delta) else member for member in members)
     ledger = ledger_of(backbone)
     if ledger is None:

@@ -23,8 +23,8 @@ from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-RESERVED = frozenset(dir(nn.ModuleDict()))
-"""Names that PyTorch would not let a child of a module have."""
+RESERVED = frozenset({*dir(nn.ModuleDict()), "mixer"})
+"""Names that PyTorch would not let a child of a module have, and what a composition calls its own tensors."""
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 """Classes of PyTorch that take a module's parameters in hand once, when they are put around it."""
@@ -179,7 +179,7 @@ def check_free(name: str, ledger: Ledger | None) -> None:
     if not NAME.fullmatch(name):
         raise InvalidValue(f"`{name}` cannot name a delta. Use letters, digits, `_` and `-`, as in `sst2-lora`, and pass it as name=.")
     if name in RESERVED:
-        raise InvalidValue(f"`{name}` cannot name a delta: PyTorch's modules have an attribute of that name. Choose another one.")
+        raise InvalidValue(f"`{name}` cannot name a delta: that name is taken by PyTorch's modules or by compositions. Choose another one.")
     if ledger is not None and ledger.knows(name):
         raise InvalidValue(f"Something called `{name}` is attached already. Choose another name=, or detach that first.")
 

@@ -21,7 +21,7 @@ from deltatune.injection.entries import Entry
 from deltatune.injection.freeze import refresh_gradients
 from deltatune.injection.ledger import Ledger
 from deltatune.injection.outputs import put_rows
-from deltatune.injection.refusals import check_alone
+from deltatune.injection.refusals import check_alone, check_kind
 from deltatune.injection.slot import Member, slot_of
 from deltatune.injection.tokens import TokensAct
 from deltatune.injection.weights import run_weight
@@ -78,6 +78,7 @@ def merge(delta: Delta, *, keep: bool = False) -> int:
         Unsupported: a patch cannot be expressed as a weight, does not commute with one that acts inside it, or the
             merged weight fails its check; nothing is changed then.
     """
+    check_kind(delta, Delta, "merge")
     ledger = delta.ledger
     check_alone(delta, "merge")
     if delta.merged:
@@ -115,6 +116,7 @@ def unmerge(delta: Delta, *, discard: bool = False) -> None:
         Unsupported: it is not merged, one that does not commute with it is merged on top, or the weights were written
             since by something else.
     """
+    check_kind(delta, Delta, "unmerge")
     ledger = delta.ledger
     if not delta.merged:
         raise Unsupported(f"Delta `{delta.name}` is not merged. Merge it first.")

@@ -17,9 +17,9 @@ from deltatune.errors import InvalidValue, Unsupported
 
 
 class Long(Protocol):
-    """Something with a number of virtual tokens."""
+    """Something with a number of virtual tokens that take positions."""
 
-    length: int
+    ahead: int
 
 
 class Shift:
@@ -61,7 +61,7 @@ class Shift:
         Raises:
             InvalidValue: the table of positions ends before the last shifted one.
         """
-        length = max([0, *(act.length for act in self.acts)])
+        length = max([0, *(act.ahead for act in self.acts)])
         if not length:
             return None
         if self._is_table:

@@ -32,6 +32,7 @@ class PrefixAct(Act):
 
     Attributes:
         length: number of virtual tokens that act.
+        ahead: how many of them take the positions ahead of the text.
         switch: the backbone's switch; None until ``Switch.join``.
         relative: the attention whose table of relative positions this stack uses; None where positions are absolute or rotary.
     """
@@ -41,8 +42,8 @@ class PrefixAct(Act):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.patches: list[PrefixPatch | ConditionalPrefixPatch] = []
-        self.length = 0
-        self._lengths: dict[str, list[int]] = {}
+        self.length, self.ahead = 0, 0
+        self._lengths: dict[str, list[tuple[int, bool]]] = {}
         self._inputs: dict[int, Tensor] = {}
         self.switch: Switch | None = None
         self.relative: Any = None
@@ -51,6 +52,8 @@ class PrefixAct(Act):
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
         """Refuse an attention that a prefix cannot enter."""
         check_prefix(site, index)
+        if isinstance(patch, PrefixPatch) and not patch.placed:
+            check_unplaced(site, index)
 
     def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
         """Enter the backbone's switch, made with the first prefix."""
@@ -65,7 +68,7 @@ class PrefixAct(Act):
         """Concatenate the prefixes in the order of the terms."""
         acted = bool(self.length)
         names = [name for term in terms for name in term.members]
-        self.patches, self.length = [], 0
+        self.patches, self.length, self.ahead = [], 0, 0
         self._extend(names)
         if self.switch is not None and bool(self.length) != acted:
             self.switch.count(1 if self.length else -1)
@@ -82,7 +85,8 @@ class PrefixAct(Act):
         super().add(module, member)
         assert isinstance(member.patch, PrefixPatch | ConditionalPrefixPatch)
         with torch.no_grad():
-            self._lengths.setdefault(member.delta, []).append(_length(member.patch))
+            placed = isinstance(member.patch, ConditionalPrefixPatch) or member.patch.placed
+            self._lengths.setdefault(member.delta, []).append((_length(member.patch), placed))
 
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the prefixes of one delta."""
@@ -93,7 +97,9 @@ class PrefixAct(Act):
         for name in deltas:
             patches = [member.patch for member in self.members.get(name, [])]
             self.patches += [patch for patch in patches if isinstance(patch, PrefixPatch | ConditionalPrefixPatch)]
-            self.length += sum(self._lengths.get(name, []))
+            for length, placed in self._lengths.get(name, []):
+                self.length += length
+                self.ahead += length * placed
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check that ``attend`` will run, and tell it how many tokens are cached where positions are relative.
@@ -167,6 +173,20 @@ def _rows(virtual: Tensor, text: Tensor) -> Tensor:
             f"of width {text.shape[3]}. This attention does not keep its keys per head; choose another method for it, such as LoRA."
         )
     return virtual.to(text).expand(text.shape[0], -1, -1, -1)
+
+
+def check_unplaced(site: Site, index: Index) -> None:
+    """Refuse relative positions for virtual keys that have none.
+
+    Raises:
+        Unsupported: the attention's stack has a table of them.
+    """
+    stacks = (stack.attentions for stack in index.stacks if any(other.module is site.module for other in stack.attentions))
+    if any(has_table(other.module) for attentions in stacks for other in attentions):
+        raise Unsupported(
+            f"A prefix without positions (placed=False) was asked for at `{site.path}`, whose stack has relative positions, and every key "
+            "has one there. Leave `placed` as it is."
+        )
 
 
 def check_prefix(site: Site, index: Index) -> None:

@@ -4,11 +4,57 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltatune.errors import Unsupported
+from torch import nn
+
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.methods.kinds import SelectionPatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deltatune.injection.delta import Delta
+    from deltatune.injection.entries import Entry
+
+
+def check_backbone(given: object, verb: str) -> None:
+    """It is a module.
+
+    Raises:
+        InvalidValue: it is not.
+    """
+    if not isinstance(given, nn.Module):
+        raise InvalidValue(
+            f"{verb} was given {given!r:.80} ({type(given).__name__}) as its backbone. Give a torch.nn.Module; "
+            "deltatune.backbones.load_backbone opens one by its name."
+        )
+
+
+def check_kind(given: object, kinds: type | tuple[type, ...], verb: str) -> None:
+    """It is a delta, or a composition where the verb takes one.
+
+    Raises:
+        InvalidValue: it is not.
+    """
+    if not isinstance(given, kinds):
+        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise InvalidValue(
+            f"{verb} was given {given!r:.80} ({type(given).__name__}). Give a {wanted}: what attach, load or compose returned, or one of "
+            "dt.deltas(backbone)."
+        )
+
+
+def check_names(entries: Sequence[Entry], shared: nn.Module | None) -> None:
+    """In delta files no patch goes by the name of the state that sites share.
+
+    Raises:
+        Unsupported: one does.
+    """
+    found = next((entry.key for entry in entries if f"{entry.key}.".startswith("shared.")), None)
+    if shared is not None and found is not None:
+        raise Unsupported(
+            f"A patch at `{found}` would go by the name of what the method shares between its sites. Choose sites below other modules, or "
+            "rename that module."
+        )
 
 
 def check_alone(delta: Delta, verb: str) -> None:

@@ -125,7 +125,13 @@ class SelectionPatch(Patch):
 
 
 class PrefixPatch(Patch):
-    """K <- [P_k; K], V <- [P_v; V] in one attention module."""
+    """K <- [P_k; K], V <- [P_v; V] in one attention module.
+
+    Attributes:
+        placed: the virtual keys take the positions ahead of the text; else they have none, and the text begins at position 0.
+    """
+
+    placed: bool = True
 
     @abstractmethod
     def forward(self) -> tuple[Tensor, Tensor]:

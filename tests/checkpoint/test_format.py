@@ -279,3 +279,18 @@ def test_bytes_are_few(tmp_path: Path) -> None:
         size = sum(map(len, files(tmp_path / name)))
         assert size <= 1.05 * values + 16 * 1024 + 150 * len(tensors)
         dt.detach(delta)
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning", "mam", "unipelt", "adalora", "vera", "compacter"])
+def test_shared_state_and_buffers_come_back_in_half_precision(method: str, tmp_path: Path) -> None:
+    """A delta that was cast along with its backbone, in the middle of its training."""
+    first, inputs = backbone("bert", head=1)
+    delta = trained(first, method)
+    first.to(torch.bfloat16)
+    dt.save(delta, tmp_path / "a", unfinished=True)
+    second, _ = backbone("bert", head=2, dtype=torch.bfloat16)
+    loaded = dt.load(second, tmp_path / "a")
+    types = {name: tensor.dtype for name, tensor in delta.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == types
+    with torch.no_grad():
+        assert torch.equal(output(first, inputs), output(second, inputs))

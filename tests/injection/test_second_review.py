@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deltatune as dt
-from deltatune.errors import Unsupported
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.methods import MAM, BitFit, DoRA, LastLayers, LoRA, NormTuning, UniPELT
 from deltatune.methods.composed import Composed, Part
 from deltatune.methods.kinds import Family, Kind, Method
@@ -242,3 +242,34 @@ def test_a_state_that_does_not_fit_leaves_a_recipe_of_parts_as_it_was(name: str)
     assert [id(parameter) for parameter in delta.parameters()] == objects
     with torch.no_grad():
         assert torch.equal(output(backbone, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda backbone, delta, pair: dt.merge(pair), "merge was given Composition"),
+        (lambda backbone, delta, pair: dt.unmerge(backbone), "unmerge was given"),
+        (lambda backbone, delta, pair: dt.merge("a"), "merge was given 'a'"),
+        (lambda backbone, delta, pair: dt.detach(backbone), "detach was given"),
+        (lambda backbone, delta, pair: dt.compose(backbone, [pair, "a"]), "compose was given Composition"),
+        (lambda backbone, delta, pair: dt.attach("bert-base", LoRA()), "attach was given 'bert-base'"),
+        (lambda backbone, delta, pair: dt.attach(backbone, LoRA(rank=2.5)), r"LoRA\(rank=2.5\).*whole number"),  # type: ignore[arg-type]
+        (lambda backbone, delta, pair: LoRA(rank="8"), r"LoRA\(rank='8'\).*a number"),  # type: ignore[arg-type]
+        (lambda backbone, delta, pair: dt.attach(backbone, LoRA(), name="mixer"), "`mixer` cannot name a delta"),
+    ],
+)
+def test_verbs_say_what_they_were_given(call: Any, words: str) -> None:
+    backbone, _ = fresh("bert")
+    delta = dt.attach(backbone, LoRA(rank=2), name="a", head=False)
+    pair = dt.compose(backbone, [delta, dt.attach(backbone, LoRA(rank=2), name="b", head=False)])
+    with pytest.raises(InvalidValue, match=words):
+        call(backbone, delta, pair)
+
+
+def test_shared_state_and_a_site_called_shared_are_kept_apart() -> None:
+    backbone = nn.Sequential()
+    backbone.add_module("shared", nn.Linear(16, 16))
+    with pytest.raises(Unsupported, match="would go by the name of what the method shares"):
+        dt.attach(backbone, small("compacter"), where="shared")
+    assert dt.deltas(backbone) == []
+    dt.attach(backbone, LoRA(rank=2), where="shared")

@@ -89,7 +89,7 @@ def test_the_start() -> None:
     ("fields", "message"),
     [
         (dict(bottleneck_dim=0), r"Adapter\(bottleneck_dim=0\) was asked for; `bottleneck_dim` must be greater than 0"),
-        (dict(activation="mish"), r"`activation` is one of `gelu`, `relu`, `silu`, `tanh`"),
+        (dict(activation="mish"), r"`activation` is one of `gelu`, `gelu_new`, `relu`, `silu`, `tanh`"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, object], message: str) -> None:

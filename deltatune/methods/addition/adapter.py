@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from deltatune.methods.addition.bottleneck import ACTIVATIONS, Serial, dense_bottleneck
-from deltatune.methods.checks import one_of, positive
+from deltatune.methods.checks import not_negative, one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site
 
@@ -45,6 +45,7 @@ class Adapter(Method):
     def __post_init__(self) -> None:
         positive(self, "bottleneck_dim")
         one_of(self, "activation", tuple(ACTIVATIONS))
+        not_negative(self, "init_std")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One adapter a site that has a matrix, as wide as what the site returns."""

@@ -35,6 +35,8 @@ class PrefixTuning(Method):
         reparameterization: train through the MLP.
         mid_dim: width of E and of the MLP's hidden layer.
         init_std: standard deviation of a fresh P without reparameterization.
+        placed: the virtual keys take the positions ahead of the text. Else they have none, as in OpenDelta and the adapters
+            library, and the text's positions begin at 0.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -51,6 +53,7 @@ class PrefixTuning(Method):
     reparameterization: bool = True
     mid_dim: int = 512
     init_std: float = 0.02
+    placed: bool = True
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "mid_dim", "init_std")
@@ -61,7 +64,7 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One prefix an attention."""
-        return [Prefix(*key_value_shape(site), self, shared)]
+        return [Prefix(*key_value_shape(site), self, shared, placed=self.placed)]
 
     def export(self, patches: Sequence[Patch], shared: nn.Module | None) -> None:
         """Replace the MLP by the P it makes."""
@@ -121,10 +124,14 @@ class Prefix(PrefixPatch):
         method: l, the MLP's width, and the start of a P that nothing makes.
         shared: the shared layer; None where P is held as it is.
         dropout: on P, in training.
+        placed: see ``PrefixPatch``.
     """
 
-    def __init__(self, heads: int, head_dim: int, method: Prefixing, shared: nn.Module | None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, heads: int, head_dim: int, method: Prefixing, shared: nn.Module | None, dropout: float = 0.0, placed: bool = True
+    ) -> None:
         super().__init__()
+        self.placed = placed
         shared = shared if isinstance(shared, SharedLayer) else None
         self.dropout = dropout
         self.shape = (heads, method.num_virtual_tokens, head_dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import InvalidValue
-from deltatune.methods.checks import fraction, positive
+from deltatune.methods.checks import fraction, not_negative, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs
 from deltatune.structure.site import Site
@@ -64,11 +64,10 @@ class AdaLoRA(Method):
 
     def __post_init__(self) -> None:
         positive(self, "rank", "alpha")
+        not_negative(self, "orthogonality")
         fraction(self, "warmup_share", "final_share", "beta1", "beta2")
         if self.initial_rank < self.rank:
             raise InvalidValue(f"{self} was asked for; `initial_rank` must be at least `rank`, {self.rank}.")
-        if self.orthogonality < 0:
-            raise InvalidValue(f"{self} was asked for; `orthogonality` must be at least 0.")
         if self.warmup_share + self.final_share >= 1:
             raise InvalidValue(
                 f"{self} was asked for; `warmup_share` and `final_share` must leave steps to prune in: less than 1 together."

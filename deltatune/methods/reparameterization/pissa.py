@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.errors import InvalidValue
-from deltatune.methods.checks import fraction, positive
+from deltatune.methods.checks import fraction, not_negative, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs
 from deltatune.methods.reparameterization.original import original
@@ -52,8 +51,7 @@ class PiSSA(Method):
     def __post_init__(self) -> None:
         positive(self, "rank")
         fraction(self, "dropout")
-        if self.iterations < 0:
-            raise InvalidValue(f"PiSSA(iterations={self.iterations}) was asked for; `iterations` must be at least 0.")
+        not_negative(self, "iterations")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One patch a site that has a matrix."""

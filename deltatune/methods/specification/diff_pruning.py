@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.methods.checks import fraction, share
+from deltatune.methods.checks import fraction, not_negative, positive, proportion
 from deltatune.methods.kinds import Family, Kind, Method, Patch, Phase, WeightPatch, methods
 from deltatune.methods.specification.sparse import added, index_type, largest
 from deltatune.structure.site import Site
@@ -56,8 +56,10 @@ class DiffPruning(Method):
     fine_tune_share: float = 0.4
 
     def __post_init__(self) -> None:
-        share(self, "density")
+        proportion(self, "density")
         fraction(self, "fine_tune_share")
+        not_negative(self, "penalty_weight")
+        positive(self, "alpha_learning_rate")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One difference for each parameter of the site; a task head trains in full beside them."""

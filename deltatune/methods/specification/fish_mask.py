@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.methods.checks import positive, share
+from deltatune.methods.checks import positive, proportion
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.methods.specification.sparse import SparseDifference, largest
 from deltatune.structure.site import Site
@@ -49,7 +49,7 @@ class FISHMask(Method):
     samples: int = 256
 
     def __post_init__(self) -> None:
-        share(self, "density")
+        proportion(self, "density")
         positive(self, "samples")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:

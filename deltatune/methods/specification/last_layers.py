@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from deltatune.methods.checks import share
+from deltatune.methods.checks import proportion
 from deltatune.methods.kinds import Family, Kind, Method, Patch, SelectionPatch, methods
 from deltatune.methods.specification.last_layer import in_last
 from deltatune.structure.site import Site
@@ -39,7 +39,7 @@ class LastLayers(Method):
     portion: float = 0.25
 
     def __post_init__(self) -> None:
-        share(self, "portion")
+        proportion(self, "portion")
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """All parameters of the site, where it lies in the last layers."""

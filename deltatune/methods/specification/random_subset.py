@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.methods.checks import one_of, share
+from deltatune.methods.checks import one_of, proportion
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.methods.specification.sparse import SparseDifference
 from deltatune.structure.site import Site
@@ -47,7 +47,7 @@ class RandomSubset(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        share(self, "density")
+        proportion(self, "density")
         one_of(self, "part", ("entries", "rows", "columns"))
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from deltatune.methods.checks import share
+from deltatune.methods.checks import proportion
 from deltatune.methods.kinds import Family, Kind, Method, Patch, SelectionPatch, methods
 from deltatune.structure.site import LayerList, Site
 
@@ -41,7 +41,7 @@ class SelectiveModules(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        share(self, "budget")
+        proportion(self, "budget")
 
     def share(self, sites: Sequence[Site]) -> nn.Module:
         """Draw the modules. From the chosen ones alone, as a delta file names them, it draws the same ones."""
