@@ -12,7 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -71,11 +71,13 @@ class Part:
         """The tensors under the names of the placed delta: a weight patch goes by its parameter, not by its site."""
         selected = {entry.key for entry in delta.entries if isinstance(entry.patch, SelectionPatch)}
         keys = {entry.site.key: entry.key for entry in delta.entries if not isinstance(entry.patch, SelectionPatch)}
-        tensors = {
-            (key if f"{key}.{name}" in selected else keys.get(key, key), name): tensor for (key, name), tensor in self.tensors.items()
-        }
+        tensors = {}
+        for (key, name), tensor in self.tensors.items():
+            own = f"{key}.{name}" if key else name
+            tensors[own if own in selected else f"{keys.get(key, key)}.{name}"] = tensor
+        tensors |= {f"shared.{name}": tensor for name, tensor in self.shared.items()}
         kept = {key: tensor.clone() for key, tensor in delta.state_dict().items() if self.built and key.endswith(self._ends)}
-        return kept | replace(self, tensors=tensors).flat | dict(heads)
+        return kept | tensors | dict(heads)
 
     @property
     def _ends(self) -> tuple[str, ...]:

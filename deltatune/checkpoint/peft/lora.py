@@ -24,6 +24,7 @@ from deltatune.checkpoint.peft.tuner import (
     patterns,
     refuse_traits,
     tuners,
+    whole,
 )
 from deltatune.errors import Unsupported
 from deltatune.methods.kinds import Method
@@ -206,7 +207,7 @@ class Lora(SiteTuner):
         rest = only((replace(setting, alpha=0.0) for setting in settings.values()), "dropout, scale and kind of LoRA")
         if rest.dropout and "target_parameters" in output.config:
             raise Unsupported("PEFT's LoRA on raw parameters takes no dropout. Save in the native format, or set dropout=0.")
-        alphas = {path: _whole(setting.alpha) for path, setting in settings.items()}
+        alphas = {path: whole(setting.alpha) for path, setting in settings.items()}
         r, alpha = commonest(ranks), commonest(alphas)
         output.config |= {
             "r": r,
@@ -294,11 +295,6 @@ def _frozen_A(method: LoRAFA, site: Site) -> Tensor:
     [patch] = method.build(site, None)
     factor: Tensor = patch.get_buffer("lora_A")
     return factor
-
-
-def _whole(value: float) -> float | int:
-    """PEFT writes whole alphas as integers."""
-    return int(value) if float(value).is_integer() else value
 
 
 tuners.register("LORA")(Lora())

@@ -146,6 +146,16 @@ class Placed:
         return self.path if self.site.parameter is None else self.path.rpartition(".")[0]
 
 
+LAYERS: Mapping[str, Any] = {
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "target_modules": None,
+}
+"""Fields of most types that say where they sit."""
+
+
 class SiteTuner(Tuner):
     """A type whose tensors sit at modules, each for itself.
 
@@ -258,6 +268,21 @@ def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {f"^{re.escape(path)}" if path in ends else path: value for path, value in found.items()}
 
 
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under other names."""
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def inverse(names: Mapping[str, str]) -> dict[str, str]:
+    """The names the other way round."""
+    return {new: old for old, new in names.items()}
+
+
+def whole(value: float) -> float | int:
+    """A scale as PEFT writes it: whole ones as integers."""
+    return int(value) if float(value).is_integer() else value
+
+
 def commonest(values: Mapping[str, Any]) -> Any:
     """The value that most modules have; of several, the first."""
     listed = list(values.values())
@@ -292,8 +317,8 @@ def refuse_traits(site: Site, method: Method, kind: str, *refused: str) -> None:
     bad = sorted(traits(site) & set(refused))
     if bad:
         raise Unsupported(
-            f"{method} at `{site.key}` ({type(site.module).__name__}: {', '.join(bad)}) and PEFT's {kind} differ: PEFT has no such modules, "
-            "or computes something else there. Keep it in the native format, or train it anew."
+            f"{method} at `{site.key}` ({type(site.module).__name__}: {', '.join(bad)}) is not PEFT's {kind}: that has no such modules, or "
+            "computes something else there. Keep it in the native format, or train it anew."
         )
 
 

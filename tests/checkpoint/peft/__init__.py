@@ -1,0 +1,1 @@
+"""PEFT's format: every type on three architectures, PEFT itself being the oracle."""
