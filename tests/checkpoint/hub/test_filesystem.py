@@ -124,13 +124,13 @@ def test_a_manifest_cannot_name_other_files(name: str, place: str, tmp_path: Pat
 
 def test_a_half_pushed_delta_is_not_there(place: str, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("a")
+    place_file = FolderShelf._place
 
     class Killed(BaseException):
         pass
 
     for stage in range(1, 5):
         done: list[str] = []
-        place_file = FolderShelf._place
 
         def interrupted(self: FolderShelf, content: Any, path: str, stage: int = stage, done: list[str] = done) -> None:
             if len(done) == stage:
@@ -215,7 +215,7 @@ def test_a_hub_one_may_only_read_is_listed(saved: Saved, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(FolderShelf, "_place", refuse)
     assert [entry.names for entry in hub.entries(tmp_path / "hub")] == [("a",)]
-    with pytest.raises(OutputError, match="could not be written: .*Permission denied"):
+    with pytest.raises(OutputError, match=r"could not be written: .*Permission denied"):
         hub.push(saved("b", seed=1), tmp_path / "hub", "b")
 
 
