@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,6 +92,8 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     taken = names_on(backbone) | {name}
     plans = []
     for member in record.member_records:
+        if not allowed.head and set(member.sites) <= set(member.heads):
+            continue  # it is a head and nothing else, as of a fusion
         called = member.name if member.name not in taken else f"{name}-{member.name}"
         check_free(called, ledger_of(backbone))
         plans.append(_plan(sites, folder / MEMBERS / member.name, member, called, allowed))
@@ -101,7 +103,7 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
     try:
         for plan in plans:
             placed.append(attach_plan(backbone, plan, allowed))
-        weights = record.weights if record.how == "weighted" else None
+        weights = _weights(record, plans) if record.how == "weighted" else None
         composition = compose(backbone, placed, how=record.how or "sequential", weights=weights, name=name)
         try:
             composition.mixing.load_state_dict(mixers)
@@ -113,6 +115,12 @@ def load_composition(backbone: nn.Module, folder: Path, record: Record, name: st
             detach(delta)
         raise
     return composition
+
+
+def _weights(record: Record, plans: Sequence[Plan]) -> tuple[float, ...]:
+    """Those of the members that are loaded."""
+    kept = {plan.title for plan in plans}
+    return tuple(weight for (member, _), weight in zip(record.members, record.weights, strict=True) if member in kept)
 
 
 def names_on(backbone: nn.Module) -> set[str]:

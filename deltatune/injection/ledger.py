@@ -19,6 +19,7 @@ from deltatune.injection.around import Around
 from deltatune.injection.freeze import freeze, thaw
 from deltatune.injection.sharding import reshard
 from deltatune.injection.slot import CHILD, Slot, Term, check_vacant, slot_of
+from deltatune.injection.statistics import Statistics
 from deltatune.injection.watch import Watch
 from deltatune.structure.index import Index, index
 
@@ -51,6 +52,7 @@ class Ledger(nn.Module):
         kept: parameters as they were before something was merged into them.
         around: what acts keep once per backbone.
         watch: the root's own hooks.
+        statistics: layers whose running statistics stay as they are.
         frozen: ``requires_grad`` of each parameter before the first attach.
     """
 
@@ -68,6 +70,7 @@ class Ledger(nn.Module):
         self._index: Index | None = None
         self.around = Around()
         self.watch = Watch(self)
+        self.statistics = Statistics(backbone)
 
     def forward(self, x: Any) -> Any:
         """Identity: a root that is a container and walks its children passes through."""
@@ -205,6 +208,7 @@ def open_ledger(backbone: nn.Module) -> Ledger:
     ledger.train(backbone.training)
     backbone.add_module(CHILD, ledger)
     ledger.watch.listen(backbone)
+    ledger.statistics.listen(backbone)
     return ledger
 
 
@@ -239,5 +243,6 @@ def close_ledger(backbone: nn.Module) -> None:
     if ledger is None or ledger.deltas:
         return
     ledger.watch.unlisten()
+    ledger.statistics.unlisten()
     del backbone._modules[CHILD]
     thaw(backbone, ledger.frozen)

@@ -26,14 +26,16 @@ class DeltaCallback(TrainerCallback):
     Args:
         deltas: the deltas and compositions that train.
         batches: what methods look at before the first step; the Trainer's own training batches if left out.
+        saves: put the deltas into each checkpoint; False where the Trainer does.
 
     Example:
         >>> from transformers import Trainer  # doctest: +SKIP
         >>> Trainer(backbone, args, train_dataset=rows, callbacks=[DeltaCallback(delta)]).train()  # doctest: +SKIP
     """
 
-    def __init__(self, deltas: Given | Sequence[Given], batches: Batches | None = None) -> None:
+    def __init__(self, deltas: Given | Sequence[Given], batches: Batches | None = None, *, saves: bool = True) -> None:
         self.deltas = parts_of(deltas)
+        self.saves = saves
         self.batches = batches
         self._life: Life | None = None
 
@@ -76,9 +78,9 @@ class DeltaCallback(TrainerCallback):
         self.life.after_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the deltas into the checkpoint, unless the Trainer has."""
+        """Put the deltas into the checkpoint, over those of an earlier run in the same folder."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and not has_state(folder):
+        if self.saves and state.is_world_process_zero:
             write_state(self.deltas, folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

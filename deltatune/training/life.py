@@ -1,6 +1,6 @@
 """A method's life in a training loop: prepare, penalty, steps, phases, export. One object for every loop.
 
-A loop of your own calls the same four methods that ``DeltaCallback`` calls in a ``transformers.Trainer``:
+A loop of your own calls the same methods that ``DeltaCallback`` calls in a ``transformers.Trainer``:
 
     life = Life(delta, total_steps)
     life.begin(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,15 +12,21 @@ from torch import Tensor
 
 from deltatune.checkpoint.tensors import named, not_finite
 from deltatune.errors import CheckpointError, Diverged
+from deltatune.training.files import write_whole
 from deltatune.training.life import Trained
 
 SUFFIX = ".delta.safetensors"
 
 
 def write_state(deltas: Sequence[Trained], folder: Path) -> None:
-    """One file a delta, ``<name>.delta.safetensors``."""
+    """One file a delta, ``<name>.delta.safetensors``; each is whole or as it was.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     for delta in deltas:
-        save_file(_unshared(delta.state_dict()), folder / f"{delta.name}{SUFFIX}")
+        tensors = _unshared(delta.state_dict())
+        write_whole(folder / f"{delta.name}{SUFFIX}", partial(save_file, tensors))
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class DeltaTrainer(Trainer):
         self.material = material
         self.keep_best = keep_best
         self.patience = patience
-        own: list[TrainerCallback] = [DeltaCallback(self.deltas)]
+        own: list[TrainerCallback] = [DeltaCallback(self.deltas, saves=False)]
         if patience is not None:
             own.append(EarlyStopping(self.deltas, patience))
         super().__init__(

@@ -10,7 +10,9 @@ import torch
 import deltatune as dt
 from deltatune.errors import InvalidValue
 from deltatune.methods import LinearProbe
-from tests.checkpoint.deltas import backbone, same, state, trained
+from tests.checkpoint.deltas import backbone, same, small, state, trained
+from tests.conformance.cells import shake
+from tests.models import output
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
@@ -47,3 +49,22 @@ def test_nothing_but_a_head(tmp_path: Path) -> None:
     dt.save(trained(first, "linear-probe"), tmp_path / "a")
     with pytest.raises(InvalidValue, match="`d` is a task head and nothing else"):
         dt.load(backbone("bert")[0], tmp_path / "a", head=False)
+
+
+def test_a_composition_with_a_member_that_is_only_a_head(tmp_path: Path) -> None:
+    """As of a fusion: the target's head is a member of its own."""
+    first, inputs = backbone("bert", head=1)
+    members = [dt.attach(first, small("adapter"), name=name, head=False) for name in ("a", "b")]
+    for seed, member in enumerate(members):
+        shake(member, seed=seed)
+    shake(head := dt.attach(first, LinearProbe(), name="head"))
+    composition = dt.compose(first, [*members, head], how="weighted", weights=[0.7, 0.3, 1.0], name="all")
+    dt.save(composition, tmp_path / "all")
+    second, _ = backbone("bert", head=2)
+    own = {name: tensor.clone() for name, tensor in second.classifier.state_dict().items()}
+    loaded = dt.load(second, tmp_path / "all", head=False)
+    assert isinstance(loaded, dt.Composition)
+    assert (loaded.members, loaded.weights) == (("a", "b"), (0.7, 0.3))
+    assert same(second.classifier.state_dict(), own)
+    with torch.no_grad():
+        assert not torch.equal(output(second, inputs), output(backbone("bert", head=2)[0], inputs))

@@ -273,3 +273,41 @@ def test_shared_state_and_a_site_called_shared_are_kept_apart() -> None:
         dt.attach(backbone, small("compacter"), where="shared")
     assert dt.deltas(backbone) == []
     dt.attach(backbone, LoRA(rank=2), where="shared")
+
+
+def _normalised() -> tuple[nn.Sequential, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).train(), torch.randn(5, 3, 4, 4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_stay_as_they_are(compiled: bool, tmp_path: Any) -> None:
+    backbone, x = _normalised()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    delta = dt.attach(backbone, LoRA(rank=2), where=["0", "4"])
+    run: Any = torch.compile(backbone, backend="aot_eager") if compiled else backbone
+    optimizer = torch.optim.SGD(delta.parameter_groups(0.1), lr=0.1)
+    for _ in range(3):
+        run(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert backbone[1].training, "train() and eval() of the caller stand"
+    expected = backbone.eval()(x)
+    dt.save(delta, tmp_path / "d")
+    other, _ = _normalised()
+    dt.load(other, tmp_path / "d")
+    assert torch.equal(other.eval()(x), expected), "the file holds all that was learnt"
+    dt.detach(delta)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    backbone.train()(x)
+    assert int(backbone[1].num_batches_tracked) == 1, "a plain backbone tracks again"
+
+
+def test_a_forward_broken_off_leaves_the_statistics_layers_in_training() -> None:
+    backbone, x = _normalised()
+    delta = dt.attach(backbone, LoRA(rank=2), where="0")
+    with pytest.raises(RuntimeError):
+        backbone(x[:, :1])
+    assert backbone[1].training
+    dt.detach(delta)
+    assert backbone[1].training

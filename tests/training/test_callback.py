@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -102,6 +103,14 @@ def test_a_plain_trainer_calls_everything_once_and_in_order(tmp_path: Path) -> N
     trainer, delta = plain_trainer(Lively(), tmp_path)
     trainer.train()
     assert diary(delta) == DIARY
+
+
+def test_a_second_run_into_the_same_folder_saves_its_own_deltas(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        trainer, delta = plain_trainer(LoRA(rank=2), tmp_path, seed=seed, learning_rate=1e-2 * seed)
+        trainer.train()
+        saved = load_file(tmp_path / "checkpoint-4" / f"{delta.name}.delta.safetensors")
+        assert tiny.same(saved, delta.state_dict())
 
 
 def test_a_loop_of_ones_own_calls_the_same() -> None:
