@@ -22,6 +22,7 @@ from deltatune.checkpoint.peft.tuner import (
     only,
     refuse_traits,
     renamed,
+    stored_transposed,
     tuners,
     whole,
 )
@@ -112,7 +113,7 @@ class Adalora(SiteTuner):
             "tfinal": round(1000 * method.final_share),
             "total_step": 1000,
             "rank_pattern": pattern if pruned else None,
-            "fan_in_fan_out": all(place.site.transposed for place in placed.values()),
+            "fan_in_fan_out": stored_transposed(placed),
         }
 
     def gathered(self, groups: Mapping[Method, dict[tuple[str, str], Tensor]], content: Content) -> list[Part]:

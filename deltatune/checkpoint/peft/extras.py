@@ -15,7 +15,6 @@ from deltatune.checkpoint.peft.tuner import Content, Output, cannot
 from deltatune.checkpoint.tensors import named
 from deltatune.errors import CheckpointError
 from deltatune.injection.delta import Delta
-from deltatune.injection.entries import Entry
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import FullFineTuning
@@ -52,7 +51,7 @@ def read_rows(content: Content) -> list[Part]:
         if not ids:
             raise CheckpointError(f"`{content.stored.file}` holds rows of `{path}`, and its config does not say which. Copy it again.")
         [rows] = content.stored.take(path, {ROWS}).values()
-        parts.setdefault(tuple(ids), {})[content.modules.site(path).key, "e"] = rows
+        parts.setdefault(tuple(ids), {})[content.modules.table(path).key, "e"] = rows
     if asked and not parts:
         raise CheckpointError(f"`{content.stored.file}` lacks the rows that `trainable_token_indices` asks for. Copy or save it again.")
     return [Part(f"tokens{f'-{k + 1}' * (k > 0)}", TrainableTokens(ids), found) for k, (ids, found) in enumerate(parts.items())]
@@ -125,12 +124,13 @@ def _write_biases(delta: Delta, output: Output, biased: str) -> None:
     state = delta.state_dict()
     found = {}
     for entry in delta.entries:
-        if entry.head:
+        if entry.head and not only_biases(delta):
             continue
         if not isinstance(entry.patch, SelectionPatch) or entry.patch.parameter != "bias":
             raise cannot(delta, f"it adds a bias at `{entry.key}`, and PEFT trains those that are there")
         found[output.modules.path(entry.site)] = state[entry.key]
-    have = {path for path, module in output.modules.first.items() if _has_bias(module)}
+    own = {entry.key.rpartition(".")[0] for entry in delta.entries if entry.head and not only_biases(delta)} | output.heads
+    have = {path for path, module in output.modules.first.items() if _has_bias(module) and not any(_within(path, head) for head in own)}
     if set(found) == have & set(output.paths):
         kind = biased
     elif set(found) == have:
@@ -160,14 +160,9 @@ def _write_rows(delta: Delta, output: Output, biased: str) -> None:
     for entry in delta.entries:
         if entry.head:
             continue
-        path = table_of(entry, output)
+        path = output.modules.tied_paths(entry.site)[0]
         output.config.setdefault("trainable_token_indices", {})[path] = list(delta.method.token_ids)
         output.add(TUNED, path, {ROWS: entry.patch.state_dict()["e"]})
-
-
-def table_of(entry: Entry, output: Output) -> str:
-    """PEFT's path of an embedding whose rows train."""
-    return output.modules.paths[id(entry.site.module)]
 
 
 def save_module(output: Output, path: str) -> None:
@@ -184,14 +179,20 @@ def write_heads(deltas: Sequence[Delta], output: Output, prefix: str) -> set[str
     for delta in deltas:
         state = delta.state_dict()
         for entry in delta.entries:
-            if not entry.head or not isinstance(entry.patch, SelectionPatch):
+            if not entry.head or not isinstance(entry.patch, SelectionPatch) or only_biases(delta):
                 continue
             head = next(site.path for site in readouts if _within(entry.key, site.path))
             output.add(prefix, entry.key.rpartition(".")[0], {entry.key.rpartition(".")[2]: state[entry.key]})
             heads.add(head)
     for head in sorted(heads):
         save_module(output, head)
+    output.heads |= heads
     return heads
+
+
+def only_biases(delta: Delta) -> bool:
+    """It trains nothing of a head but its biases, as BitFit does where the head is not its own."""
+    return all(entry.key.rpartition(".")[2] == "bias" for entry in delta.entries)
 
 
 def add_default_heads(output: Output, task: str | None) -> None:

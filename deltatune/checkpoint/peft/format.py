@@ -78,10 +78,10 @@ class PeftFormat(Format):
         ledger = ledger_of(backbone)
         output = Output(Modules(index(backbone) if ledger is None else ledger.index(backbone)))
         tuner.write(main, output)
+        heads = write_heads(deltas, output, tuner.prefix)
         for member in deltas:
             if member not in main:
                 write_extra(member, output, tuner.biased)
-        heads = write_heads(deltas, output, tuner.prefix)
         task = task_of(backbone, heads)
         add_default_heads(output, task)
         foreign = sorted(output.config.keys() - tuner.fields.keys() - {"task_type"})

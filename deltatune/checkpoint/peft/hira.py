@@ -19,6 +19,7 @@ from deltatune.checkpoint.peft.tuner import (
     one_part,
     only,
     refuse_traits,
+    stored_transposed,
     tuners,
 )
 from deltatune.methods.kinds import Method
@@ -74,7 +75,7 @@ class Hira(SiteTuner):
     def config(self, placed: Mapping[str, Placed], output: Output) -> None:
         """The rank, which PEFT has once for all modules."""
         r = only((place.method.rank for place in placed.values() if isinstance(place.method, HiRA)), "rank of HiRA")
-        output.config |= {"r": r, "fan_in_fan_out": all(place.site.transposed for place in placed.values())}
+        output.config |= {"r": r, "fan_in_fan_out": stored_transposed(placed)}
 
     def gathered(self, groups: Mapping[Method, dict[tuple[str, str], Tensor]], content: Content) -> list[Part]:
         """A part per rank."""

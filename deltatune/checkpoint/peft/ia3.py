@@ -9,7 +9,18 @@ from torch import Tensor
 
 from deltatune.checkpoint.foreign import Part
 from deltatune.checkpoint.peft.keys import TUNED
-from deltatune.checkpoint.peft.tuner import LAYERS, Content, Output, Placed, Recipe, SiteTuner, one_part, refuse_traits, tuners
+from deltatune.checkpoint.peft.tuner import (
+    LAYERS,
+    Content,
+    Output,
+    Placed,
+    Recipe,
+    SiteTuner,
+    one_part,
+    refuse_traits,
+    stored_transposed,
+    tuners,
+)
 from deltatune.errors import Unsupported
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.kinds import Method
@@ -66,7 +77,7 @@ class Ia3(SiteTuner):
     def config(self, placed: Mapping[str, Placed], output: Output) -> None:
         """The modules that are scaled at their input."""
         output.config["feedforward_modules"] = sorted(path for path, place in placed.items() if place.site.leaf == "down")
-        output.config["fan_in_fan_out"] = all(place.site.transposed for place in placed.values())
+        output.config["fan_in_fan_out"] = stored_transposed(placed)
 
     def gathered(self, groups: Mapping[Method, dict[tuple[str, str], Tensor]], content: Content) -> list[Part]:
         """One part."""

@@ -56,6 +56,19 @@ class Modules:
         """The site of the module with this name, as a whole."""
         return self._sites[id(self.all[path])]
 
+    def table(self, path: str) -> Site:
+        """The site of an embedding; of one that is never called, as T5's ``shared``, that of another one with the same weight."""
+        site = self.site(path)
+        weight = site.module._parameters.get("weight")
+        others = (other for other in self._sites.values() if other.reached and other.module._parameters.get("weight") is weight)
+        return site if site.reached or weight is None else next(others, site)
+
+    def tied_paths(self, site: Site) -> list[str]:
+        """PEFT's names of all modules that hold the site's weight, the input embedding first: there PEFT begins."""
+        found = [path for path, module in self.first.items() if any(own is site.weight for own in module._parameters.values())]
+        embedding = getattr(self.backbone, "get_input_embeddings", lambda: None)()
+        return sorted(found, key=lambda path: self.first[path] is not embedding)
+
     def parameter_site(self, path: str) -> Site:
         """The site of a parameter that is read without calling a module.
 

@@ -23,6 +23,7 @@ from deltatune.checkpoint.peft.tuner import (
     only,
     patterns,
     refuse_traits,
+    stored_transposed,
     tuners,
     whole,
 )
@@ -217,7 +218,7 @@ class Lora(SiteTuner):
             "use_dora": rest.dora,
             "rank_pattern": patterns(ranks, r),
             "alpha_pattern": patterns(alphas, alpha),
-            "fan_in_fan_out": all(place.site.transposed for place in placed.values()),
+            "fan_in_fan_out": stored_transposed(placed),
         }
 
     def gathered(self, groups: Mapping[Method, dict[tuple[str, str], Tensor]], content: Content) -> list[Part]:

@@ -132,6 +132,12 @@ def text_stack(modules: Modules) -> Stack:
             f"A soft prompt of PEFT's for {kind} is none of ours: there the decoder attends to the encoder's outputs at virtual tokens, "
             "here these are cut off. Use LoRA, which is the same in both, or the native format."
         )
+    attention = stacks[0].attentions[0].module if stacks and stacks[0].attentions else None
+    if kind.endswith("ForSequenceClassification") and not getattr(attention, "is_causal", False):
+        raise Unsupported(
+            f"A soft prompt of PEFT's for {kind} is none of ours: there the classifier reads the first virtual token, and here the text's "
+            "first one. Use LoRA, which is the same in both, or the native format."
+        )
     if len(stacks) != 1:
         raise Unsupported(f"{kind} has {len(stacks)} text stacks, and PEFT's soft prompts are for one. Use LoRA, or the native format.")
     return stacks[0]

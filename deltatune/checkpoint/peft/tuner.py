@@ -69,12 +69,14 @@ class Output:
         tensors: under their names in the file.
         paths: of the modules they sit at.
         config: fields that are not as by default.
+        heads: paths of the task heads in it.
     """
 
     modules: Modules
     tensors: dict[str, Tensor] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    heads: set[str] = field(default_factory=set)
 
     def add(self, prefix: str, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Tensors at one module.
@@ -281,6 +283,12 @@ def inverse(names: Mapping[str, str]) -> dict[str, str]:
 def whole(value: float) -> float | int:
     """A scale as PEFT writes it: whole ones as integers."""
     return int(value) if float(value).is_integer() else value
+
+
+def stored_transposed(placed: Mapping[str, Placed]) -> bool:
+    """``fan_in_fan_out``: the modules are transformers' ``Conv1D``; it says nothing of raw parameters."""
+    modules = [place.site for place in placed.values() if place.site.parameter is None]
+    return bool(modules) and all(site.transposed for site in modules)
 
 
 def commonest(values: Mapping[str, Any]) -> Any:

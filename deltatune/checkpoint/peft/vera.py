@@ -22,6 +22,7 @@ from deltatune.checkpoint.peft.tuner import (
     only,
     refuse_traits,
     renamed,
+    stored_transposed,
     tuners,
 )
 from deltatune.errors import Unsupported
@@ -93,7 +94,7 @@ class Vera(SiteTuner):
             "d_initial": method.d_init,
             "vera_dropout": method.dropout,
             "projection_prng_key": method.seed,
-            "fan_in_fan_out": all(place.site.transposed for place in placed.values()),
+            "fan_in_fan_out": stored_transposed(placed),
         }
         bases = _bases(method, [place.site for place in placed.values()])
         output.tensors |= {f"{ROOT}vera_A": bases.A, f"{ROOT}vera_B": bases.B}
