@@ -2,7 +2,7 @@
 
 The command is ``deltatune tune --backbone smollm2-135m --task tweet-sentiment --method lora --max-steps 100``; here the
 validation rows are not scored on the way, and what the last step left is put to all test rows. Bar: accuracy at least
-10 points above both, mean of 3 seeds. Takes about half an hour on two cores.
+10 points above both, mean of 3 seeds. Takes about an hour on two cores.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Cell:
     def attach(self, backbone: nn.Module, **options: Any) -> Delta:
         """Attach the method where it goes by default; everywhere in a model without roles."""
         torch.manual_seed(zlib.crc32(str(self).encode()))
-        return attach(backbone, self.recipe, NO_ROLES.get(self.model), **options)
+        return attach(backbone, self.recipe, **{"where": NO_ROLES.get(self.model), **options})
 
 
 TRAINING = [name for name in methods if methods[name].trains]

@@ -32,8 +32,8 @@ CHEAP = ("mlp", "conv_net", "tied_mlp", "torch_encoder", "vit", "distilbert", "l
 
 
 def _pairwise() -> list[Cell]:
-    """Every architecture and every way of acting, then the methods that this left out, where tracing takes a second."""
-    first = pairwise(TAKEN, ("model",), ("act",))
+    """Every way of acting on every sort, and every architecture; then the methods that this left out, where tracing takes a second."""
+    first = pairwise(TAKEN, ("act", "sort"), ("model",))
     left = set(TRAINING) - {cell.method for cell in first}
     return first + pairwise((cell for cell in TAKEN if cell.method in left and cell.model in CHEAP), ("method",))
 

@@ -19,8 +19,8 @@ from deltatune.methods import LoRA
 from tests.conformance.cells import TAKEN, Cell
 from tests.conformance.sample import pairwise
 
-PAIRS = [str(cell) for cell in pairwise(TAKEN, ("method",), ("sort",))]
-"""Every method, on architectures of every sort."""
+PAIRS = [str(cell) for cell in pairwise(TAKEN, ("act", "sort"), ("method",))]
+"""Every way of acting on every sort of architecture, and every method."""
 
 ONE_OF_TWO = """
 import json, sys, torch

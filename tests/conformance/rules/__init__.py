@@ -26,6 +26,8 @@ from tests.conformance.rules.presence import (
     a_trained_delta_acts_and_rests,
     the_backbone_stays_itself,
 )
+from tests.conformance.rules.refusing import an_entry_that_hits_nothing_is_an_error
+from tests.conformance.rules.together import a_second_delta_joins_the_first
 from tests.conformance.sitting import Rule
 
 RULES: dict[Rule, list[Cell]] = {
@@ -34,10 +36,12 @@ RULES: dict[Rule, list[Cell]] = {
     autocast_leaves_a_fresh_delta_the_identity: TAKEN,
     the_budget_is_what_is_counted: TAKEN,
     frozen_and_disabled_deltas_want_no_gradients: TAKEN,
+    an_entry_that_hits_nothing_is_an_error: TAKEN,
     two_steps_move_the_delta_and_nothing_else: TAKEN,
     # trained
     the_backbone_stays_itself: TAKEN,
     a_trained_delta_acts_and_rests: TAKEN,
+    a_second_delta_joins_the_first: TAKEN,
     exactly_the_delta_gets_gradients: TAKEN,
     autocast_trains: TAKEN,
     merged_computes_the_same: MERGING,
