@@ -32,7 +32,7 @@ from deltatune.errors import DeltaError, OutputError
 PANELS: dict[str, tuple[str, ...]] = {
     "The main job": ("demo", "tune", "predict", "eval"),
     "What there is": ("inspect", "methods", "tasks", "backbones"),
-    "Sharing": ("hub",),
+    "Sharing": ("convert", "merge", "hub"),
 }
 """The built-in commands, as the help groups them; each is a module beside this one."""
 

@@ -1,0 +1,47 @@
+"""``deltatune merge``: a delta folded into its backbone, as a checkpoint that loads without deltatune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltatune.cli.commands import commands
+from deltatune.cli.convert import AllowBin, AllowForeign, AutoClass, Backbone, Dequantize, NumLabels, Overwrite, convert
+from deltatune.cli.terminal import Json
+
+
+@commands.register("merge")
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A delta of ours, a run, or a folder of another library.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint goes.")],
+    backbone: Backbone = None,
+    auto_class: AutoClass = None,
+    num_labels: NumLabels = None,
+    allow_bin: AllowBin = False,
+    allow_foreign: AllowForeign = False,
+    dequantize: Dequantize = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Fold a delta into its backbone's weights and write a plain transformers checkpoint, tokenizer included.
+
+    The same as deltatune convert DIR OUT --to merged. Kinds that are no change of weights, such as adapters and prompts,
+    are refused.
+
+    deltatune merge runs/bbc --out out/bbc-merged
+    """
+    convert(
+        folder,
+        out,
+        "merged",
+        backbone=backbone,
+        auto_class=auto_class,
+        num_labels=num_labels,
+        allow_bin=allow_bin,
+        allow_foreign=allow_foreign,
+        dequantize=dequantize,
+        overwrite=overwrite,
+        json=json,
+    )
