@@ -22,7 +22,7 @@ LINEARS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "t5": [
 SCALED = {"bert": ["key", "value", "0.output.dense", "1.output.dense"], "llama": ["k_proj", "down_proj"], "t5": ["k", "v", "wo"]}
 INPUTS = {"bert": ["0.output.dense", "1.output.dense"], "llama": ["down_proj"], "t5": ["wo"]}
 NORMS = {"bert": ["LayerNorm"], "llama": ["input_layernorm", "norm"], "t5": ["layer_norm"]}
-TABLES = {"bert": ["word_embeddings"], "llama": ["embed_tokens"]}
+TABLES = {"bert": ["word_embeddings"], "llama": ["embed_tokens"], "t5": ["shared"]}
 TASKS = {"bert": "FEATURE_EXTRACTION", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 
 

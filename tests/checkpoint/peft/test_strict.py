@@ -1,0 +1,222 @@
+"""Strictness: a config or a file of PEFT's that cannot be taken as it is ends in our error and leaves the backbone alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deltatune as dt
+from deltatune.checkpoint.foreign import format_of, formats
+from deltatune.errors import CheckpointError, DeltaError, InvalidValue, Unsupported
+from tests.checkpoint.peft.cases import Case, lora, result, save, theirs
+from tests.conformance.cells import fresh
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of PEFT's."""
+    place = tmp_path_factory.mktemp("peft") / "some lora"
+    save(theirs(Case("lora", "bert", lambda: lora(target_modules=["query"])), fresh("bert")[0]), place)
+    return place
+
+
+def changed(folder: Path, place: Path, **fields: Any) -> Path:
+    """A copy with other fields in its config."""
+    shutil.copytree(folder, place)
+    config = json.loads((place / CONFIG).read_text())
+    (place / CONFIG).write_text(json.dumps({**config, **fields}))
+    return place
+
+
+def test_it_is_known_and_named_after_its_folder(folder: Path) -> None:
+    assert format_of(folder) == "peft" and "peft" in formats
+    backbone, _ = fresh("bert")
+    assert dt.load(backbone, folder).name == "some-lora"
+    with pytest.raises(InvalidValue, match="some-lora"):
+        dt.load(backbone, folder)
+    assert not dt.load(backbone, folder, name="second", enable=False).enabled
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication = .*other layers"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"arrow_config": {"a": 1}}, "arrow_config"),
+        ({"peft_type": "RANDLORA"}, "peft_type = 'RANDLORA'.*LORA"),
+        ({"peft_type": None}, "peft_type = None"),
+    ],
+)
+def test_fields_that_we_cannot_do(folder: Path, tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    backbone, _ = fresh("bert")
+    with pytest.raises(Unsupported, match=words):
+        dt.load(backbone, changed(folder, tmp_path / "new", **fields), name="read", allow_unknown=True)
+    assert not dt.deltas(backbone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"r": "four"}, "r = 'four'"),
+        ({"r": True}, "r = True"),
+        ({"r": 3}, "misshapen"),
+        ({"rank_pattern": {"(": 3}}, "malformed expression"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"target_modules": ["query", "value"]}, "no tensors for `bert.encoder.layer.0.attention.self.value`"),
+        ({"target_modules": ["0.attention.self.query"]}, "does not target"),
+        ({"layers_to_transform": [0]}, "does not target"),
+        ({"modules_to_save": ["pooler"]}, "lacks `bert.pooler`"),
+        ({"trainable_token_indices": [1]}, "lacks the rows"),
+        ({"some_new_field": 5}, "some_new_field = 5.*allow_unknown"),
+        ({"use_dora": True, "lora_dropout": 0.1}, "lora_dropout = 0.1.*allow_unknown|missing"),
+    ],
+)
+def test_fields_that_do_not_fit(folder: Path, tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    backbone, _ = fresh("bert")
+    with pytest.raises(CheckpointError, match=words):
+        dt.load(backbone, changed(folder, tmp_path / "new", **fields), name="read")
+    assert not dt.deltas(backbone)
+
+
+def test_unknown_fields_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    backbone, inputs = fresh("bert")
+    delta = dt.load(backbone, folder, name="read")
+    expected = result(backbone, inputs)
+    dt.detach(delta)
+    dt.load(backbone, changed(folder, tmp_path / "new", some_new_field=5), name="read", allow_unknown=True)
+    assert result(backbone, inputs).equal(expected)
+
+
+def test_a_dropout_we_lack_is_named(tmp_path: Path) -> None:
+    backbone, inputs = fresh("bert")
+    model = theirs(Case("dora", "bert", lambda: lora(target_modules=["query"], use_dora=True, lora_dropout=0.1)), backbone)
+    save(model, tmp_path / "dora")
+    with pytest.raises(CheckpointError, match=r"lora_dropout = 0\.1"):
+        dt.load(backbone, tmp_path / "dora")
+    dt.load(backbone, tmp_path / "dora", allow_unknown=True)
+    torch.testing.assert_close(result(backbone, inputs), result(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_are_checked(folder: Path, tmp_path: Path) -> None:
+    good = load_file(folder / WEIGHTS)
+    first = next(iter(sorted(good)))
+
+    def refused(words: str, tensors: dict[str, torch.Tensor]) -> None:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(folder, place)
+        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        backbone, _ = fresh("bert")
+        with pytest.raises(CheckpointError, match=words):
+            dt.load(backbone, place, name="read")
+        assert not dt.deltas(backbone)
+
+    refused("missing", {name: tensor for name, tensor in good.items() if name != first})
+    refused("no place here", good | {"stray": torch.ones(1)})
+    refused("no place here", good | {first.replace("lora_A", "lora_C"): torch.ones(1)})
+    refused("no such module", good | {first.replace("layer.0", "layer.7"): good[first].clone()})
+    refused("misshapen", good | {first: good[first][:, :-1].contiguous()})
+    refused("NaN", good | {first: good[first] * float("nan")})
+    refused("none of the tensors", {"stray": torch.ones(1)})
+
+
+def test_another_backbone(folder: Path) -> None:
+    backbone, _ = fresh("llama")
+    with pytest.raises(CheckpointError, match="no such module"):
+        dt.load(backbone, folder, name="read")
+
+
+def test_pickles_only_where_allowed(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "bin"
+    shutil.copytree(folder, place)
+    torch.save(load_file(place / WEIGHTS), place / "adapter_model.bin")
+    (place / WEIGHTS).unlink()
+    backbone, inputs = fresh("bert")
+    with pytest.raises(CheckpointError, match="allow_bin"):
+        dt.load(backbone, place)
+    delta = dt.load(backbone, place, allow_bin=True)
+    found = result(backbone, inputs)
+    dt.detach(delta)
+    dt.load(backbone, folder)
+    assert found.equal(result(backbone, inputs))
+    evil, _ = fresh("bert")
+    torch.save({"a": shutil.rmtree}, place / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="tensors alone"):
+        dt.load(evil, place, allow_bin=True)
+    torch.save([1], place / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        dt.load(evil, place, allow_bin=True)
+    (place / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        dt.load(evil, place, allow_bin=True)
+
+
+def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        place = tmp_path / name
+        shutil.copytree(folder, place)
+        (place / name).unlink()
+        (place / name).symlink_to(folder / name)
+        with pytest.raises(CheckpointError, match="link"):
+            dt.load(fresh("bert")[0], place)
+
+
+def test_damaged_files_end_in_our_errors(folder: Path, tmp_path: Path) -> None:
+    """Bytes changed, cut and inserted at random places of either file: a load works, or says why not, and never half-attaches."""
+    backbone, inputs = fresh("bert")
+    plain = result(backbone, inputs)
+    draw = random.Random(0)
+    place = tmp_path / "damaged"
+    shutil.copytree(folder, place)
+    originals = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    failed = 0
+    for _ in range(60):
+        name = draw.choice([CONFIG, WEIGHTS])
+        content = bytearray(originals[name])
+        at = draw.randrange(min(len(content), 2000))
+        match draw.randrange(3):
+            case 0:
+                content[at] = draw.randrange(256)
+            case 1:
+                del content[at : at + draw.randrange(1, 40)]
+            case _:
+                content[at:at] = draw.randbytes(draw.randrange(1, 8))
+        (place / name).write_bytes(content)
+        try:
+            dt.detach(dt.load(backbone, place, name="read"))
+        except DeltaError:
+            failed += 1
+        assert not dt.deltas(backbone)
+        (place / name).write_bytes(originals[name])
+    assert failed > 20
+    assert result(backbone, inputs).equal(plain)
+
+
+def test_a_shira_without_a_seed_is_refused(tmp_path: Path) -> None:
+    backbone, _ = fresh("bert")
+    save(theirs(Case("shira", "bert", lambda: peft.ShiraConfig(r=2, target_modules=["query"])), backbone), tmp_path / "shira")
+    with pytest.raises(Unsupported, match="random_seed"):
+        dt.load(backbone, tmp_path / "shira")
+
+
+def test_an_ia3_at_the_other_side_is_refused(tmp_path: Path) -> None:
+    backbone, _ = fresh("bert")
+    config = lambda: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])  # noqa: E731
+    save(theirs(Case("ia3", "bert", config), backbone), tmp_path / "ia3")
+    with pytest.raises(Unsupported, match="scales the output here, and PEFT's folder scales the input"):
+        dt.load(backbone, tmp_path / "ia3")
