@@ -28,6 +28,7 @@ def load_backbone(
     num_labels: int | None = None,
     label_names: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    new_head: bool = False,
     quantize: Quantize | None = None,
     device_map: str | dict[str, Any] | None = None,
     **options: Any,
@@ -38,10 +39,11 @@ def load_backbone(
 
     Args:
         name: alias, local folder, GGUF file or hub id.
-        auto_class: transformers' auto class; it decides the head, which is new where the file has none of this size.
+        auto_class: transformers' auto class; it decides the head, which is new where the file has none.
         num_labels: outputs of a classification head.
         label_names: written into the config as ``id2label``; sets ``num_labels``.
         dtype: of the parameters.
+        new_head: drop a head that the file holds in another size than the labels need, and make a new one.
         quantize: ``int8`` (torchao, weights only) or ``nf4`` (bitsandbytes) for the linear layers of the file; new heads stay as they are.
         device_map: as in transformers.
         options: further arguments of ``from_pretrained``, such as ``attn_implementation`` or fields of the config.
@@ -49,8 +51,8 @@ def load_backbone(
     Raises:
         UnknownName: nobody knows the name, the auto class, or the hub id.
         MissingExtra: the package of the backbone or of the quantiser is not installed.
-        CheckpointError: the file lacks weights of the backbone itself.
-        InvalidValue: unknown ``quantize``, or labels that contradict each other.
+        CheckpointError: the files cannot be read, or lack weights of the backbone itself.
+        InvalidValue: unknown ``quantize``, labels that contradict each other, or a head of another size in the file.
     """
     if quantize not in (None, "int8", "nf4"):
         raise InvalidValue(f"`quantize` is `{quantize}`; it can be `int8`, `nf4` or nothing.")
@@ -66,6 +68,8 @@ def load_backbone(
         loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at below
         model, report = _call(resolved, factory, source, config=config, dtype=dtype, **loading, **options)
         new = _new_parameters(resolved, model, report)
+        if not new_head:
+            _check_head(resolved, report)
         if quantize is not None:
             quantize_in_place(model, quantize, skip=new)
     return model.eval()  # type: ignore[no-any-return]
@@ -143,10 +147,15 @@ def _call(resolved: Resolved, factory: Any, source: str, **options: Any) -> Any:
         options.setdefault("local_files_only", not hub_answers())
     try:
         return factory.from_pretrained(source, **options)
-    except OSError as cause:
-        if os.path.isdir(source):
-            raise CheckpointError(f"The backbone folder `{source}` cannot be read: {cause}. Copy or install it again.") from cause
-        raise unreachable(resolved, cause) from cause
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:  # broken files make transformers, safetensors and tokenizers raise nearly anything
+        if isinstance(cause, OSError) and not os.path.isdir(source):
+            raise unreachable(resolved, cause) from cause
+        raise CheckpointError(
+            f"The backbone `{source}` cannot be read: {type(cause).__name__}: {cause}. Copy or install it again; "
+            "if you gave options for loading it, check them."
+        ) from cause
 
 
 def _give_pad_token(config: PreTrainedConfig) -> None:
@@ -162,8 +171,7 @@ def _new_parameters(resolved: Resolved, model: nn.Module, report: dict[str, Any]
     Raises:
         CheckpointError: something of the backbone itself is among them.
     """
-    wrong = frozenset(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
-    new = frozenset(report["missing_keys"]) | wrong
+    new = frozenset(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
     prefix = getattr(model, "base_model_prefix", "")
     is_body = not (prefix and hasattr(model, prefix))
     lacking = sorted(key for key in new if (is_body or key.startswith(f"{prefix}.")) and "pooler" not in key)  # some are saved without one
@@ -173,3 +181,18 @@ def _new_parameters(resolved: Resolved, model: nn.Module, report: dict[str, Any]
             f"have another shape ({', '.join(lacking[:3])}). Check that the folder is complete and that `auto_class` and the config fit it."
         )
     return new
+
+
+def _check_head(resolved: Resolved, report: dict[str, Any]) -> None:
+    """A trained head is not dropped unasked.
+
+    Raises:
+        InvalidValue: the file's head is of another size.
+    """
+    wrong = sorted(report["mismatched_keys"])
+    if wrong:
+        found, wanted = next(((there[0], here[0]) for _, there, here in wrong if there[0] != here[0]), wrong[0][1:])
+        raise InvalidValue(
+            f"`{resolved.name}` holds a trained head of {found} outputs ({', '.join(key for key, *_ in wrong)}), but {wanted} are wanted. "
+            "Choose labels that fit it, or give it a fresh head (`new_head=True`)."
+        )

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
-from deltatune.cli.terminal import Json, show, show_json, table
+from deltatune.cli.terminal import Json, note, show, show_json, table
 
 
 @commands.register("eval")
@@ -24,17 +24,22 @@ def evaluate(
     from deltatune.backbones.quiet import quiet
     from deltatune.checkpoint.format import read
     from deltatune.training.opening import delta_folder
+    from deltatune.training.predict import Predictor, data_of
     from deltatune.training.predict import evaluate as scored
 
-    with quiet():
-        values = scored(folder, batch_size=batch_size)
     about = read(delta_folder(folder)).about
-    score = values.pop("score")
+    with quiet():
+        data = data_of(folder)
+        values = scored(Predictor.open(folder), data, batch_size)
+    score, changed = values.pop("score"), about.data is not None and about.data != data.fingerprint
     if json:
-        show_json({"score": score, "metric": about.metric, "metrics": values, "task": about.task}, one_line=True)
+        told = {"score": score, "metric": about.metric, "metrics": values, "task": about.task, "data_changed": changed}
+        show_json(told, one_line=True)
         return
     drawn = table("metric", "test", "when trained", right=("test", "when trained"))
     for name, value in values.items():
         before = (about.metrics or {}).get(name)
         drawn.add_row(Text(name, style="cyan"), f"{value:.4f}", "-" if before is None else f"{before:.4f}")
     show(drawn)
+    if changed:
+        note(f"The rows of `{about.task}` are not those of the training (their fingerprint differs): the two columns do not compare.")

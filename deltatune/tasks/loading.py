@@ -97,9 +97,8 @@ def build(task: Task, splits: Mapping[str, Sequence[Row]], source: str) -> TaskD
         notes += [f"{count} rows of {name} have a text of an earlier split" for name, count in overlap(parts, task.text).items() if count]
     for name in SPLITS:
         if not parts[name]:
-            raise DataError(
-                f"The split `{name}` of `{task.name}` is empty ({sum(map(len, splits.values()))} rows were read). It needs more rows."
-            )
+            told = ", ".join([f"{sum(map(len, splits.values()))} rows were read", *notes])
+            raise DataError(f"The split `{name}` of `{task.name}` is empty ({told}). It needs more rows with texts of their own.")
     train, validation, test = (Rows.of(parts[name], names) for name in SPLITS)
     return TaskData(task, train, validation, test, source, tuple(notes))
 

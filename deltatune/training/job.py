@@ -16,7 +16,9 @@ from deltatune.errors import DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
+from deltatune.injection.entries import heads_of
 from deltatune.methods.kinds import Method, Spelled
+from deltatune.structure.index import index
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import Framing, HeadFraming
 from deltatune.tasks.sampling import subset
@@ -110,7 +112,8 @@ def make_job(
         framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
         labels = {"label_names": data.task.labels} if data.task.labels else {"num_labels": 1}
         options: dict[str, Any] = labels if isinstance(framing, HeadFraming) else {}
-        module = load_backbone(backbone, auto_class=framing.auto_class, quantize=settings.quantize, **options)
+        options |= {"quantize": settings.quantize, "new_head": settings.new_head}
+        module = load_backbone(backbone, auto_class=framing.auto_class, **options)
     else:
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
@@ -160,11 +163,17 @@ def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTra
 
     Raises:
         Unsupported: label words were asked of an encoder.
+        InvalidValue: a template was asked for with a head.
     """
     name = settings.framing
     if name == "auto":
         speaks = kind != "encoder" and (task.type == "text2text" or (task.type == "classification" and bool(task.templates)))
         name = "text2text" if speaks else "head"
+    if name == "head" and settings.template:
+        raise InvalidValue(
+            f"`template={settings.template}` was asked for, but `{task.name}` is put to a head here, which takes no template. "
+            "Leave it out, or choose the text2text framing (`framing=text2text`), for models with a decoder."
+        )
     if name == "head":
         return HeadFraming(task, tokenizer, settings.max_length)
     if kind == "encoder":
@@ -209,9 +218,17 @@ def _check_module(module: nn.Module, framing: Framing, settings: Settings) -> No
         raise InvalidValue(f"`quantize={settings.quantize}` needs a backbone by name, but a model was given. Quantise it yourself.")
     if not isinstance(framing, HeadFraming):
         return
-    outputs = getattr(getattr(module, "config", None), "num_labels", None)
-    if outputs is not None and outputs != framing.task.outputs:
+    wanted, said, made = framing.task.outputs, getattr(getattr(module, "config", None), "num_labels", None), _head_size(module)
+    if not {said, made} <= {wanted, None}:
+        found = f"{said if made is None else made} outputs" + (f", and its config says {said}" if said != made is not None else "")
         raise InvalidValue(
-            f"The task `{framing.task.name}` has {framing.task.outputs} labels, but the head of this {type(module).__name__} has "
-            f"{outputs} outputs. Load it with num_labels={framing.task.outputs}, or give the backbone by name."
+            f"The task `{framing.task.name}` has {wanted} labels, but the head of this {type(module).__name__} has {found}. "
+            f"Load it with num_labels={wanted}, or give the backbone by name."
         )
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """Outputs of the last layer of the model's task head; None where none is known."""
+    parts = [part for site in heads_of(index(module)) for part in site.module.modules()]
+    sizes = [int(part.out_features) for part in parts if isinstance(getattr(part, "out_features", None), int)]  # type: ignore[arg-type]
+    return sizes[-1] if sizes else None

@@ -66,7 +66,7 @@ def open(
     if "auto_class" not in settings:
         settings["auto_class"] = auto_class(record, known)
     with torch.random.fork_rng(devices=[]):  # a fresh head draws numbers, which the file replaces
-        model = load_backbone(known, **settings)
+        model = load_backbone(known, **{"new_head": True, **settings})
     if device is not None:
         model.to(device)
     delta = load(model, place, name=name, allow_foreign=allow_foreign)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.checkpoint.format import read
-from deltatune.checkpoint.record import Record
-from deltatune.errors import CheckpointError, DataError
+from deltatune.errors import DataError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
-from deltatune.tasks import Task, TaskData, Template, Verbalizer
+from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import Framing, HeadFraming, check_rows
 from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.training.evaluation import answers, score_rows
 from deltatune.training.opening import delta_folder, open
 from deltatune.training.place import DELTA
+from deltatune.training.recorded import task_of, training_of
 from deltatune.training.run import RUN_FILE, load_data, read_run
 
 if TYPE_CHECKING:
@@ -66,16 +66,14 @@ class Predictor:
             CheckpointError: no delta there, or one that does not say its task.
         """
         record = read(delta_folder(folder))
-        task = task_of(record)
+        task, training = task_of(record), training_of(record)
         backbone, tokenizer, delta = open(folder, **options)
-        training = record.about.training or {}
-        length = int(training["max_length"])
         framing: Framing
         if training["framing"] == "head":
-            framing = HeadFraming(task, tokenizer, length)
+            framing = HeadFraming(task, tokenizer, training["max_length"])
         else:
             both = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
-            framing = TextToTextFraming(task, tokenizer, length, encoder_decoder=both)
+            framing = TextToTextFraming(task, tokenizer, training["max_length"], encoder_decoder=both)
         return cls(backbone, tokenizer, delta, framing)
 
     def __call__(self, texts: Text | Sequence[Text], batch_size: int = 64) -> list[Prediction]:
@@ -123,7 +121,7 @@ def evaluate(source: str | os.PathLike[str] | Predictor, data: TaskData | None =
     predictor = source if isinstance(source, Predictor) else Predictor.open(source)
     task = predictor.framing.task
     if data is None:
-        data = load_data(task.name) if isinstance(source, Predictor) else _data_of(Path(source).expanduser(), task)
+        data = load_data(task.name) if isinstance(source, Predictor) else data_of(source)
     if data.task.labels != task.labels:
         raise DataError(
             f"The delta was trained for the labels {', '.join(task.labels)}; the rows of `{data.task.name}` have "
@@ -132,37 +130,14 @@ def evaluate(source: str | os.PathLike[str] | Predictor, data: TaskData | None =
     return score_rows(predictor.framing, predictor.backbone, data.test, batch_size)
 
 
-def task_of(record: Record) -> Task:
-    """The task a delta was trained for, rebuilt from its own record: it needs no catalogue.
+def data_of(folder: str | os.PathLike[str]) -> TaskData:
+    """The rows of the run in the folder, or above the delta's; else of the task that the delta names.
 
     Raises:
-        CheckpointError: the record does not say.
+        CheckpointError: no delta there, or one that does not say its task.
     """
-    about, training = record.about, record.about.training or {}
-    lacking = [name for name in ("framing", "max_length", "type", "text", "label", "metrics") if name not in training]
-    if about.task is None or lacking:
-        raise CheckpointError(
-            f"The delta `{record.name}` does not say how texts are put to it ({', '.join(lacking) or 'task'}). "
-            "Deltas trained by dt.train do; with another one, dt.load it and call the backbone yourself."
-        )
-    templates: tuple[Template, ...] = ()
-    if about.template is not None:
-        words = about.template["words"]
-        templates = (Template(about.template["prompt"], Verbalizer(tuple(words)) if words else None),)
-    return Task(
-        name=about.task,
-        type=training["type"],
-        text=tuple(training["text"]),
-        label=training["label"],
-        labels=tuple(about.labels or ()),
-        metrics=tuple(training["metrics"]),
-        templates=templates,
-    )
-
-
-def _data_of(folder: Path, task: Task) -> TaskData:
-    """The rows of the run in the folder, or above the delta's; else of the task of that name."""
-    for place in (folder, folder.parent) if folder.name == DELTA else (folder,):
+    task, path = task_of(read(delta_folder(folder))), Path(folder).expanduser()
+    for place in (path, path.parent) if path.name == DELTA else (path,):
         if (place / RUN_FILE).is_file():
             return load_data(read_run(place).task)
     return load_data(task.name)

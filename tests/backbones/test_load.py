@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_weights_of_another_shape_are_an_error(copied: Path) -> None:
         load_backbone(copied)
 
 
-def test_a_head_of_another_size_is_new(tmp_path: Path) -> None:
+def test_a_head_of_another_size_is_dropped_only_if_asked(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=2
     )
@@ -99,7 +100,9 @@ def test_a_head_of_another_size_is_new(tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path)
     same = load_backbone(tmp_path, auto_class="AutoModelForSequenceClassification")
     assert torch.equal(same.classifier.weight, trained.classifier.weight)
-    other = load_backbone(tmp_path, auto_class="AutoModelForSequenceClassification", num_labels=5)
+    with pytest.raises(InvalidValue, match=r"holds a trained head of 2 outputs .*, but 5 are wanted.*`new_head=True`"):
+        load_backbone(tmp_path, auto_class="AutoModelForSequenceClassification", num_labels=5)
+    other = load_backbone(tmp_path, auto_class="AutoModelForSequenceClassification", num_labels=5, new_head=True)
     assert other.classifier.out_features == 5
     assert torch.equal(other.bert.embeddings.word_embeddings.weight, trained.bert.embeddings.word_embeddings.weight)
 
@@ -130,3 +133,29 @@ def tiny_gpt2(tmp_path: Path) -> Path:
 def test_the_length_limit_is_a_true_one(tiny_gpt2: Path) -> None:
     assert load_tokenizer(tiny_gpt2).model_max_length == 16
     assert load_tokenizer("minilm").model_max_length == 512
+
+
+def _shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "truncated weights": lambda folder: _shorten(folder / "model.safetensors"),
+    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "a pickle of nothing": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").write_bytes(b"x" * 99),
+    "truncated config": lambda folder: _shorten(folder / "config.json"),
+    "a list for a config": lambda folder: (folder / "config.json").write_text("[1]"),
+    "nothing for a config": lambda folder: (folder / "config.json").write_text("null"),
+    "an unknown model": lambda folder: (folder / "config.json").write_text('{"model_type": "zzz"}'),
+    "truncated tokenizer": lambda folder: _shorten(folder / "tokenizer.json"),
+    "a list for a tokenizer": lambda folder: (folder / "tokenizer.json").write_text("[1]"),
+    "a list for the tokenizer's config": lambda folder: (folder / "tokenizer_config.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_an_error_that_names_the_folder(case: str, tiny_gpt2: Path) -> None:
+    BROKEN[case](tiny_gpt2)
+    with pytest.raises(CheckpointError, match=r"gpt2` cannot be read: .* Copy or install it again"):
+        load_tokenizer(tiny_gpt2)
+        load_backbone(tiny_gpt2)

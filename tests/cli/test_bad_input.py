@@ -47,6 +47,7 @@ TUNE = ("tune", "--backbone", "minilm", "--task", "bbc-news", "--method", "lora"
         ((*TUNE, "--data", "x.csv"), ("--task bbc-news", "--data x.csv")),
         (("tune", "--method", "lora"), ("`--backbone`", "`--task`")),
         ((*TUNE, "--lr", "inf"), ("`--lr`", "finite")),
+        ((*TUNE, "--template", "99"), ("`--template 99`", "`--framing text2text`")),
         ((*TUNE, "--seed", str(2**70)), ("`--seed`", "less than")),
         ((*TUNE, "--report-to", "nonsense"), ("no experiment tracker `nonsense`", "`tensorboard`")),
         (("tune", "--config", "nowhere.yaml"), ("nowhere.yaml",)),
@@ -96,8 +97,9 @@ def _headlines(place: Path, content: bytes, name: str = "texts.csv") -> Path:
         (b"headline,topic\ncaf\xe9,sport\n", ("not UTF-8", "line 2", "0xe9")),
         (b"title,topic\ngoal,sport\n", ("no column `headline`", "`title`")),
         (b"headline,topic\ngoal,sport\nteam,sport\n", ("one class only", "`sport`")),
+        (b"headline,topic\n" + b"goal,sport\nshare,money\n" * 20, ("40 rows were read, 38 duplicates left out",)),
     ],
-    ids=["empty", "no rows", "empty text", "empty label", "not UTF-8", "no such column", "one class"],
+    ids=["empty", "no rows", "empty text", "empty label", "not UTF-8", "no such column", "one class", "duplicates"],
 )
 def test_data_that_cannot_be_used(content: bytes, parts: tuple[str, ...], call: Call, encoder: str, tmp_path: Path) -> None:
     out = tmp_path / "run"

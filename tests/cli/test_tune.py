@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from deltatune.training.settings import Settings
-from tests.cli.conftest import Call, refused, tune_words
+from tests.cli.conftest import Call, refused, tune_words, write_texts
 from tests.project import ROOT
 from tests.training.tiny import LABELS
 
@@ -98,7 +98,19 @@ def test_eval_gives_the_score_of_the_training(call: Call, finished: Path) -> Non
     numbers, before = json.loads(done.out), json.loads((finished / "metrics.json").read_text())
     assert numbers["score"] == pytest.approx(before["score"])
     assert numbers["metrics"] == pytest.approx(before["metrics"])
-    assert "when trained" in call("eval", finished).out
+    assert numbers["data_changed"] is False
+    shown = call("eval", finished)
+    assert "when trained" in shown.out and shown.err == ""
+
+
+def test_eval_tells_that_the_rows_are_others(call: Call, encoder: str, tmp_path: Path) -> None:
+    rows = write_texts(tmp_path / "headlines.csv")
+    assert call(*tune_words(encoder, rows, tmp_path / "run")).code == 0
+    with rows.open("a") as file:
+        file.write("the goal of the whole team,sport\n")
+    assert json.loads(call("eval", tmp_path / "run", "--json").out)["data_changed"] is True
+    shown = call("eval", tmp_path / "run")
+    assert shown.code == 0 and "are not those of the training" in shown.err
 
 
 def test_inspect_shows_a_delta_folder(call: Call, finished: Path, encoder: str) -> None:

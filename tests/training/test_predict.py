@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.checkpoint.format import read
 from deltatune.checkpoint.record import sealed
-from deltatune.errors import CheckpointError, DataError
+from deltatune.errors import CheckpointError, DataError, DeltaError
 from deltatune.methods import LoRA
 from deltatune.tasks import Rows, Task, TaskData, Template
 from deltatune.training.predict import Predictor, evaluate, predict
+from deltatune.training.recorded import TOLD
 from deltatune.training.train import train
 from tests.training import tiny
 
@@ -92,6 +94,25 @@ def test_an_edited_delta_is_an_error(run: Path, tmp_path: Path) -> None:
     (broken / "delta.json").write_bytes(sealed(record))
     with pytest.raises(CheckpointError):
         predict(broken, "x")
+
+
+ODD: list[Any] = [7, -1, True, "zzz", "", [], [1], ["zzz", "zzz"], {"prompt": 1}, {"prompt": "{text}", "words": "abc"}, None]
+
+
+@pytest.mark.parametrize("field", ["labels", "template", "task", *TOLD])
+def test_whatever_a_record_says_the_error_is_ours(field: str, run: Path, tmp_path: Path) -> None:
+    record = read(run / "delta")
+    _, _, delta = dt.open(run)
+    about = {**dataclasses.asdict(record.about), "training": dict(record.about.training or {})}
+    refused = []
+    for odd in ODD:
+        changed = {**about, "training": {**about["training"], field: odd}} if field in TOLD else {**about, field: odd}
+        try:
+            dt.save(delta, tmp_path, overwrite=True, backbone_id=record.origin.id, **changed)
+            predict(tmp_path, "goal")
+        except DeltaError:
+            refused.append(odd)
+    assert {"labels": 7, "template": 9, "task": 1, "type": 11, "label": 6}.get(field, 7) <= len(refused)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multilabel", "pair"])

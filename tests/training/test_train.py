@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel
 
 import deltatune as dt
@@ -196,6 +197,8 @@ def test_a_function_for_where_is_written_as_paths(tmp_path: Path) -> None:
         ({"framing": "text2text"}, Unsupported, "encoder writes no words"),
         ({"class_weights": True, "name": "llama"}, InvalidValue, "by label words"),
         ({"quantize": "int8"}, InvalidValue, "needs a backbone by name"),
+        ({"template": 99}, InvalidValue, "put to a head here, which takes no template"),
+        ({"template": 99, "name": "llama"}, InvalidValue, "1 templates, numbered from 0; 99"),
         ({"method": "lroa"}, UnknownName, "Did you mean `lora`"),
         ({"learning_rate": 1}, UnknownName, "no setting called `learning_rate`"),
         ({"method": []}, InvalidValue, "no method"),
@@ -219,11 +222,35 @@ def test_an_error_leaves_a_given_model_as_it_was() -> None:
     assert dt.deltas(model) == []
 
 
-def test_labels_that_do_not_fit_the_head_are_an_error() -> None:
-    model: Any = tiny.backbone("bert")
-    model.config.num_labels = 7
-    with pytest.raises(InvalidValue, match="has 3 labels, but the head of this BertForSequenceClassification has 7 outputs"):
+@pytest.mark.parametrize(
+    ("name", "made", "said", "message"),
+    [
+        ("bert", 9, 3, "has 3 labels, but the head of this BertForSequenceClassification has 9 outputs, and its config says 3"),
+        ("bert", 2, 3, "has 2 outputs, and its config says 3"),
+        ("bert", 3, 7, "has 3 outputs, and its config says 7"),
+        ("bert", 7, 7, r"has 7 outputs\. Load it with num_labels=3"),
+        ("roberta", 9, 3, "has 9 outputs"),
+    ],
+)
+def test_labels_that_do_not_fit_the_head_are_an_error(name: str, made: int, said: int, message: str) -> None:
+    model: Any = tiny.backbone(name)
+    head = model.classifier if name == "bert" else model.classifier.out_proj
+    head.weight, head.bias, head.out_features = nn.Parameter(torch.zeros(made, head.in_features)), nn.Parameter(torch.zeros(made)), made
+    model.config.num_labels = said
+    with pytest.raises(InvalidValue, match=message):
         train(model, tiny.data(), "lora", tokenizer=tiny.tokenizer(), progress="none")
+
+
+def test_a_trained_head_of_another_size_is_not_dropped_unasked(tmp_path: Path) -> None:
+    model: Any = tiny.backbone("bert")
+    type(model)(type(model.config)(**{**model.config.to_dict(), "num_labels": 4})).save_pretrained(tmp_path / "bert")
+    tiny.tokenizer().save_pretrained(tmp_path / "bert")
+    options: dict[str, Any] = {"max_steps": 2, "batch_size": 8, "progress": "none", "out": tmp_path / "run"}
+    with pytest.raises(InvalidValue, match=r"holds a trained head of 4 outputs \(classifier.bias, classifier.weight\), but 3 are wanted"):
+        train(str(tmp_path / "bert"), tiny.data(), "lora", **options)
+    assert not (tmp_path / "run").exists()
+    result = train(str(tmp_path / "bert"), tiny.data(), "lora", new_head=True, **options)
+    assert evaluate(tmp_path / "run", tiny.data())["score"] == result.score, "the delta brings its head"
 
 
 def test_an_out_that_is_taken_is_refused(tmp_path: Path) -> None:
