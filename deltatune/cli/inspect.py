@@ -19,7 +19,7 @@ from deltatune.errors import InvalidValue
 from deltatune.injection.attach import attach
 from deltatune.methods.making import make, pairs
 from deltatune.structure.index import Index
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, size_of
 from deltatune.structure.where import Matches, find_sites
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _draw(backbone: str, model: nn.Module, index: Index, matches: Matches, delta
     from deltatune.structure.tree import tree
 
     depths = ", ".join(f"{depth} in {path}" for path, depth in index.depths.items())
-    total = sum(parameter.numel() for parameter in model.parameters()) if delta is None else delta.budget().N
+    total = sum(size_of(parameter) for parameter in model.parameters()) if delta is None else delta.budget().N
     show(
         Text.assemble((backbone, "bold cyan"), "  ", (type(model).__name__, "bold")),
         "",

@@ -18,6 +18,7 @@ from deltatune.injection.refusals import check_alone, check_in_memory, check_sel
 from deltatune.injection.slot import Term
 from deltatune.methods.kinds import Grouped, Method, Patch, Penalised, Reforming, SelectionPatch
 from deltatune.structure.anatomy import modules_of
+from deltatune.structure.site import size_of
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Delta:
         """N, M, |delta|, their ratio, and bytes of the stored tensors."""
         selected = {id(entry.parameter) for entry in self.entries if isinstance(entry.patch, SelectionPatch)}
         own = {id(parameter): parameter for module in modules_of(self.backbone).values() for parameter in module.parameters(recurse=False)}
-        n = sum(parameter.numel() for parameter in own.values())
+        n = sum(size_of(parameter) for parameter in own.values())
         trained = self.trained_parameters().values()
         added = sum(parameter.numel() for parameter in trained if id(parameter) not in selected)
         size = sum(parameter.numel() for parameter in trained)

@@ -205,6 +205,16 @@ def is_packed(theta: Tensor) -> bool:
     return not theta.is_floating_point() or type(theta.data) is not Tensor
 
 
+def size_of(theta: Tensor) -> int:
+    """How many numbers a parameter stands for; one that is quantised to four bits holds two in a byte.
+
+    >>> size_of(torch.zeros(2, 3))
+    6
+    """
+    packed = getattr(theta, "quant_state", None)  # bitsandbytes
+    return theta.numel() if packed is None else int(packed.shape.numel())
+
+
 def modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
     """Path -> module in module order, each module once, without what deltas put there.
 

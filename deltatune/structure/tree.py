@@ -15,6 +15,7 @@ from deltatune.errors import missing_extra
 from deltatune.structure.anatomy import DELTA_CHILD
 from deltatune.structure.index import Index
 from deltatune.structure.index import index as index_of
+from deltatune.structure.site import size_of
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -97,7 +98,7 @@ def _branch(name: str, path: str, module: nn.Module, roles: Mapping[str, list[st
         roles=tuple(roles.get(path, ())),
         shapes=tuple((key, tuple(parameter.shape)) for key, parameter in own.items()),
         trainable=sum(parameter.numel() for parameter in fresh if parameter.requires_grad) + sum(c.trainable * c.repeats for c in children),
-        total=sum(parameter.numel() for parameter in fresh) + sum(child.total * child.repeats for child in children),
+        total=sum(size_of(parameter) for parameter in fresh) + sum(child.total * child.repeats for child in children),
         added=_added(module) + sum(child.added * child.repeats for child in children),
         tied=path in tied,
         deltas=_deltas(module),

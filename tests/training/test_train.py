@@ -297,7 +297,10 @@ def test_a_quantised_backbone_trains(scheme: str, tmp_path: Path) -> None:
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}  # nf4 has blocks of 64
     BertModel(BertConfig(vocab_size=101, **size)).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-    result = train(str(tmp_path / "base"), tiny.data(), "lora", quantize=scheme, max_steps=2, batch_size=8, progress="none")
+    options: dict[str, Any] = {"max_steps": 2, "batch_size": 8, "progress": "none"}
+    result = train(str(tmp_path / "base"), tiny.data(), "lora", quantize=scheme, **options)
+    plain = train(str(tmp_path / "base"), tiny.data(), "lora", **options)
+    assert (result.trainable_parameters, result.total_parameters) == (plain.trainable_parameters, plain.total_parameters)
     kinds = {type(parameter).__name__ for parameter in result.backbone.parameters()}
     assert {"int8": "Int8Tensor", "nf4": "Params4bit"}[scheme] in kinds
     assert result.deltas[0].trained_parameters()
