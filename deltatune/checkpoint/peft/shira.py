@@ -11,7 +11,7 @@ from torch import Tensor
 from deltatune.checkpoint.foreign import Part
 from deltatune.checkpoint.peft.keys import TUNED
 from deltatune.checkpoint.peft.tuner import Content, Output, Placed, Recipe, SiteTuner, one_part, only, refuse_traits, tuners
-from deltatune.errors import Unsupported
+from deltatune.errors import CheckpointError
 from deltatune.methods.kinds import Method
 from deltatune.methods.reparameterization.shira import SHiRA
 from deltatune.structure.site import Site
@@ -39,34 +39,45 @@ class Shira(SiteTuner):
         return frozenset({VALUES, PLACES})
 
     def recipe(self, content: Content) -> Recipe:
-        """SHiRA, whose places come from the seed."""
+        """SHiRA; its places come from the seed, or from the file where they are others."""
         fields = content.fields
-        fields.data.pop("init_weights", None)
-        fields.refuse("mask_type", "random", why="our places are random")
-        method = SHiRA(rank=fields.take("r", 32), seed=fields.take("random_seed", 0))
-        return lambda path, theirs: method
+        for key in ("init_weights", "mask_type"):
+            fields.data.pop(key, None)  # the file says the places
+        rank, seed = fields.take("r", 32), fields.take("random_seed", None, int)
+
+        def at(path: str, theirs: dict[str, Tensor]) -> Method:
+            seeded = SHiRA(rank=rank, seed=seed)
+            if seed is None or PLACES not in theirs:
+                return seeded
+            own = _indices(seeded.build(content.modules.site(path), None)[0].get_buffer("index"), content.modules.site(path))
+            return seeded if torch.equal(theirs[PLACES].to(own.dtype), own) else SHiRA(rank=rank, seed=None)
+
+        return at
 
     def check(self, site: Site, method: Method) -> None:
         """PEFT takes linear maps."""
         refuse_traits(site, method, "SHIRA", "transposed", "embedding", "convolution", "attention", "tied")
 
     def ours(self, site: Site, method: Method, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values; their places must be those of the seed.
+        """The values, and their places where no seed makes them.
 
         Raises:
-            Unsupported: they are not, as where PEFT drew without one.
+            CheckpointError: a place is outside the weight, or they are missing.
         """
+        assert isinstance(method, SHiRA)
+        if method.seed is not None:
+            return {"values": theirs[VALUES]}
         places = theirs.get(PLACES)
-        if places is not None and not torch.equal(places.long(), _places(site, method).long()):
-            raise Unsupported(
-                f"The places of SHIRA at `{site.key}` are not those of {method}: PEFT drew them without a `random_seed`, or by another "
-                "mask. Convert it with PEFT to LoRA, or merge it."
-            )
-        return {"values": theirs[VALUES]}
+        shape = torch.tensor([[site.out_features], [site.in_features]])
+        if places is None or places.ndim != 2 or len(places) != 2 or bool((places < 0).any() or (places.long() >= shape).any()):
+            raise CheckpointError(f"The places of SHIRA at `{site.key}` are missing or outside the weight. Copy or save it again.")
+        rows, columns = places.long()
+        return {"values": theirs[VALUES], "index": rows * site.in_features + columns}
 
     def theirs(self, site: Site, method: Method, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values and their places, (2, k)."""
-        return {VALUES: ours["values"], PLACES: _places(site, method)}
+        index = ours["index"] if "index" in ours else method.build(site, None)[0].get_buffer("index")
+        return {VALUES: ours["values"], PLACES: _indices(index, site)}
 
     def config(self, placed: Mapping[str, Placed], output: Output) -> None:
         """Rank and seed."""
@@ -79,12 +90,9 @@ class Shira(SiteTuner):
         return one_part("shira", groups)
 
 
-def _places(site: Site, method: Method) -> Tensor:
-    """Rows and columns of the places, (2, k)."""
-    [patch] = method.build(site, None)
-    flat = patch.get_buffer("index")
-    width = site.in_features
-    return torch.stack([flat // width, flat % width]).to(torch.int32)
+def _indices(index: Tensor, site: Site) -> Tensor:
+    """Rows and columns of flat places, (2, k)."""
+    return torch.stack([index // site.in_features, index % site.in_features]).to(torch.int32)
 
 
 tuners.register("SHIRA")(Shira())

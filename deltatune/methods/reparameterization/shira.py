@@ -22,11 +22,11 @@ class SHiRA(Method):
     """W' = W + S, where S is zero but at rank (out + in) random places: as many as LoRA of that rank trains.
 
     Trains the values, (rank (out + in),), which start at 0. The places are drawn from ``seed`` and never stored, so a
-    file holds the values alone.
+    file holds the values alone; without a seed they are drawn once and stored beside the values.
 
     Args:
         rank: r, at least 1: sets how many places, not the rank of S.
-        seed: of the places; equally shaped weights share theirs.
+        seed: of the places; equally shaped weights share theirs. None for places that a file brings along.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -40,7 +40,7 @@ class SHiRA(Method):
     source: ClassVar[str] = "arXiv:2406.13175"
 
     rank: int = 8
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         positive(self, "rank")
@@ -63,14 +63,14 @@ class SparseWeight(WeightPatch):
     commutes = "add"
     index: Tensor
 
-    def __init__(self, view: MatrixView, places: int, seed: int) -> None:
+    def __init__(self, view: MatrixView, places: int, seed: int | None) -> None:
         super().__init__()
         self.parameter, self.view = view.parameter, view
-        generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         size = view.rows * view.columns
         draws = [torch.randperm(size, generator=generator)[:places].sort().values for _ in range(view.stack[0] if view.stack else 1)]
         index = torch.cat([k * size + draw for k, draw in enumerate(draws)])
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", index, persistent=seed is None)
         self.values = nn.Parameter(torch.zeros(len(index)))
 
     def forward(self, theta: Tensor) -> Tensor:

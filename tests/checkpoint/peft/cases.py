@@ -130,6 +130,7 @@ CASES: list[Case] = [
     *over("miss", peft.MissConfig, r=4),
     *over("miss-mini", peft.MissConfig, r=4, init_weights="mini", mini_r=8),
     *over("shira", peft.ShiraConfig, r=2, random_seed=5),
+    *over("shira-unseeded", peft.ShiraConfig, r=2),
     *prompts("prompt", peft.PromptTuningConfig, virtual=4),
     *prompts("p-tuning", peft.PromptEncoderConfig, virtual=4, encoder_hidden_size=8, lost=ENCODER),
     *prompts("p-tuning-lstm", peft.PromptEncoderConfig, virtual=4, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),

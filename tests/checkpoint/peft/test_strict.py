@@ -207,11 +207,25 @@ def test_damaged_files_end_in_our_errors(folder: Path, tmp_path: Path) -> None:
     assert result(backbone, inputs).equal(plain)
 
 
-def test_a_shira_without_a_seed_is_refused(tmp_path: Path) -> None:
+def test_a_shira_whose_places_lie_outside_is_refused(tmp_path: Path) -> None:
     backbone, _ = fresh("bert")
     save(theirs(Case("shira", "bert", lambda: peft.ShiraConfig(r=2, target_modules=["query"])), backbone), tmp_path / "shira")
-    with pytest.raises(Unsupported, match="random_seed"):
+    tensors = load_file(tmp_path / "shira" / WEIGHTS)
+    broken = {name: tensor + 1000 if name.endswith("indices") else tensor for name, tensor in tensors.items()}
+    save_file(broken, tmp_path / "shira" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="outside the weight"):
         dt.load(backbone, tmp_path / "shira")
+
+
+def test_a_shira_without_a_seed_keeps_its_places_in_our_format(tmp_path: Path) -> None:
+    backbone, inputs = fresh("bert")
+    save(theirs(Case("shira", "bert", lambda: peft.ShiraConfig(r=2, target_modules=["query"])), backbone), tmp_path / "shira")
+    delta = dt.load(backbone, tmp_path / "shira")
+    expected = result(backbone, inputs)
+    dt.save(delta, tmp_path / "ours")
+    dt.detach(delta)
+    dt.load(backbone, tmp_path / "ours")
+    assert result(backbone, inputs).equal(expected)
 
 
 def test_an_ia3_at_the_other_side_is_refused(tmp_path: Path) -> None:
