@@ -129,13 +129,11 @@ def load(
     allow_idle: bool = False,
     allow_bin: bool = False,
 ) -> Delta | Composition:
-    """Attach what a folder holds, at exactly the sites it was saved from.
-
-    A folder of another library that ``checkpoint.foreign`` has a format for, such as PEFT's, is translated.
+    """Attach what a folder of ours, or of a library that ``checkpoint.foreign`` knows, holds, at the sites it was saved from.
 
     Args:
         backbone: the backbone the delta was trained on, a fresh instance or one with other deltas.
-        folder: what ``save`` wrote, or another library.
+        folder: what ``save`` wrote, or another library, such as PEFT.
         name: how it is called here; as it was called if left out.
         enable: let it act; else it rests.
         head: take along the task head it was saved with; else the backbone's own stays, as for another task.

@@ -296,7 +296,7 @@ def _fitted(delta: Delta, state: Mapping[str, Tensor], allowed: Allowed) -> dict
 
 def _take_types(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
     """What the delta owns is built in fp32; give each tensor the type it was saved in."""
-    for key, module in delta.holders():
+    for key, module in delta.holders:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             saved = tensors.get(f"{key}.{name}")
             if saved is not None and saved.is_floating_point() and saved.dtype != tensor.dtype:

@@ -147,7 +147,7 @@ class Delta:
         """
         check_unmerged(self, "load into")
         check_in_memory(self)
-        reforming = {key: module for key, module in self.holders() if isinstance(module, Reforming)}
+        reforming = {key: module for key, module in self.holders if isinstance(module, Reforming)}
         forms = {part: _form(part) for module in reforming.values() for part in module.modules()}
         try:
             for key, module in reforming.items():
@@ -162,10 +162,11 @@ class Delta:
             for entry in self.entries:
                 if isinstance(entry.patch, SelectionPatch):
                     entry.choice.assign(self.name, state[entry.key], entry.parameter)
-            for key, holder in self.holders():
+            for key, holder in self.holders:
                 holder.load_state_dict({name: state[f"{key}.{name}"] for name in holder.state_dict()})
         refresh_gradients(self)  # a new form has new Parameters
 
+    @property
     def holders(self) -> Iterator[tuple[str, nn.Module]]:
         """What holds its own tensors, under its key in delta files."""
         yield from ((entry.key, entry.patch) for entry in self.entries)
