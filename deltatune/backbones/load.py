@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -152,8 +153,9 @@ def _call(resolved: Resolved, factory: Any, source: str, **options: Any) -> Any:
     except Exception as cause:  # broken files make transformers, safetensors and tokenizers raise nearly anything
         if isinstance(cause, OSError) and not os.path.isdir(source):
             raise unreachable(resolved, cause) from cause
+        said = re.split(r"[.:]?\s*\n|\.\s", str(cause).strip())[0].rstrip(".")  # the first sentence: what follows is advice for others
         raise CheckpointError(
-            f"The backbone `{source}` cannot be read: {type(cause).__name__}: {cause}. Copy or install it again; "
+            f"The backbone `{source}` cannot be read: {type(cause).__name__}: {said}. Copy or install it again; "
             "if you gave options for loading it, check them."
         ) from cause
 
