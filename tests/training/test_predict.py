@@ -132,7 +132,8 @@ def test_other_kinds_of_tasks(kind: str, tmp_path: Path) -> None:
     task = Task(kind, "classification" if kind == "pair" else kind, text, "label", labels=labels, metrics=metrics)  # type: ignore[arg-type]
     cut = Rows(columns)
     data = TaskData(task, cut, cut[:9], cut[:9], "made up")
-    result = train(tiny.folder("bert", tmp_path), data, "lora", out=tmp_path / "run", max_steps=2, batch_size=8, progress="none")
+    options: dict[str, Any] = {"max_steps": 2, "batch_size": 8, "progress": "none", "new_head": kind == "regression"}
+    result = train(tiny.folder("bert", tmp_path), data, "lora", out=tmp_path / "run", **options)
     assert result.metric == metrics[0]
     [said] = predict(tmp_path / "run", [("goal", "bank")] if kind == "pair" else "goal")
     assert {"regression": float, "multilabel": list, "pair": str}[kind] is type(said.label)
