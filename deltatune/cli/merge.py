@@ -19,10 +19,10 @@ def merge(
     backbone: Backbone = None,
     auto_class: AutoClass = None,
     num_labels: NumLabels = None,
+    overwrite: Overwrite = False,
+    dequantize: Dequantize = False,
     allow_bin: AllowBin = False,
     allow_foreign: AllowForeign = False,
-    dequantize: Dequantize = False,
-    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Fold a delta into its backbone's weights and write a plain transformers checkpoint, tokenizer included.

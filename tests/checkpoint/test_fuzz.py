@@ -149,7 +149,9 @@ def test_fields_of_a_method_with_shared_state(tmp_path: Path) -> None:
                 dt.detach(dt.load(model, folder))
                 ends.add((field, str(odd)))
             assert same(state(model), before)
-    assert ends <= {(field, str(odd)) for field in ("reparameterization", "init_std") for odd in (True, 0, -1, 10**9, 10**30, 1e300)}
+    assert ends <= {
+        (field, str(odd)) for field in ("reparameterization", "init_std", "placed") for odd in (True, 0, -1, 10**9, 10**30, 1e300)
+    }
 
 
 def test_nothing_outside_the_folder_is_read(saved: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,10 @@ def _interrupted(begun: subprocess.Popen[str]) -> str:
 
 def test_the_keyboard_stops_a_run_that_can_go_on(encoder: str, texts: Path, tmp_path: Path) -> None:
     words = tune_words(encoder, texts, tmp_path / "run", "--max-steps", 100_000, "--save-steps", 2, "--evaluations", 0)
-    begun = subprocess.Popen([sys.executable, "-m", "deltatune.cli.main", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "deltatune.cli.main", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     try:
         for _ in range(3000):  # a loaded machine takes long to begin
             if any((tmp_path / "run").glob("checkpoints/*/complete.json")) or begun.poll() is not None:

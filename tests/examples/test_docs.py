@@ -1,4 +1,4 @@
-"""The guide runs from top to bottom and prints what it says; its tables name every error."""
+"""The guide and its continuation run from top to bottom and print what they say; its tables name every error."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from deltatune import errors
 from tests.models import MODELS
 from tests.project import ROOT
 
-GUIDE = ROOT / "docs" / "guide.md"
-TEXT = GUIDE.read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("guide", "files")}
+TEXT = PAGES["guide"].read_text()
+COMPARED = {"guide": 10, "files": 3}
+"""At least so many blocks of a page are compared with what the ones before them print."""
 
 
-def printed(code: str, names: dict[str, Any], line: int) -> str:
+def printed(code: str, names: dict[str, Any], page: Path, line: int) -> str:
     """Run one block, its lines numbered as on the page; what it prints, without blanks at the ends of lines."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile("\n" * line + code, str(GUIDE), "exec"), names)
+        exec(compile("\n" * line + code, str(page), "exec"), names)
     return "\n".join(text.rstrip() for text in output.getvalue().strip().splitlines())
 
 
-def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
+    text = PAGES[name].read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     compared = 0
-    for place, (language, code) in enumerate(BLOCKS):
+    for place, (language, code) in enumerate(blocks):
         if language != "python":
             continue
-        following = BLOCKS[place + 1] if place + 1 < len(BLOCKS) else ("", "")
-        found = printed(code, names, TEXT[: TEXT.index(code)].count("\n"))
+        following = blocks[place + 1] if place + 1 < len(blocks) else ("", "")
+        found = printed(code, names, PAGES[name], text[: text.index(code)].count("\n"))
         if following[0] == "text":
             assert found == following[1].strip()
             compared += 1
-    assert compared == sum(language == "text" for language, _ in BLOCKS) > 10
+    assert compared == sum(language == "text" for language, _ in blocks) >= COMPARED[name]
 
 
 def test_every_entry_of_where_in_the_guide_hits_something() -> None:
@@ -70,6 +74,7 @@ def test_the_guide_names_every_error() -> None:
     assert {name for name in listed if name[0].isupper()} <= kinds
 
 
-def test_the_guide_is_one_page_and_linked() -> None:
-    assert len(TEXT.splitlines()) <= 360
-    assert "(guide.md)" in (ROOT / "docs" / "index.md").read_text()
+def test_pages_stay_short_and_are_linked() -> None:
+    for name, page in PAGES.items():
+        assert len(page.read_text().splitlines()) <= 360
+        assert f"({name}.md)" in (ROOT / "docs" / "index.md").read_text()
