@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -19,6 +20,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """A table of named things of one kind.
 
+    Args:
+        noun: what an entry is called.
+        plural: names the group of entry points, ``deltatune.<plural>``.
+        builtin: a module whose import registers the entries of the package, at the first look-up.
+
     >>> colours = Registry[str]("colour", "colours")
     >>> _ = colours.register("red")("#f00")
     >>> colours["red"]
@@ -28,9 +34,10 @@ class Registry(Generic[T]):
     deltatune.errors.UnknownName: No colour is called `rde`. Did you mean `red`?
     """
 
-    def __init__(self, noun: str, plural: str) -> None:
+    def __init__(self, noun: str, plural: str, builtin: str | None = None) -> None:
         self.noun = noun
         self.group = f"deltatune.{plural}"
+        self._builtin = builtin
         self._entries: dict[str, T] = {}
         self._plugins_read = False
         self._broken: dict[str, str] = {}
@@ -82,6 +89,8 @@ class Registry(Generic[T]):
         """The table, plug-ins included; they load at the first look-up, not at import. One that cannot be loaded is told of."""
         if not self._plugins_read:
             self._plugins_read = True  # a plug-in may look things up itself
+            if self._builtin is not None:
+                import_module(self._builtin)
             for plugin in entry_points(group=self.group):
                 try:
                     plugin.load()

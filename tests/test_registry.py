@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -52,3 +54,13 @@ def test_a_plug_in_may_look_things_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "entry_points", lambda group: [Loading()])
     assert colours["darkred"] == "#800"
+
+
+def test_methods_load_when_the_first_is_asked_for() -> None:
+    program = (
+        "import sys, deltatune, deltatune.methods as m\n"
+        "assert 'deltatune.methods.builtin' not in sys.modules\n"
+        "assert not hasattr(m, 'LroA') and 'LoRA' in dir(m)\n"
+        "assert m.LoRA is m.methods['lora'] and len(m.methods) > 40\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

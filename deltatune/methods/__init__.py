@@ -1,54 +1,28 @@
-"""WHAT is attached: one file, one paper, one frozen dataclass, found here by its name."""
+"""WHAT is attached: one file, one paper, one frozen dataclass, found here by its name.
 
-from deltatune.methods.addition.adapter import Adapter as Adapter
-from deltatune.methods.addition.adapter_drop import AdapterDrop as AdapterDrop
-from deltatune.methods.addition.compacter import Compacter as Compacter
-from deltatune.methods.addition.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
-from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning as EmbeddingPrefixTuning
-from deltatune.methods.addition.ia3 import IA3 as IA3
-from deltatune.methods.addition.invertible_adapter import InvertibleAdapter as InvertibleAdapter
-from deltatune.methods.addition.ladder_side_tuning import LadderSideTuning as LadderSideTuning
-from deltatune.methods.addition.loreft import LoReFT as LoReFT
-from deltatune.methods.addition.low_rank_adapter import LowRankAdapter as LowRankAdapter
-from deltatune.methods.addition.mam import MAM as MAM
-from deltatune.methods.addition.multi_head_parallel_adapter import MultiHeadParallelAdapter as MultiHeadParallelAdapter
-from deltatune.methods.addition.p_tuning import PTuning as PTuning
-from deltatune.methods.addition.p_tuning_v2 import PTuningV2 as PTuningV2
-from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
-from deltatune.methods.addition.pfeiffer_adapter import PfeifferAdapter as PfeifferAdapter
-from deltatune.methods.addition.phm_adapter import PHMAdapter as PHMAdapter
-from deltatune.methods.addition.prefix_tuning import PrefixTuning as PrefixTuning
-from deltatune.methods.addition.prompt_tuning import PromptTuning as PromptTuning
-from deltatune.methods.addition.scaled_parallel_adapter import ScaledParallelAdapter as ScaledParallelAdapter
-from deltatune.methods.addition.unipelt import UniPELT as UniPELT
+The methods themselves are loaded when the first of them is asked for, so that ``import deltatune`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from deltatune.methods.kinds import Method as Method
 from deltatune.methods.kinds import methods as methods
-from deltatune.methods.reparameterization.adalora import AdaLoRA as AdaLoRA
-from deltatune.methods.reparameterization.did import DID as DID
-from deltatune.methods.reparameterization.dora import DoRA as DoRA
-from deltatune.methods.reparameterization.hira import HiRA as HiRA
-from deltatune.methods.reparameterization.loha import LoHa as LoHa
-from deltatune.methods.reparameterization.lokr import LoKr as LoKr
-from deltatune.methods.reparameterization.lora import LoRA as LoRA
-from deltatune.methods.reparameterization.lora_fa import LoRAFA as LoRAFA
-from deltatune.methods.reparameterization.lora_plus import LoRAPlus as LoRAPlus
-from deltatune.methods.reparameterization.miss import MiSS as MiSS
-from deltatune.methods.reparameterization.oft import OFT as OFT
-from deltatune.methods.reparameterization.pissa import PiSSA as PiSSA
-from deltatune.methods.reparameterization.said import SAID as SAID
-from deltatune.methods.reparameterization.shira import SHiRA as SHiRA
-from deltatune.methods.reparameterization.vera import VeRA as VeRA
-from deltatune.methods.specification.bitfit import BitFit as BitFit
-from deltatune.methods.specification.diff_pruning import DiffPruning as DiffPruning
-from deltatune.methods.specification.fish_mask import FISHMask as FISHMask
-from deltatune.methods.specification.frozen import Frozen as Frozen
-from deltatune.methods.specification.full import FullFineTuning as FullFineTuning
-from deltatune.methods.specification.last_layer import LastLayer as LastLayer
-from deltatune.methods.specification.last_layers import LastLayers as LastLayers
-from deltatune.methods.specification.linear_probe import LinearProbe as LinearProbe
-from deltatune.methods.specification.masking import Masking as Masking
-from deltatune.methods.specification.norm_tuning import NormTuning as NormTuning
-from deltatune.methods.specification.partial_bitfit import PartialBitFit as PartialBitFit
-from deltatune.methods.specification.random_subset import RandomSubset as RandomSubset
-from deltatune.methods.specification.selective_modules import SelectiveModules as SelectiveModules
-from deltatune.methods.specification.trainable_tokens import TrainableTokens as TrainableTokens
+
+if TYPE_CHECKING:
+    from deltatune.methods.builtin import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):  # what Python itself asks modules for
+        raise AttributeError(name)
+    try:
+        return vars(import_module("deltatune.methods.builtin"))[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *vars(import_module("deltatune.methods.builtin"))})

@@ -365,5 +365,5 @@ class Reforming(Protocol):
         """Take the form whose ``state_dict`` has these names and shapes; called before the tensors are loaded."""
 
 
-methods: Registry[type[Method]] = Registry("method", "methods")
+methods: Registry[type[Method]] = Registry("method", "methods", "deltatune.methods.builtin")
 """Every method by its name on the command line and in delta files."""

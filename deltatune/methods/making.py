@@ -25,8 +25,6 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         UnknownName: no method, or none of its fields, has such a name; the nearest are named.
         InvalidValue: a value of another type or out of its range, or a field without a default left out.
     """
-    import deltatune.methods  # noqa: F401 - registers the built-in ones
-
     recipe = methods[name]
     known = {field.name: field for field in fields_of(recipe)}
     values = {}
