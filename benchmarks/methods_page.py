@@ -74,17 +74,17 @@ def page(results: Path = RESULTS) -> str:
     found, sizes = scores(results), _sizes(results)
     costs = json.loads((results / "cost.json").read_text(encoding="utf-8")) if (results / "cost.json").exists() else {"rows": {}}
     runs = [json.loads(line) for file in results.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
-    steps, devices = sorted({run["steps"] for run in runs}), sorted({run["device"] for run in runs})
+    steps, lengths, devices = (sorted({run[name] for run in runs}) for name in ("steps", "length", "device"))
     lines = [
         "# Every method, measured",
         "",
         "Written by `benchmarks/methods.py page`; every figure comes from a run of `benchmarks/methods.py train` or `cost`.",
         "",
-        f"MiniLM, every method with its own defaults and the same budget: {', '.join(map(str, steps))} steps of 16 texts of up to 64 "
-        f"tokens, on {'; '.join(devices)}. Accuracy on all test rows: mean and standard deviation over seeds. **Bold**: the lower end of "
-        "the 95% interval (bootstrap over test rows and seeds) lies above the linear probe's mean. Trained share and file size are "
-        "those of the five-topic task, the head of 149,765 numbers included. Seconds a step and peak memory are ratios to full "
-        f"fine-tuning, measured in turns with it on {costs.get('device', 'no machine yet')}.",
+        f"MiniLM, every method with its own defaults and the same budget: {_listed(steps)} steps of 16 texts of up to "
+        f"{_listed(lengths)} tokens, on {_listed(devices)}. Accuracy on all test rows: mean and standard deviation over seeds. "
+        "**Bold**: the lower end of the 95% interval (bootstrap over test rows and seeds) lies above the linear probe's mean. "
+        "Trained share and file size are those of the five-topic task, the head of 149,765 numbers included. Seconds a step and "
+        f"peak memory are ratios to full fine-tuning, measured in turns with it on {costs.get('device', 'no machine yet')}.",
         "",
     ]
     for family in FAMILIES:
@@ -93,6 +93,10 @@ def page(results: Path = RESULTS) -> str:
     if reasons:
         lines += ["## Not above the linear probe", "", *reasons, ""]
     return "\n".join(lines)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return "; ".join(map(str, values))
 
 
 def _table(
