@@ -58,6 +58,16 @@ class MissingExtra(DeltaError):
     """An optional dependency that is not installed."""
 
 
+def near(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known names that resemble ``name``, the nearest first.
+
+    >>> near("lroa", ["lora", "bitfit"]), near("xyz", ["lora", "bitfit"])
+    (['lora'], [])
+    """
+    lowered = {option.lower(): option for option in sorted(set(known))}
+    return [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.5)]
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """The known names nearest to ``name``, as the sentence that goes into an error.
 
@@ -69,9 +79,7 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     'Known: `bitfit`, `lora`.'
     """
     options = sorted(set(known))
-    lowered = {option.lower(): option for option in options}
-    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.5)]
-    if close:
+    if close := near(name, options, most):
         return "Did you mean " + " or ".join(f"`{option}`" for option in close) + "?"
     shown = ", ".join(f"`{option}`" for option in options[:12])
     return f"Known: {shown}{', ...' if len(options) > 12 else ''}."

@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
-from deltatune.cli.terminal import Json, note, show, show_json, table
+from deltatune.cli.predict import loading
+from deltatune.cli.terminal import Json, note, show, show_json, table, working
 
 
 @commands.register("eval")
@@ -26,11 +27,16 @@ def evaluate(
     from deltatune.training.opening import delta_folder
     from deltatune.training.predict import Predictor, data_of
     from deltatune.training.predict import evaluate as scored
+    from deltatune.training.watch import watching
 
-    about = read(delta_folder(folder)).about
+    record = read(delta_folder(folder))
+    about = record.about
     with quiet():
         data = data_of(folder)
-        values = scored(Predictor.open(folder), data, batch_size)
+        with working(loading(record, f"score the {len(data.test):,} test rows of `{about.task}`")):
+            predictor = Predictor.open(folder)
+        with watching("scoring") as watch:
+            values = scored(predictor, data, batch_size, watch)
     score, changed = values.pop("score"), about.data is not None and about.data != data.fingerprint
     if json:
         told = {"score": score, "metric": about.metric, "metrics": values, "task": about.task, "data_changed": changed}

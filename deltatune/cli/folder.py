@@ -14,6 +14,7 @@ from deltatune.checkpoint.format import read
 from deltatune.checkpoint.record import Record
 from deltatune.cli.contents import described_header, native_headers, tensors_table
 from deltatune.cli.terminal import facts, show, show_json, size, table
+from deltatune.methods.fields import as_written, in_short
 from deltatune.training.opening import delta_folder
 
 
@@ -32,7 +33,7 @@ def show_folder(folder: str, json: bool) -> None:
         show_json({**described(record), "size_bytes": size_bytes, "folder": str(place), "files": files})
         return
     about = record.about
-    kind = f"a composition, {record.how}" if record.is_composition else recipe_of(record)
+    kind = f"a composition, {record.how}" if record.is_composition else _kind(record)
     show(
         Text.assemble((record.name, "bold cyan"), "  ", (kind, "bold")),
         "",
@@ -46,7 +47,7 @@ def show_folder(folder: str, json: bool) -> None:
             ("layers", _words(about.layers)),
             ("heads", ", ".join(record.heads)),
             ("members", ", ".join(f"{member.name}: {recipe_of(member)}" for member in record.member_records)),
-            ("training", ", ".join(f"{name} {value}" for name, value in _told(about.training).items())),
+            ("training", ", ".join(f"{name} {as_written(value)}" for name, value in _told(about.training).items())),
             ("data", about.data),
             ("versions", ", ".join(f"{name} {version}" for name, version in (about.versions or {}).items())),
         ),
@@ -75,9 +76,15 @@ def described(record: Record) -> dict[str, Any]:
     return found
 
 
+def _kind(record: Record) -> str:
+    """The method behind the delta's name, which need not be said again where the delta is called after it."""
+    recipe = recipe_of(record)
+    return recipe if record.name != record.method else recipe.removeprefix(record.name).strip() or "with its defaults"
+
+
 def recipe_of(record: Record) -> str:
-    """The method as one writes it on the command line: ``lora rank=8 alpha=16.0``."""
-    return " ".join([record.method or "", *(f"{name}={value}" for name, value in record.fields.items())]).strip()
+    """The method as one asks for it on the command line: ``lora rank=4``."""
+    return in_short(record.method or "", record.fields)
 
 
 def _words(value: Any) -> str:

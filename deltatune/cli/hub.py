@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json as json_
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +83,8 @@ def pull_(
     if json:
         show_json({"folder": str(folder), "hub": location}, one_line=True)
         return
-    show(quoted(f"It is in `{folder}`. `deltatune predict {folder} TEXT` uses it, `deltatune inspect {folder}` shows what it holds."))
+    here = shlex.quote(str(folder))
+    show(quoted(f"It is in `{folder}`. `deltatune predict {here} TEXT` uses it, `deltatune inspect {here}` shows what it holds."))
 
 
 @hub.command("list")
@@ -89,7 +92,12 @@ def listing(hub: Hub = None, json: Json = False) -> None:
     """List the deltas of a hub."""
     from deltatune.checkpoint import hub as shelf
 
-    _listed(shelf.entries(place(hub)), place(hub), json)
+    location = place(hub)
+    found = shelf.entries(location)
+    if found or json:
+        _listed(found, location, json)
+    else:
+        show(quoted(f"`{location}` holds no delta yet. `deltatune hub push DIR NAME{_option(location)}` brings one."))
 
 
 @hub.command("show")
@@ -97,11 +105,12 @@ def explain(name: Wanted, hub: Hub = None, json: Json = False) -> None:
     """Show one delta: its card, or with --json its facts."""
     from deltatune.checkpoint import hub as shelf
 
-    entry, card = shelf.show(*asked(name, hub))
+    location, wanted = asked(name, hub)
+    entry, card = shelf.show(location, wanted)
     if json:
         show_json({**entry.to_json(), "card": card})
         return
-    show(Markdown(card.partition("---\n")[2].partition("---\n")[2]))
+    show(Markdown(_at(location, card.partition("---\n")[2].partition("---\n")[2])))
 
 
 @hub.command("search")
@@ -121,16 +130,15 @@ def search_(
     """
     from deltatune.checkpoint import hub as shelf
 
-    found = shelf.search(
-        place(hub),
-        backbone=None if backbone is None else _same(backbone),
-        fingerprint=fingerprint,
-        task=task,
-        method=method,
-        metric=metric,
-        min_score=min_score,
-    )
-    _listed(found, place(hub), json)
+    location = place(hub)
+    asked_for = {"fingerprint": fingerprint, "task": task, "method": method, "metric": metric, "min_score": min_score}
+    found = shelf.search(location, backbone=None if backbone is None else _same(backbone), **asked_for)
+    if found or json:
+        _listed(found, location, json)
+        return
+    given = {name: value for name, value in {"backbone": backbone, **asked_for}.items() if value is not None}
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    show(quoted(f"No delta in `{location}` has all of `{words}`. `deltatune hub list{_option(location)}` shows what there is."))
 
 
 def place(location: str | None) -> str:
@@ -146,12 +154,22 @@ def asked(name: str, location: str | None) -> tuple[str, str | None]:
     return (name, None) if name.startswith("hf://") else (place(location), name)
 
 
+def _option(location: str) -> str:
+    """What a command has to be told to look there."""
+    return "" if location == place(None) else f" --hub {shlex.quote(location)}"
+
+
+def _at(location: str, card: str) -> str:
+    """A card with the place that it keeps to itself, so that what it says can be typed here."""
+    return card.replace('hub.pull("HUB"', f"hub.pull({json_.dumps(location)}").replace("--hub HUB", f"--hub {shlex.quote(location)}")
+
+
 def _listed(entries: Sequence[Entry], location: str, json: bool) -> None:
     if json:
         show_json([entry.to_json() for entry in entries])
         return
     drawn = table(
-        "name", "id", "method", "backbone", "task", "score", "numbers", "size", right=("score", "numbers", "size"), whole=("name", "id")
+        "name", "id", "method", "backbone", "task", "score", "trained", "stored", right=("score", "trained", "stored"), whole=("name", "id")
     )
     for entry in entries:
         score = "-" if entry.score is None else f"{entry.score:.4f} {entry.metric or ''}".strip()
@@ -165,7 +183,11 @@ def _listed(entries: Sequence[Entry], location: str, json: bool) -> None:
             f"{entry.parameters:,}",
             size(entry.size_bytes),
         )
-    end = f"{plural(len(entries), 'delta')} in `{location}`. `deltatune hub show NAME` explains one, `deltatune hub pull NAME` brings it."
+    at = _option(location)
+    end = (
+        f"{plural(len(entries), 'delta')} in `{location}`. "
+        f"`deltatune hub show NAME{at}` explains one, `deltatune hub pull NAME{at}` brings it."
+    )
     show(drawn, quoted(end, style="dim"))
 
 

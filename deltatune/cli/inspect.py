@@ -17,7 +17,9 @@ from deltatune.cli.skeleton import skeleton
 from deltatune.cli.terminal import Json, facts, quoted, share, show, show_json, size, table
 from deltatune.errors import InvalidValue
 from deltatune.injection.attach import attach
-from deltatune.methods.making import make, pairs
+from deltatune.methods.fields import in_short
+from deltatune.methods.kinds import methods
+from deltatune.methods.making import make, pairs, settings_of
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site, size_of
 from deltatune.structure.where import Matches, find_sites
@@ -107,7 +109,7 @@ def _draw(backbone: str, model: nn.Module, index: Index, matches: Matches, delta
         return
     budget = delta.budget()
     show(
-        Text(f"{delta.method} would train", style="bold"),
+        Text(f"{in_short(methods.name_of(type(delta.method)), settings_of(delta.method))} would train", style="bold"),
         facts(
             ("parameters", f"{budget.delta:,} of {budget.N:,} ({share(budget.delta, budget.N)})"),
             ("on disk", f"about {size(budget.size_bytes)}"),

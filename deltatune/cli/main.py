@@ -26,7 +26,7 @@ import deltatune
 from deltatune.cli.commands import HELP, Command, commands
 from deltatune.cli.knobs import completed
 from deltatune.cli.spoken import spoken
-from deltatune.cli.terminal import note, show_error
+from deltatune.cli.terminal import note, program, show_error
 from deltatune.errors import DeltaError, OutputError
 
 PANELS: dict[str, tuple[str, ...]] = {
@@ -84,8 +84,8 @@ def _coloured(text: str) -> str:
 
 
 def _example(lines: list[str]) -> list[str]:
-    """Lines behind click's sign that they are not to be joined."""
-    return ["\b", *(f"[cyan]{escape(line)}[/]" for line in lines)]
+    """Lines behind click's sign that they are not to be joined, to be copied as they stand."""
+    return ["\b", *(f"[cyan]{escape(program() + line.removeprefix('deltatune'))}[/]" for line in lines)]
 
 
 def _version(asked: bool) -> None:
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in words
     try:
-        build()(completed([word for word in words if word != DEBUG]), prog_name="deltatune")
+        build()(completed([word for word in words if word != DEBUG]), prog_name=program())
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         return stopped() if code == STOPPED else code

@@ -74,7 +74,7 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
     fields, row = fields_of(recipe), measured(name)
     show(
         Text.assemble((name, "bold cyan"), "  ", (f"{recipe.__name__}: {summary_of(recipe)}", "bold")),
-        Padding(Text(formula_of(recipe).replace("``", "")), (1, 0, 1, 2)),
+        Padding(Text(flowing(formula_of(recipe)).replace("``", "")), (1, 0, 1, 2)),
         facts(
             ("family", recipe.family + (f", {recipe.sub_family}" if recipe.sub_family else "")),
             ("kind", f"{recipe.kind}: {MEANINGS[recipe.kind]}"),
@@ -88,6 +88,12 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
         _fields(fields),
         quoted(_example(name, fields), style="dim"),
     )
+
+
+def flowing(text: str) -> str:
+    """A docstring's text with its paragraphs in a line each, for any width; what is indented, such as formulas, stays as it is."""
+    paragraphs = (part if part.startswith(" ") else " ".join(part.split()) for part in text.split("\n\n"))
+    return "\n\n".join(paragraphs)
 
 
 def ordered() -> list[str]:
@@ -146,4 +152,4 @@ def _fields(fields: tuple[MethodField, ...]) -> Any:
 
 def _example(name: str, fields: tuple[MethodField, ...]) -> str:
     setting = f" --set {fields[0].example}" if fields else ""
-    return f"deltatune tune --backbone minilm --task bbc-news --method {name}{setting} --out runs/{name}"
+    return f"`deltatune tune --backbone minilm --task bbc-news --method {name}{setting} --out runs/{name}`"

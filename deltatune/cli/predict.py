@@ -11,10 +11,11 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
-from deltatune.cli.terminal import Json, note, show, show_json, table
+from deltatune.cli.terminal import Json, note, plural, show, show_json, table, working
 from deltatune.errors import DataError
 
 if TYPE_CHECKING:
+    from deltatune.checkpoint.record import Record
     from deltatune.training.predict import Prediction
 
 LONGEST = 120
@@ -38,14 +39,20 @@ def predict(
     deltatune predict runs/bbc --json < headlines.txt
     """
     from deltatune.backbones.quiet import quiet
+    from deltatune.checkpoint.format import read
+    from deltatune.training.opening import delta_folder
     from deltatune.training.predict import Predictor
+    from deltatune.training.recorded import task_of
+    from deltatune.training.watch import watching
 
-    lines = [] if texts else standard_input()
+    record = read(delta_folder(folder))
+    width = len(task_of(record).text)
+    rows = grouped(texts, width) if texts else [line.split("\t") if width > 1 else [line] for line in standard_input()]
     with quiet():
-        predictor = Predictor.open(folder)
-    width = len(predictor.framing.task.text)
-    rows = grouped(texts, width) if texts else [line.split("\t") if width > 1 else [line] for line in lines]
-    said = predictor(rows, batch_size)
+        with working(loading(record, f"label {plural(len(rows), 'row' if width > 1 else 'text')}")):
+            predictor = Predictor.open(folder)
+        with watching("labelling") as watch:
+            said = predictor(rows, batch_size, watch)
     if json:
         shown = [{"text": row[0] if width == 1 else row, **asdict(prediction)} for row, prediction in zip(rows, said, strict=True)]
         show_json(shown)
@@ -56,6 +63,11 @@ def predict(
         probability = "" if prediction.score is None else f"{prediction.score:.3f}"
         drawn.add_row(Text(named(prediction), style="green"), probability, text[:LONGEST] + (" ..." if len(text) > LONGEST else ""))
     show(drawn)
+
+
+def loading(record: Record, purpose: str) -> str:
+    """What is loaded, and what for."""
+    return f"Loading `{record.name}` and its backbone `{record.origin.id or record.origin.fingerprint.class_name}`, to {purpose}."
 
 
 def named(prediction: Prediction) -> str:
@@ -96,5 +108,5 @@ def standard_input() -> list[str]:
             f"Standard input is not UTF-8: line {line} holds the byte 0x{raw[cause.start]:02x}. Convert it, for instance with iconv."
         ) from None
     if not lines:
-        raise DataError("There is no text: no argument was given, and standard input is empty. Write: deltatune predict DIR TEXT")
+        raise DataError("There is no text: no argument was given, and standard input is empty. Write `deltatune predict DIR TEXT`.")
     return lines

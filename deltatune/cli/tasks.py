@@ -40,6 +40,10 @@ def listing(category: Category = None, runnable: Runnable = False, json: Json = 
     if json:
         show_json([described(task) for task in chosen])
         return
+    if not chosen:
+        wanted = f" of the category `{category}`" if category else ""
+        show(quoted(f"No task{wanted} is runnable here. `deltatune tasks show NAME` says where the rows of one come from."))
+        return
     drawn = table("task", "category", "type", "labels", "metric", "runnable", "about", right=("labels",), whole=("task", "metric"))
     for task in chosen:
         runs = Text("yes", style="green") if task.is_runnable else Text("no", style="dim")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +45,18 @@ def note(text: str) -> None:
     console(stderr=True).print(quoted(text, style="dim"), soft_wrap=True)
 
 
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say what takes its time: with a spinner for as long as it lasts on a terminal, in one line elsewhere."""
+    err = console(stderr=True)
+    if err.is_terminal:
+        with err.status(quoted(text)):
+            yield
+    else:
+        note(text)
+        yield
+
+
 def show_json(value: Any, *, one_line: bool = False) -> None:
     """Print a JSON document."""
     print(json.dumps(value, indent=None if one_line else 1, ensure_ascii=False, default=str), flush=True)
@@ -50,7 +66,7 @@ def show_error(message: str, hint: str = "") -> None:
     """A message in a frame on a terminal, and as a plain line elsewhere."""
     err = console(stderr=True)
     if not err.is_terminal:
-        print(f"Error: {message}" + (f"\n{hint}" if hint else ""), file=sys.stderr, flush=True)
+        print(copyable(f"Error: {message}" + (f"\n{hint}" if hint else "")), file=sys.stderr, flush=True)
         return
     body = quoted(message)
     if hint:
@@ -60,11 +76,24 @@ def show_error(message: str, hint: str = "") -> None:
 
 
 def quoted(text: str, style: str = "") -> Text:
-    """Prose with what stands in backticks set off; the backticks themselves go."""
+    """Prose with what stands in backticks set off; the backticks themselves go, and commands can be copied."""
     styled = Text(style=style)
-    for position, part in enumerate(re.split(r"`+", text)):
+    for position, part in enumerate(re.split(r"`+", copyable(text))):
         styled.append(part, style="cyan" if position % 2 else "")
     return styled
+
+
+def copyable(text: str) -> str:
+    """Prose whose commands in backticks run where they are pasted, whether or not the shell finds ``deltatune`` by its name."""
+    return re.sub(r"`deltatune(?= )", lambda _: f"`{program()}", text)
+
+
+def program() -> str:
+    """``deltatune`` if that is how a shell finds what runs now; else its path, as it was called."""
+    called = sys.argv[0]
+    if Path(called).stem != "deltatune" or called == shutil.which("deltatune"):
+        return "deltatune"
+    return shlex.quote(called)
 
 
 def table(*columns: str, title: str = "", right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:

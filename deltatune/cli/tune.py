@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.text import Text
 from deltatune.cli.commands import commands
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
-from deltatune.cli.terminal import facts, note, share, show, show_json, size
+from deltatune.cli.terminal import facts, note, quoted, share, show, show_json, size
 from deltatune.errors import DeltaError, InvalidValue
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, pairs, settings_of
@@ -140,7 +141,8 @@ def _run(
         lacking = [flag for flag, value in (("--backbone", name), ("--task", asked), ("--method", recipes)) if not value]
         raise InvalidValue(
             f"`tune` needs {' and '.join(f'`{flag}`' for flag in lacking)}. For example: "
-            "deltatune tune --backbone minilm --task bbc-news --method lora. `deltatune backbones`, `tasks` and `methods` list the names."
+            "`deltatune tune --backbone minilm --task bbc-news --method lora`. "
+            "`deltatune backbones`, `tasks` and `methods` list the names."
         )
     return Run(
         backbone=name,
@@ -208,5 +210,5 @@ def show_result(run: Run, result: Result) -> None:
             ("delta", f"{size(result.delta_bytes)} in {result.out}"),
         ),
         "",
-        Text(f'deltatune predict {result.out} "..."', style="dim"),
+        quoted(f'`deltatune predict {shlex.quote(str(result.out))} "..."`', style="dim"),
     )

@@ -6,11 +6,12 @@ import dataclasses
 import inspect
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from deltatune.methods.kinds import Method
+from deltatune.methods.kinds import Method, methods
 
 REQUIRED: Any = dataclasses.MISSING
 """The default of a field that has none."""
@@ -48,9 +49,7 @@ class MethodField:
         """The default as one writes it on the command line; empty where there is none to write."""
         if self.default is REQUIRED or self.default is None:
             return ""
-        if isinstance(self.default, tuple):
-            return ",".join(map(str, self.default))
-        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+        return as_written(self.default)
 
     @property
     def example(self) -> str:
@@ -60,6 +59,33 @@ class MethodField:
             return f"{self.name}={self.default_text or _joined(options[1])}"
         sample = next((_SAMPLES[option] for option in options if option in _SAMPLES), "...")
         return f"{self.name}={self.default_text or sample}"
+
+
+def as_written(value: Any) -> str:
+    """A value as one writes it on the command line, or reads it in a sentence.
+
+    >>> [as_written(value) for value in (16.0, 1e-05, True, None, (1, 2), (("attention.*", 8),))]
+    ['16', '1e-05', 'true', 'none', '1,2', 'attention.*:8']
+    """
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, list | tuple):
+        return ",".join(":".join(map(as_written, one)) if isinstance(one, list | tuple) else as_written(one) for one in value)
+    return str(value)
+
+
+def in_short(name: str, values: Mapping[str, Any]) -> str:
+    """A method as one asks for it: fields at their defaults are left out, and all are shown of a method nobody registered.
+
+    >>> in_short("lora", {"rank": 4, "alpha": 16.0, "ranks": []})
+    'lora rank=4'
+    """
+    defaults = {field.name: field.default for field in fields_of(methods[name])} if name in methods else {}
+    usual = {field: as_written(default) for field, default in defaults.items()}
+    told = {field: as_written(value) for field, value in values.items()}
+    return " ".join([name, *(f"{field}={said}" for field, said in told.items() if said != usual.get(field))])
 
 
 def fields_of(recipe: type[Method]) -> tuple[MethodField, ...]:

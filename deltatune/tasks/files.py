@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import DataError, missing_extra, nearest
+from deltatune.errors import DataError, missing_extra, near, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.rows import Row
+from deltatune.tasks.split import LEAST
 from deltatune.tasks.task import Split, Task, TaskType
 from deltatune.tasks.template import plain_template
 
@@ -52,9 +53,9 @@ def task_from_file(
     file = Path(path).expanduser()
     columns = (text,) if isinstance(text, str) else tuple(text)
     rows = read_rows(file)
-    for column in (*columns, label):
+    for column, keyword in (*((column, "text") for column in columns), (label, "label")):
         if column not in rows[0]:
-            raise DataError(f"`{file.name}` has no column `{column}`. Found: {_listed(rows[0])}. {nearest(column, rows[0])}")
+            raise _no_column(file, column, keyword, list(rows[0]))
     _check_texts(file, rows, columns)
     rows = _with_labels(file, rows, label)
     labels = _label_names(file, rows, label) if type == "classification" else ()
@@ -86,10 +87,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix not in _FORMATS:
         raise DataError(f"The data file `{file.name}` ends in `{file.suffix}`. Known: {', '.join(sorted(_FORMATS))}.")
     if file.stat().st_size == 0:
-        raise DataError(f"The data file `{file.name}` is empty. It needs a header and at least one row per class and split.")
+        raise DataError(f"The data file `{file.name}` is empty. It needs a header and at least {LEAST} rows of a class.")
     rows = _FORMATS[file.suffix](file)
     if not rows:
-        raise DataError(f"The data file `{file.name}` has no rows. It needs at least one per class and split.")
+        raise DataError(f"The data file `{file.name}` has no rows. It needs at least {LEAST} of a class.")
     return rows
 
 
@@ -159,6 +160,14 @@ _FORMATS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def _no_column(file: Path, column: str, keyword: str, found: Sequence[str]) -> DataError:
+    """What to say where the column for a keyword of ``task_from_file`` is not there."""
+    hint = f" {nearest(column, found)}" if near(column, found) else ""
+    return DataError(
+        f"`{file.name}` has no column `{column}` for the {keyword}: its columns are {_listed(found)}.{hint} Name one by `{keyword}=COLUMN`."
+    )
 
 
 def _check_texts(file: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Features = dict[str, Any]
+Watch = Callable[[Sequence[list[int]]], Iterable[list[int]]]
+"""Passes batches of row numbers on, one by one, and may show how far it is."""
 IGNORED = -100
 """The label that PyTorch's cross-entropy leaves out."""
 
@@ -56,17 +58,15 @@ class Framing(ABC):
     def score_batch(self, model: nn.Module, inputs: Sequence[Features]) -> Tensor:
         """Scores (batch, outputs) of encoded inputs: logits of a head, or log-probabilities of the label words."""
 
-    def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> Tensor:
+    def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, watch: Watch = iter) -> Tensor:
         """Scores (rows, outputs) in fp32 on the CPU, in the order of the rows; the model is in eval mode meanwhile.
 
-        Rows of like length share a batch, which changes nothing but the time.
+        Rows of like length share a batch, which changes nothing but the time; ``watch`` is given the batches.
         """
         inputs = self.encode_inputs(rows)
-        order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]["input_ids"]))
         scores = torch.empty(len(inputs), self.task.outputs)
         with _evaluating(model), torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for batch in watch(by_length(inputs, batch_size)):
                 scores[batch] = self.score_batch(model, [inputs[index] for index in batch]).float().cpu()
         return scores
 
@@ -153,6 +153,12 @@ def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     """Sequences of unequal length -> (batch, longest), filled with ``value`` on the right."""
     longest = max(map(len, sequences))
     return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
+
+
+def by_length(inputs: Sequence[Features], batch_size: int) -> list[list[int]]:
+    """The numbers of encoded inputs in batches, the shortest first, so that those of like length share one."""
+    order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]["input_ids"]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

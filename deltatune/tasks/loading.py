@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from deltatune.errors import DataError, MissingExtra, nearest
 from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.sources import SPLITS, packaged_name, read_hub, read_mirror, read_packaged
-from deltatune.tasks.split import cut, overlap, without_duplicates
+from deltatune.tasks.split import LEAST, cut, overlap, text_key, without_duplicates
 from deltatune.tasks.task import Split, Task, TaskType, get_task
 
 
@@ -98,9 +100,22 @@ def build(task: Task, splits: Mapping[str, Sequence[Row]], source: str) -> TaskD
     for name in SPLITS:
         if not parts[name]:
             told = ", ".join([f"{sum(map(len, splits.values()))} rows were read", *notes])
-            raise DataError(f"The split `{name}` of `{task.name}` is empty ({told}). It needs more rows with texts of their own.")
+            raise DataError(f"The split `{name}` of `{task.name}` is empty ({told}). {_wanted(task, parts)}")
     train, validation, test = (Rows.of(parts[name], names) for name in SPLITS)
     return TaskData(task, train, validation, test, source, tuple(notes))
+
+
+def _wanted(task: Task, parts: Mapping[str, Sequence[Row]]) -> str:
+    """How many rows would do, and how many there are."""
+    if task.split is None:
+        return "It needs rows with texts that no earlier split has."
+    classes = task.type == "classification"
+    texts: dict[Any, set[str]] = defaultdict(set)
+    for row in itertools.chain(*parts.values()):
+        texts[row[task.label] if classes else None].add(text_key(row, task.text))
+    most = max(map(len, texts.values()), default=0)
+    found = f"the largest class has {most}" if classes else f"there are {most}"
+    return f"Rows to train, to choose and to test by take at least {LEAST} different texts{' of a class' * classes}; {found}. Add rows."
 
 
 def encode_labels(task: Task, rows: Sequence[Row]) -> list[Row]:

@@ -12,6 +12,9 @@ from typing import Any
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Split
 
+LEAST = 3
+"""Different texts of a class that give each of the three splits one."""
+
 
 def text_key(row: Row, columns: Sequence[str]) -> str:
     r"""The row's texts in lower case with blanks merged: rows with one key are the same for every purpose.
@@ -88,9 +91,9 @@ def _names(count: int, split: Split) -> list[str]:
 
 
 def _share(count: int, share: float) -> int:
-    """At least one row of a class that has three, where the share is not zero."""
+    """At least one row of a class that has ``LEAST``, where the share is not zero."""
     exact = int(count * share + 0.5)
-    return max(exact, 1) if share > 0 and count >= 3 else exact
+    return max(exact, 1) if share > 0 and count >= LEAST else exact
 
 
 def _hashable(value: Any) -> Hashable:

@@ -15,7 +15,7 @@ from deltatune.errors import DataError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import Framing, HeadFraming, check_rows
+from deltatune.tasks.framing import Framing, HeadFraming, Watch, check_rows
 from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.training.evaluation import answers, score_rows
 from deltatune.training.opening import delta_folder, open
@@ -76,12 +76,13 @@ class Predictor:
             framing = TextToTextFraming(task, tokenizer, training["max_length"], encoder_decoder=both)
         return cls(backbone, tokenizer, delta, framing)
 
-    def __call__(self, texts: Text | Sequence[Text], batch_size: int = 64) -> list[Prediction]:
+    def __call__(self, texts: Text | Sequence[Text], batch_size: int = 64, watch: Watch = iter) -> list[Prediction]:
         """One prediction a text.
 
         Args:
             texts: a text, or several; a pair is two texts, or a mapping with the task's columns.
             batch_size: texts a forward.
+            watch: is given the batches; see ``training.watch``.
 
         Raises:
             DataError: an empty text, or a pair where the task has one column.
@@ -90,8 +91,8 @@ class Predictor:
         rows = [_row(self.framing.task, text) for text in several]
         check_rows(self.framing.task, rows)
         if isinstance(self.framing, TextToTextFraming) and not self.framing.words:
-            return [Prediction(text, None, {}) for text in answers(self.framing, self.backbone, rows, batch_size)]
-        scores = self.framing.score(self.backbone, rows, batch_size)
+            return [Prediction(text, None, {}) for text in answers(self.framing, self.backbone, rows, batch_size, watch=watch)]
+        scores = self.framing.score(self.backbone, rows, batch_size, watch)
         return [_prediction(self.framing, row, said) for row, said in zip(scores, self.framing.predict(scores), strict=True)]
 
 
@@ -106,13 +107,16 @@ def predict(source: str | os.PathLike[str] | Predictor, texts: Text | Sequence[T
     return predictor(texts, batch_size)
 
 
-def evaluate(source: str | os.PathLike[str] | Predictor, data: TaskData | None = None, batch_size: int = 64) -> dict[str, float]:
+def evaluate(
+    source: str | os.PathLike[str] | Predictor, data: TaskData | None = None, batch_size: int = 64, watch: Watch = iter
+) -> dict[str, float]:
     """The task's metrics on its test rows, and ``score``, the customary one.
 
     Args:
         source: a run's or a delta's folder; or an open one, with ``data``.
         data: the rows; found by the run's ``run.yaml``, else by the task's name, if left out.
         batch_size: rows a forward.
+        watch: is given the batches; see ``training.watch``.
 
     Raises:
         CheckpointError: no usable delta in the folder.
@@ -127,7 +131,7 @@ def evaluate(source: str | os.PathLike[str] | Predictor, data: TaskData | None =
             f"The delta was trained for the labels {', '.join(task.labels)}; the rows of `{data.task.name}` have "
             f"{', '.join(data.task.labels)}. Evaluate it on the task it was trained for."
         )
-    return score_rows(predictor.framing, predictor.backbone, data.test, batch_size)
+    return score_rows(predictor.framing, predictor.backbone, data.test, batch_size, watch)
 
 
 def data_of(folder: str | os.PathLike[str]) -> TaskData:

@@ -6,11 +6,11 @@ import sys
 import time
 from typing import Any, Literal, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.training.trainer import SCORE
+from deltatune.training.watch import SECONDS, progress_bar, speed
 
 Show = Literal["auto", "bar", "lines", "none"]
 
@@ -58,7 +58,6 @@ class _Watched(TrainerCallback):
 
     def text(self, state: TrainerState) -> str:
         """The numbers in words: ``loss 0.42, accuracy 0.91, 57 rows/s, 0:41 left``."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
         done = state.global_step - self._first
         parts = []
         if self.loss is not None:
@@ -66,8 +65,8 @@ class _Watched(TrainerCallback):
         if self.score is not None:
             parts.append(f"{self.metric} {self.score:.3f}")
         if done:
-            left = seconds / done * (state.max_steps - state.global_step)
-            parts += [f"{done * self.rows_a_step / seconds:.0f} rows/s", f"{_clock(left)} left"]
+            seconds = time.monotonic() - self._started
+            parts.append(speed(done, state.max_steps - state.global_step, seconds, self.rows_a_step))
         return ", ".join(parts)
 
 
@@ -76,8 +75,7 @@ class ProgressBar(_Watched):
 
     def __init__(self, label: str, metric: str, rows_a_step: int, file: TextIO) -> None:
         super().__init__(label, metric, rows_a_step, file)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-        self._bar = Progress(*columns, console=Console(file=file))
+        self._bar = progress_bar(file)
         self._task: TaskID | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -110,7 +108,7 @@ class ProgressBar(_Watched):
 class ProgressLines(_Watched):
     """A plain line every ``seconds``, and at the end."""
 
-    seconds = 5.0
+    seconds = SECONDS
 
     def __init__(self, label: str, metric: str, rows_a_step: int, file: TextIO) -> None:
         super().__init__(label, metric, rows_a_step, file)
@@ -141,9 +139,3 @@ class ProgressLines(_Watched):
         self._shown = time.monotonic()
         if state.is_world_process_zero:
             print(f"{self.label} {state.global_step}/{state.max_steps}: {self.text(state)}", file=self.file, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

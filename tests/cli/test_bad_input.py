@@ -95,11 +95,24 @@ def _headlines(place: Path, content: bytes, name: str = "texts.csv") -> Path:
         (b"headline,topic\ngoal,sport\n  ,money\n", ("no text", "row 2")),
         (b"headline,topic\ngoal,sport\nshare,\n", ("no label", "row 2")),
         (b"headline,topic\ncaf\xe9,sport\n", ("not UTF-8", "line 2", "0xe9")),
-        (b"title,topic\ngoal,sport\n", ("no column `headline`", "`title`")),
+        (b"title,topic\ngoal,sport\n", ("no column `headline` for the text", "`title`, `topic`", "`--text COLUMN`")),
+        (b"headline,topics\ngoal,sport\n", ("no column `topic` for the label", "Did you mean `topics`?", "`--label COLUMN`")),
+        (b"headline,topic\ngoal,sport\nshare,money\nteam,sport\n", ("3 rows were read", "at least 3 different texts", "has 2")),
         (b"headline,topic\ngoal,sport\nteam,sport\n", ("one class only", "`sport`")),
         (b"headline,topic\n" + b"goal,sport\nshare,money\n" * 20, ("40 rows were read, 38 duplicates left out",)),
     ],
-    ids=["empty", "no rows", "empty text", "empty label", "not UTF-8", "no such column", "one class", "duplicates"],
+    ids=[
+        "empty",
+        "no rows",
+        "empty text",
+        "empty label",
+        "not UTF-8",
+        "no such column",
+        "no such label",
+        "too few",
+        "one class",
+        "duplicates",
+    ],
 )
 def test_data_that_cannot_be_used(content: bytes, parts: tuple[str, ...], call: Call, encoder: str, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -43,7 +43,8 @@ def test_listing(call: Call, pushed: str, place: Path) -> None:
         [entry] = json.loads(call(*words, "--json").out)
         assert (entry["id"], entry["names"], entry["method"], entry["score"]) == (pushed, ["bbc"], "lora", 0.9)
         shown = call(*words).out
-        assert [part for part in ("bbc", pushed[:12], "lora", "bbc-news", "0.9000 accuracy", "1 delta in") if part not in shown] == []
+        parts = ("bbc", pushed[:12], "lora", "bbc-news", "0.9000 accuracy", "1 delta in", " trained ", " stored", f"--hub {place}")
+        assert [part for part in parts if part not in shown] == []
 
 
 def test_the_environment_names_the_hub(call: Call, pushed: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,7 @@ def test_the_environment_names_the_hub(call: Call, pushed: str, place: Path, mon
     monkeypatch.delenv("DELTATUNE_HUB")
     monkeypatch.setenv("XDG_DATA_HOME", str(place.parent / "home"))
     assert json.loads(call("hub", "list", "--json").out) == []
+    assert "holds no delta yet. deltatune hub push DIR NAME brings one." in " ".join(call("hub", "list").out.split())
 
 
 def test_show(call: Call, pushed: str, place: Path) -> None:
@@ -59,7 +61,7 @@ def test_show(call: Call, pushed: str, place: Path) -> None:
     assert found["id"] == pushed and "| score | 0.9000 accuracy |" in found["card"]
     shown = call("hub", "show", "bbc", "--hub", place).out
     assert "library_name" not in shown
-    assert "hub.pull(" in shown
+    assert f'hub.pull("{place}", "bbc", "bbc")' in shown and f"--hub {place}" in shown and "HUB" not in shown
 
 
 def test_the_licence_of_a_known_backbone_is_on_the_card(call: Call, pushed: str, place: Path) -> None:
@@ -76,7 +78,8 @@ def test_search(call: Call, pushed: str, place: Path) -> None:
     assert found("--backbone", "gpt2") == found("--task", "sst2") == found("--min-score", 0.95) == found("--method", "bitfit") == 0
     digits = json.loads(call("hub", "list", "--hub", place, "--json").out)[0]["fingerprint"][:8]
     assert found("--fingerprint", digits) == 1
-    assert "0 deltas in" in call("hub", "search", "--hub", place, "--task", "sst2").out
+    none = call("hub", "search", "--hub", place, "--task", "sst2", "--min-score", 0.5)
+    assert f"No delta in {place} has all of --task sst2 --min-score 0.5." in " ".join(none.out.split())
 
 
 def test_a_name_is_moved_only_when_asked(call: Call, pushed: str, place: Path, saved: Saved) -> None:

@@ -9,7 +9,7 @@ import pytest
 from deltatune.backbones.catalogue import backbones
 from deltatune.cli.terminal import quoted, share, size
 from deltatune.methods.kinds import methods
-from deltatune.tasks import get_task, tasks
+from deltatune.tasks import Task, get_task, tasks
 from tests.cli.conftest import Call
 
 
@@ -55,6 +55,12 @@ def test_some_tasks(call: Call) -> None:
     topics = listed(call, "tasks", "list", "--category", "topic")
     assert {entry["category"] for entry in topics} == {"topic"}
     assert {entry["name"] for entry in listed(call, "tasks", "--runnable")} == {name for name in tasks if get_task(name).is_runnable}
+
+
+def test_no_task_is_a_sentence(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "is_runnable", False)
+    shown = call("tasks", "--category", "topic", "--runnable").out
+    assert shown.startswith("No task of the category topic is runnable here. deltatune tasks show NAME says")
 
 
 def test_one_task(call: Call) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def test_predict_takes_arguments_and_lines(call: Call, finished: Path, monkeypat
     assert all(entry["label"] in LABELS and abs(sum(entry["scores"].values()) - 1) < 1e-5 for entry in said)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"goal for the team\nbank with profit\n")))
     assert json.loads(call("predict", finished, "--json").out) == said
-    assert said[0]["label"] in call("predict", finished, "goal for the team").out
+    shown = call("predict", finished, "goal for the team")
+    assert said[0]["label"] in shown.out
+    assert re.fullmatch(r"Loading lora and its backbone \S+, to label 1 text.\n", shown.err)
 
 
 def test_eval_gives_the_score_of_the_training(call: Call, finished: Path) -> None:
@@ -101,7 +104,8 @@ def test_eval_gives_the_score_of_the_training(call: Call, finished: Path) -> Non
     assert numbers["metrics"] == pytest.approx(before["metrics"])
     assert numbers["data_changed"] is False
     shown = call("eval", finished)
-    assert "when trained" in shown.out and shown.err == ""
+    assert "when trained" in shown.out
+    assert re.fullmatch(r"Loading lora and its backbone \S+, to score the 12 test rows of headlines.\n", shown.err)
 
 
 def test_eval_tells_that_the_rows_are_others(call: Call, encoder: str, tmp_path: Path) -> None:
@@ -119,7 +123,7 @@ def test_inspect_shows_a_delta_folder(call: Call, finished: Path, encoder: str) 
     assert (held["method"], held["backbone"], held["task"], held["labels"]) == ("lora", encoder, "headlines", sorted(LABELS))
     shown = call("inspect", finished / "delta")
     assert shown.code == 0, shown.err
-    assert "rank=8" in shown.out and "attention.self.query" in shown.out
+    assert shown.out.startswith("lora  with its defaults\n") and "attention.self.query" in shown.out
 
 
 def test_a_pair_needs_both_texts(call: Call, finished: Path) -> None:

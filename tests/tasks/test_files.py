@@ -84,14 +84,28 @@ def broken(number: int, **fields: object) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (GOOD, {"text": "txt"}, r"has no column `txt`. Found: `text`, `label`. Did you mean `text`"),
-        (GOOD, {"label": "lable"}, r"has no column `lable`.*Did you mean `label`"),
+        (
+            GOOD,
+            {"text": "txt"},
+            r"`txt` for the text: its columns are `text`, `label`. Did you mean `text`\? Name one by `text=COLUMN`",
+        ),
+        (GOOD, {"label": "lable"}, r"no column `lable` for the label:.*Did you mean `label`\? Name one by `label=COLUMN`"),
+        (GOOD, {"text": "zzzzz"}, r"its columns are `text`, `label`. Name one by"),
         (broken(3, text="  "), {}, r"has no text in column `text` of row 4"),
         (broken(3, label=""), {}, r"has no label in column `label` of row 4"),
         ([{**row, "label": "yes"} for row in GOOD], {}, r"one class only, `yes`.*at least two"),
         ([{**row, "label": row["text"]} for row in GOOD], {}, r"30 different values.*type='regression'"),
         (GOOD, {"type": "regression"}, r"is a regression.*'(no|yes)', which is not a number"),
-        (GOOD[:2], {}, r"The split `validation` of `data` is empty \(2 rows were read\)"),
+        (
+            GOOD[:2],
+            {},
+            r"`validation` of `data` is empty \(2 rows were read\).* at least 3 different texts of a class; the largest class has 1",
+        ),
+        (
+            [{**row, "label": index / 7} for index, row in enumerate(GOOD[:2])],
+            {"type": "regression"},
+            r"at least 3 different texts; there are 2. Add rows",
+        ),
     ],
 )
 def test_bad_rows(tmp_path: Path, rows: list[dict[str, object]], options: dict[str, str], message: str) -> None:

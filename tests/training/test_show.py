@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deltatune.errors import OutputError
-from deltatune.training.curve import curve_of, draw_curve
+from deltatune.training.curve import FEWEST, curve_of, draw_curve
 from deltatune.training.files import discard, is_complete, mark_complete, write_text
 from deltatune.training.measure import StepTimer, peak_memory, timed_steps
 from deltatune.training.progress import ProgressBar, ProgressLines, progress
@@ -31,11 +31,22 @@ def test_a_curve_is_computed_from_the_history() -> None:
     curve = curve_of(HISTORY)
     assert curve.loss == ((1, 2.0), (2, 1.0), (3, 0.5))
     assert curve.score == ((2, 0.5), (4, 0.75))
-    assert curve.smooth[0] == (1, pytest.approx(2.0))
-    assert curve.smooth[1] == (2, pytest.approx((0.9 * 0.1 * 2 + 0.1 * 1) / 0.19))
+    assert curve.smooth == ()
 
 
-@pytest.mark.parametrize("history", [HISTORY, HISTORY[:2], []], ids=["both", "loss", "nothing"])
+def test_many_points_are_smoothed_without_a_lag() -> None:
+    line = curve_of([{"step": step, "loss": 2 * step} for step in range(FEWEST)])
+    assert [value for _, value in line.smooth] == pytest.approx([value for _, value in line.loss])
+    rough = curve_of([{"step": step, "loss": step % 2} for step in range(3 * FEWEST)])
+    values = [value for _, value in rough.smooth[5:-5]]
+    assert min(values) > 0.4 and max(values) < 0.6
+    assert len(rough.smooth) == len(rough.loss)
+
+
+LONG: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 101)] + [{"step": 50, "eval_score": 0.5}]
+
+
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[:2], LONG, []], ids=["both", "loss", "long", "nothing"])
 def test_a_curve_is_drawn(history: list[dict[str, Any]], tmp_path: Path) -> None:
     draw_curve(curve_of(history), tmp_path / "curve.png", title="lora on tiny", metric="accuracy")
     picture = matplotlib.image.imread(tmp_path / "curve.png")

@@ -1,0 +1,63 @@
+"""What scoring shows while it goes on."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from deltatune.tasks.framing import HeadFraming, by_length
+from deltatune.training import watch
+from deltatune.training.evaluation import score_rows
+from deltatune.training.watch import watching
+from tests.training import tiny
+
+BATCHES = [[0, 2], [1, 3], [4]]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SECONDS", 0.0)
+    file = io.StringIO()
+    with watching("scoring", file) as watched:
+        assert list(watched(BATCHES)) == BATCHES
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("scoring 2/5: ") and second.startswith("scoring 4/5: ")
+    assert "rows/s" in first and first.endswith(" left")
+
+
+def test_what_is_quick_shows_nothing() -> None:
+    file = io.StringIO()
+    with watching("scoring", file) as watched:
+        assert list(watched(BATCHES)) == BATCHES
+    assert file.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal() -> None:
+    file = Terminal()
+    with watching("scoring", file) as watched:
+        assert list(watched(BATCHES)) == BATCHES
+    assert "scoring" in file.getvalue() and "5/5" in file.getvalue()
+
+
+def test_inputs_of_like_length_share_a_batch() -> None:
+    assert by_length([{"input_ids": [0] * length} for length in (3, 1, 2)], 2) == [[1, 2], [0]]
+
+
+def test_a_score_is_the_same_whether_or_not_somebody_watches() -> None:
+    seen: list[list[int]] = []
+
+    def watched(batches: list[list[int]]) -> list[list[int]]:
+        seen.extend(batches)
+        return batches
+
+    data, model = tiny.data(), tiny.backbone("bert")
+    framing = HeadFraming(data.task, tiny.tokenizer())
+    with torch.random.fork_rng():
+        assert score_rows(framing, model, data.test, 4, watched) == score_rows(framing, model, data.test, 4)
+    assert sorted(row for batch in seen for row in batch) == list(range(len(data.test)))
