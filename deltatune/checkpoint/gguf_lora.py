@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.combine import factored
+from deltatune.checkpoint.folder import place_of
 from deltatune.checkpoint.targets import Given, targets
 from deltatune.errors import OutputError, Unsupported, missing_extra
 from deltatune.injection.compose import Composition
@@ -49,7 +50,7 @@ PAIRED = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 
 def write_gguf_lora(delta: Delta | Composition, file: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a LoRA as ``llama-cli --lora`` and llama-cpp-python's ``lora_path`` read it: W' = W + (alpha / r) B A, in fp32.
+    """Write a LoRA as llama.cpp's ``--lora`` and its Python bindings read it: W' = W + (alpha / r) B A, in fp32.
 
     Args:
         delta: a LoRA, or one of its kin that only has factors, on the linear maps of a decoder in ``DIALECTS``. Others become
@@ -69,7 +70,7 @@ def write_gguf_lora(delta: Delta | Composition, file: str | os.PathLike[str], *,
         import gguf
     except ImportError as cause:
         raise missing_extra("gguf", "gguf") from cause
-    target = Path(file)
+    target = place_of(file)
     if target.suffix != ".gguf" or target.is_dir() or (target.exists() and not overwrite):
         raise OutputError(
             f"`{target}` cannot be written: llama.cpp reads a LoRA from one file called `*.gguf`, and what is there is kept unless "

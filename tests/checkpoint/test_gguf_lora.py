@@ -1,4 +1,4 @@
-"""LoRA files of llama.cpp: its names and its order of rows, checked against a GGUF's own weights; and run in llama.cpp where it is."""
+"""LoRA files of llama.cpp: its names and its order of rows, checked against a GGUF's own weights."""
 
 from __future__ import annotations
 
@@ -102,37 +102,3 @@ def test_what_llama_cpp_cannot_take(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="is a composition"):
         write_gguf_lora(dt.compose(model, members, name="both"), tmp_path / "d.gguf")
     assert list(tmp_path.iterdir()) == []
-
-
-PROMPT = "The capital of France is"
-
-
-@pytest.mark.slow
-def test_llama_cpp_computes_the_same_logits(tmp_path: Path) -> None:
-    """SmolLM2 with a LoRA in llama.cpp against ours, on the dequantised weights of one and the same GGUF."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    from deltatune.backbones import backbones, load_backbone, load_tokenizer
-
-    if not backbones["smollm2-135m"].is_installed:
-        pytest.skip("the package with SmolLM2's weights is not installed")
-    [weights] = backbones["smollm2-135m"].files
-    model: Any = load_backbone("smollm2-135m", auto_class="AutoModelForCausalLM")
-    ids = load_tokenizer("smollm2-135m")(PROMPT)["input_ids"]
-    found = {}
-    for name in (None, "d"):
-        if name:
-            delta = trained(model, LoRA(rank=4, alpha=16), where=EVERYWHERE)
-            write_gguf_lora(delta, tmp_path / "d.gguf")
-        with torch.no_grad():
-            ours = model(torch.tensor([ids])).logits[0, -1]
-        llama = llama_cpp.Llama(
-            str(weights), lora_path=str(tmp_path / "d.gguf") if name else None, n_ctx=64, n_threads=1, logits_all=True, verbose=False
-        )
-        llama.eval(ids)
-        found[name] = (ours, torch.from_numpy(np.array(llama.scores[len(ids) - 1])))
-    (plain, plain_theirs), (moved, theirs) = found[None], found["d"]
-    rounding = (plain - plain_theirs).norm() / plain.norm()  # of activations quantised to 8 bits, in llama.cpp alone
-    assert rounding < 0.05
-    assert (moved - theirs).norm() / moved.norm() < 0.08
-    shift, shift_theirs = moved - plain, theirs - plain_theirs
-    assert torch.nn.functional.cosine_similarity(shift, shift_theirs, dim=0) > 0.9
