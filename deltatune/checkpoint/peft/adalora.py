@@ -63,7 +63,7 @@ class Adalora(SiteTuner):
         refuse_variants(fields)
         for key in ("r", "rank_pattern", "init_lora_weights", "use_rslora"):
             fields.data.pop(key, None)  # PEFT's AdaLoRA has its own ranks and scale, and the tensors say how many triplets are left
-        for key in ("use_dora", "alpha_pattern", "target_parameters"):
+        for key in ("use_dora", "alpha_pattern", "target_parameters", "lora_bias"):
             fields.refuse(key)
         fields.only_trains("lora_dropout")
         fields.only_trains("deltaT", 1)

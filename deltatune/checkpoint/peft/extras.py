@@ -27,11 +27,28 @@ BASE_BIAS, BASE_WEIGHT = "base_layer.bias", "base_layer.weight"
 
 
 def read_biases(content: Content) -> list[Part]:
-    """The biases that a config's ``bias`` lets train: those of the targets, or all."""
-    kind = content.fields.take("bias", "none", str)
-    if kind == "none":
-        return []
+    """The biases that a config's ``bias`` lets train, those of the targets or all, and what the type adds to outputs."""
+    found = _trained_biases(content, content.fields.take("bias", "none", str))
+    for path, vector in content.added.items():
+        site = content.modules.site(path)
+        bias = site.module._parameters.get("bias")
+        if bias is None:
+            found[site.key, "b"] = vector
+        else:
+            own = found.get((site.key, "bias"), bias.detach().cpu())
+            found[site.key, "bias"] = (own + vector).to(bias.dtype)
+    add_missing = any(name == "b" for _, name in found)
+    return [Part("bias", BitFit(add_missing=add_missing), found)] if found else []
+
+
+def _trained_biases(content: Content, kind: str) -> dict[tuple[str, str], Tensor]:
     found: dict[tuple[str, str], Tensor] = {}
+    if kind == "none":
+        return found
+    if kind != "all" and not kind.endswith("_only"):
+        raise CheckpointError(
+            f"`{content.fields.file}` has bias = {kind!r:.40}, which is none of PEFT's: none, all or lora_only. Correct it."
+        )
     kept = content.fields.peek("modules_to_save") or []
     for path in content.stored.paths({BASE_BIAS, "bias"}):
         suffixes = {BASE_BIAS} if kind != "all" or _is_kept(path, kept) else {BASE_BIAS, "bias"}
@@ -39,7 +56,7 @@ def read_biases(content: Content) -> list[Part]:
             found[content.modules.site(path).key, "bias"] = tensor
     for path in [*content.stored.at]:
         content.stored.take(path, [suffix for suffix in content.stored.at[path] if kind == "all" and suffix.startswith(STRAY)])
-    return [Part("bias", BitFit(add_missing=False), found)] if found else []
+    return found
 
 
 def read_rows(content: Content) -> list[Part]:

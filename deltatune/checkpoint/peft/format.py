@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.checkpoint.foreign import Foreign, Format, Part, Reading, formats
-from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights
+from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights, weights_file
 from deltatune.checkpoint.peft.config import CONFIG, HARMLESS, PICKLE, WEIGHTS, base_fields, task_of, write_config
 from deltatune.checkpoint.peft.extras import (
     add_default_heads,
@@ -33,7 +33,7 @@ from deltatune.structure.index import Index, index
 class PeftFormat(Format):
     """Folders of the PEFT library, one adapter each."""
 
-    files = (CONFIG, WEIGHTS, PICKLE, "README.md")
+    files = (CONFIG, WEIGHTS, PICKLE)
 
     def recognises(self, folder: Path) -> bool:
         """It has a config that names a type of PEFT's; other libraries write the same file name."""
@@ -49,9 +49,9 @@ class PeftFormat(Format):
         fields = Fields(config, folder / CONFIG, HARMLESS)
         kind = config.get("peft_type")
         tuner = _tuner(kind, folder)
-        weights = read_weights(folder, WEIGHTS, PICKLE, allow_bin=reading.allow_bin)
+        file = weights_file(folder, WEIGHTS, PICKLE, allow_bin=reading.allow_bin)
         modules = Modules(sites)
-        content = Content(fields, Stored(weights, modules, folder / WEIGHTS, tuner.prefix), modules)
+        content = Content(fields, Stored(read_weights(file), modules, file, tuner.prefix), modules)
         try:
             parts, heads = self._parts(tuner, content)
         except re.error as cause:

@@ -27,7 +27,7 @@ from deltatune.checkpoint.peft.tuner import (
     tuners,
     whole,
 )
-from deltatune.errors import Unsupported
+from deltatune.errors import CheckpointError, Unsupported
 from deltatune.methods.kinds import Method
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
@@ -37,7 +37,7 @@ from deltatune.methods.reparameterization.matrix_view import MatrixView
 from deltatune.methods.reparameterization.pissa import PiSSA
 from deltatune.structure.site import Site
 
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 
 LORA_FIELDS: Mapping[str, Any] = {
@@ -83,7 +83,6 @@ VARIANTS = {
     "arrow_config": "",
     "kasa_config": "",
     "layer_replication": "the backbone has other layers",
-    "lora_bias": "our LoRA has no bias in B",
     "megatron_config": "",
     "monteclora_config": "",
     "use_bdlora": "",
@@ -92,8 +91,17 @@ VARIANTS = {
 }
 """Fields of variants that we have no method for."""
 
-STARTS = (True, "gaussian", "orthogonal", "eva", "pissa")
+STARTS = (True, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
 """Values of ``init_lora_weights`` that leave the backbone's weights alone, or as we can make them again."""
+
+ALIKE = {"mica": "where lora_B does not train", "olora": "which is read as a LoRA of twice the rank"}
+"""Those of them that our methods only compute, and would train otherwise."""
+
+REBASED = (
+    "it takes its start off the backbone's weights, and the file does not say what that was. Save it from PEFT with "
+    "path_initial_model_for_weight_conversion, which writes a plain LoRA"
+)
+"""Why other values are refused."""
 
 
 def refuse_variants(fields: Fields) -> None:
@@ -144,25 +152,36 @@ class Lora(SiteTuner):
     biased = "lora_only"
 
     def suffixes(self) -> frozenset[str]:
-        """Two factors, and DoRA's magnitude."""
-        return frozenset({A, B, TABLE_A, TABLE_B, MAGNITUDE})
+        """Two factors, the bias of the second, and DoRA's magnitude."""
+        return frozenset({A, B, B_BIAS, TABLE_A, TABLE_B, MAGNITUDE})
 
     def recipe(self, content: Content) -> Recipe:
         """LoRA, DoRA or PiSSA, of the rank and alpha that the patterns give a module."""
         fields = content.fields
         refuse_variants(fields)
         r, alpha = fields.take("r", 8), fields.take("lora_alpha", 8, int, float)
-        ranks, alphas = fields.take("rank_pattern", {}), fields.take("alpha_pattern", {})
+        ranks, alphas = fields.take_table("rank_pattern", int), fields.take_table("alpha_pattern", int, float)
         stable = fields.take("use_rslora", False)
-        start = fields.peek("init_lora_weights")
-        fields.refuse("init_lora_weights", *STARTS, why="it starts from other weights of the backbone than those here")
-        make = _maker(fields, start == "pissa", stable)
+        start = str(fields.peek("init_lora_weights"))
+        fields.refuse("init_lora_weights", *STARTS, why=REBASED)
+        biased = fields.take("lora_bias", False)
+        make = _maker(fields, start, stable)
+        if start in ALIKE:
+            fields.lenient.append(f"init_lora_weights = {start!r}, {ALIKE[start]}")
 
         def at(path: str, theirs: dict[str, Tensor]) -> Method:
-            rank, scaled = int(of_pattern(ranks, path, r)), float(of_pattern(alphas, path, alpha))
+            rank, scaled = of_pattern(ranks, path, r), float(of_pattern(alphas, path, alpha))
             method = make(rank, scaled)
+            scale = scaled / (rank**0.5 if stable else rank)
+            if biased != (B_BIAS in theirs):
+                raise CheckpointError(f"`{content.stored.file}`: `{path}.{B_BIAS}` does not go with lora_bias = {biased}. Copy it again.")
+            if biased:
+                content.added[path] = scale * theirs.pop(B_BIAS)
+            if start == "olora":
+                _take_off(content.modules.site(path), theirs, rank)
+                return make(2 * rank, scaled * (2**0.5 if stable else 2))
             if isinstance(method, PiSSA):  # has no scale of its own
-                theirs[B] = theirs[B] * (scaled / (rank**0.5 if stable else rank))
+                theirs[B] = theirs[B] * scale
             return method
 
         return at
@@ -232,17 +251,30 @@ class Lora(SiteTuner):
         return [replace(part, built=("start_A", "start_B")) if isinstance(part.method, PiSSA) else part for part in parts]
 
 
-def _maker(fields: Fields, pissa: bool, stable: bool) -> Callable[[int, float], Method]:
+def _maker(fields: Fields, start: str, stable: bool) -> Callable[[int, float], Method]:
     """(rank, alpha) -> the method a config stands for."""
     if fields.take("use_dora", False):
-        if pissa:
-            raise Unsupported(f"`{fields.file}` has init_lora_weights = 'pissa' with use_dora = True, which deltatune has no method for.")
+        if start in ("pissa", *ALIKE):
+            raise Unsupported(f"`{fields.file}` has init_lora_weights = {start!r} with use_dora = True, which deltatune has no method for.")
         fields.only_trains("lora_dropout")
         return lambda rank, alpha: DoRA(rank=rank, alpha=alpha, rank_stabilized=stable)
     dropout = fields.take("lora_dropout", 0.0, float)
-    if pissa:
+    if start == "pissa":
         return lambda rank, alpha: PiSSA(rank=rank, dropout=dropout)
     return lambda rank, alpha: LoRA(rank=rank, alpha=alpha, dropout=dropout, rank_stabilized=stable)
+
+
+def _take_off(site: Site, theirs: dict[str, Tensor], rank: int) -> None:
+    """OLoRA: PEFT counts from W - s Q_r R_r, with W = Q R, so the change of W is s (B A - Q_r R_r): a LoRA of twice the rank.
+
+    Raises:
+        Unsupported: the site is no linear map.
+    """
+    if not isinstance(site.module, nn.Linear):
+        raise Unsupported(f"init_lora_weights = 'olora' at `{site.key}` ({type(site.module).__name__}): PEFT has it for linear maps alone.")
+    Q, R = torch.linalg.qr(site.weight.detach().float())
+    theirs[A] = torch.cat([theirs[A], R[:rank].to(theirs[A])], 0)
+    theirs[B] = torch.cat([theirs[B], -Q[:, :rank].to(theirs[B])], 1)
 
 
 def _with_ranks(found: Mapping[Method, Mapping[tuple[str, str], Tensor]]) -> Method:

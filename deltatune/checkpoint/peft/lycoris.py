@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from deltatune.checkpoint.foreign import Part
@@ -27,7 +28,7 @@ from deltatune.checkpoint.peft.tuner import (
     tuners,
     whole,
 )
-from deltatune.errors import Unsupported
+from deltatune.errors import CheckpointError, Unsupported
 from deltatune.methods.kinds import Method
 from deltatune.methods.reparameterization.loha import LoHa
 from deltatune.methods.reparameterization.lokr import LoKr
@@ -56,18 +57,40 @@ LOKR = {
 }
 
 
+CORES = {"hada_t1": ("hada_w1_a", "hada_w1_b"), "hada_t2": ("hada_w2_a", "hada_w2_b"), "lokr_t2": ("lokr_w2_a", "lokr_w2_b")}
+"""The core of a convolution's change under ``use_effective_conv2d`` -> the factors of its outputs and of its inputs."""
+
+
 def _sizes(content: Content) -> tuple[Any, Any]:
     """path -> rank, and path -> alpha; what only trains is noted."""
     fields = content.fields
     r, alpha = fields.take("r", 8), fields.take("alpha", 8, int, float)
-    ranks, alphas = fields.take("rank_pattern", {}), fields.take("alpha_pattern", {})
+    ranks, alphas = fields.take_table("rank_pattern", int), fields.take_table("alpha_pattern", int, float)
     fields.only_trains("rank_dropout")
     fields.only_trains("module_dropout")
     fields.data.pop("init_weights", None)
-    if content.stored.paths({"hada_t1", "lokr_t2"}):
-        fields.refuse("use_effective_conv2d", why="our convolutions are factored as matrices")
+    if content.stored.paths(CORES.keys()):
+        fields.lenient.append("use_effective_conv2d = True, whose three factors we have as two,")
     fields.data.pop("use_effective_conv2d", None)  # it counts for convolutions only
-    return lambda path: int(of_pattern(ranks, path, r)), lambda path: float(of_pattern(alphas, path, alpha))
+    return lambda path: of_pattern(ranks, path, r), lambda path: float(of_pattern(alphas, path, alpha))
+
+
+def _as_matrices(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same change without cores: sum_ij a_io t_ijk b_jn is a^T: (out, r) times sum_j t_ijk b_jn: (r, in * kernel).
+
+    Raises:
+        CheckpointError: a core and its factors do not belong together.
+    """
+    found = dict(theirs)
+    for core, (a, b) in CORES.items():
+        if core not in found:
+            continue
+        t = found.pop(core)
+        if not {a, b} <= found.keys() or t.ndim != 4 or found[a].ndim != 2 or found[b].ndim != 2 or t.shape[1] != len(found[b]):
+            raise CheckpointError(f"`{core}` has no factors `{a}` and `{b}` that fit it. Copy or save the folder again.")
+        found[b] = torch.einsum("ijkl,jn->inkl", t, found[b]).flatten(1)
+        found[a] = found[a].T.contiguous()
+    return found
 
 
 def _set_sizes(placed: Mapping[str, Placed], output: Output) -> None:
@@ -88,7 +111,7 @@ class Loha(SiteTuner):
 
     def suffixes(self) -> frozenset[str]:
         """Four factors."""
-        return frozenset(LOHA.values())
+        return frozenset({*LOHA.values(), "hada_t1", "hada_t2"})
 
     def recipe(self, content: Content) -> Recipe:
         """LoHa of the rank and alpha that the patterns give a module."""
@@ -101,7 +124,7 @@ class Loha(SiteTuner):
 
     def ours(self, site: Site, method: Method, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same matrices."""
-        return renamed(theirs, inverse(LOHA))
+        return renamed(_as_matrices(theirs), inverse(LOHA))
 
     def theirs(self, site: Site, method: Method, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same matrices."""
@@ -125,7 +148,7 @@ class Lokr(SiteTuner):
 
     def suffixes(self) -> frozenset[str]:
         """C and D, whole or as factors."""
-        return frozenset(LOKR.values())
+        return frozenset({*LOKR.values(), "lokr_t2"})
 
     def recipe(self, content: Content) -> Recipe:
         """LoKr of the rank and alpha that the patterns give a module."""
@@ -141,7 +164,7 @@ class Lokr(SiteTuner):
     def ours(self, site: Site, method: Method, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A convolution's whole D as a matrix."""
         _check_line(site, theirs)
-        return renamed({name: tensor.flatten(1) for name, tensor in theirs.items()}, inverse(LOKR))
+        return renamed({name: tensor.flatten(1) for name, tensor in _as_matrices(theirs).items()}, inverse(LOKR))
 
     def theirs(self, site: Site, method: Method, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A convolution's whole D with its kernel."""

@@ -35,12 +35,14 @@ class Content:
         stored: the tensors.
         modules: of the backbone.
         found: paths of the modules at which the type found its tensors.
+        added: path of a module -> what the type adds to all that it returns.
     """
 
     fields: Fields
     stored: Stored
     modules: Modules
     found: list[str] = field(default_factory=list)
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     def places(self, suffixes: Collection[str]) -> Iterator[tuple[str, Site, dict[str, Tensor]]]:
         """(path, site, tensors) of everything that has tensors of these names: whole modules, and ``target_parameters``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltatune as dt
 from deltatune.errors import CheckpointError, DeltaError, Unsupported
@@ -147,6 +149,95 @@ def test_pissa(tmp_path: Path) -> None:
         torch.testing.assert_close(result(reopened(backbone, tmp_path / f"ours{alpha}"), inputs), expected, atol=1e-5, rtol=1e-5)
         dt.load(backbone, tmp_path / f"ours{alpha}", name="again")
         torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stable", "alpha"), [(False, 4), (True, 8)])
+def test_olora(stable: bool, alpha: int, tmp_path: Path) -> None:
+    """PEFT takes the first rows and columns of W = Q R off the weight; both factors are there to be had again."""
+    backbone, inputs = fresh("bert")
+    asked = partial(lora, target_modules=["query"], lora_alpha=alpha, init_lora_weights="olora", use_rslora=stable)
+    model = theirs(Case("olora", "bert", asked), backbone)
+    save(model, tmp_path / "theirs")
+    expected = result(model, inputs)
+    with pytest.raises(CheckpointError, match=r"'olora', which is read as a LoRA of twice the rank.*allow_unknown"):
+        dt.load(backbone, tmp_path / "theirs", name="read")
+    delta = dt.load(backbone, tmp_path / "theirs", name="read", allow_unknown=True)
+    torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+    dt.save(delta, tmp_path / "ours", format="peft")
+    dt.detach(delta)
+    torch.testing.assert_close(result(reopened(backbone, tmp_path / "ours"), inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT asks transformers by names that are going away
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_peft_converted_is_a_plain_lora(start: str, tmp_path: Path) -> None:
+    """``path_initial_model_for_weight_conversion``."""
+    backbone, inputs = fresh("bert")
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(copy.deepcopy(backbone), lora(target_modules=["query"], init_lora_weights=start))
+    model.peft_config["default"].init_lora_weights = True
+    save(model, tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    expected = result(model.eval(), inputs)
+    delta = dt.load(backbone, tmp_path / "theirs", name="read")
+    assert isinstance(delta, dt.Delta) and type(delta.method).__name__ == "LoRA"
+    torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"query|q_proj": 5}}, {"bias": "lora_only"}])
+@pytest.mark.parametrize(("name", "targets"), [("bert", ["query", "0.output.dense"]), ("llama", ["q_proj", "down_proj"])])
+def test_a_bias_behind_the_second_factor(name: str, targets: list[str], settings: dict[str, Any], tmp_path: Path) -> None:
+    """``lora_bias`` is a bias of the module: its own, or one that it gets."""
+    backbone, inputs = fresh(name)
+    plain = result(backbone, inputs)
+    model = theirs(Case("lora-bias", name, lambda: lora(target_modules=targets, lora_bias=True, **settings)), backbone)
+    save(model, tmp_path / "theirs")
+    expected = result(model, inputs)
+    both = dt.load(backbone, tmp_path / "theirs", name="read")
+    assert isinstance(both, dt.Composition) and both.members[-1] == "read-bias"
+    torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+    dt.save(both, tmp_path / "native")
+    if name == "bert":
+        dt.save(both, tmp_path / "ours", format="peft")
+        assert meaning(tmp_path / "ours")["bias"] == "lora_only"
+        torch.testing.assert_close(result(reopened(fresh(name)[0], tmp_path / "ours"), inputs), expected, atol=1e-5, rtol=1e-5)
+    else:
+        with pytest.raises(Unsupported, match="adds a bias"):
+            dt.save(both, tmp_path / "ours", format="peft")
+    dt.detach(both)
+    assert result(backbone, inputs).equal(plain)
+    dt.load(backbone, tmp_path / "native")
+    torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "host"),  # PEFT's own LoKr fails on a Conv1d
+    [
+        (peft.LoHaConfig, "conv1d"),
+        *((config, host) for config in (peft.LoHaConfig, peft.LoKrConfig) for host in ("conv2d", "conv2d-strided")),
+    ],
+)
+def test_effective_convolutions(config: Any, host: str, tmp_path: Path) -> None:
+    """Three factors, the middle one with the kernel, are two matrices."""
+    backbone, inputs = HOSTS[host].build()
+    asked = lambda: config(r=1, alpha=2, target_modules=list(HOSTS[host].targets), use_effective_conv2d=True)  # noqa: E731
+    model = theirs(Case("effective", host, asked), backbone)
+    save(model, tmp_path / "theirs")
+    expected = result(model, inputs)
+    assert any(key.endswith(("_t1", "_t2")) for key in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    with pytest.raises(CheckpointError, match=r"use_effective_conv2d = True.*allow_unknown"):
+        dt.load(backbone, tmp_path / "theirs", name="read")
+    delta = dt.load(backbone, tmp_path / "theirs", name="read", allow_unknown=True)
+    torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+    dt.save(delta, tmp_path / "ours", format="peft")
+    dt.detach(delta)
+    torch.testing.assert_close(result(reopened(backbone, tmp_path / "ours"), inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pruned_adalora(tmp_path: Path) -> None:
