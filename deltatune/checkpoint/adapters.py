@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltatune.checkpoint.foreign import Foreign, Format, Part, Reading, formats
-from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights
+from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights, weights_file
 from deltatune.checkpoint.foreign_shapes import (
     Tensors,
     activation,
@@ -165,7 +165,8 @@ class AdaptersFormat(Format):
         name, own = config.get("name"), config.get("config")
         if not isinstance(name, str) or not isinstance(own, dict):
             raise CheckpointError(f"`{folder / CONFIG}` has no name or no config of an adapter. Copy the folder again.")
-        tensors = Tensors(rooted(read_weights(folder, SAFE, PICKLE, allow_bin=reading.allow_bin), sites), folder / PICKLE)
+        file = weights_file(folder, SAFE, PICKLE, allow_bin=reading.allow_bin)
+        tensors = Tensors(rooted(read_weights(file), sites), file)
         parts = []
         for part in _united(own):
             fields = Fields(part, folder / CONFIG, HARMLESS)
@@ -204,14 +205,15 @@ def _heads(folder: Path, sites: Index, reading: Reading) -> dict[tuple[str, str]
     """The head saved beside the adapter; an LM head that equals the backbone's own is none."""
     if not any((folder / name).exists() for name in (HEAD_SAFE, HEAD_PICKLE)):
         return {}
-    tensors = Tensors(rooted(read_weights(folder, HEAD_SAFE, HEAD_PICKLE, allow_bin=reading.allow_bin), sites), folder / HEAD_PICKLE)
+    file = weights_file(folder, HEAD_SAFE, HEAD_PICKLE, allow_bin=reading.allow_bin)
+    tensors = Tensors(rooted(read_weights(file), sites), file)
     for name in [name for name in tensors.left if re.search(rf"(^|\.)({CONTAINERS})\.", name)]:
         del tensors.left[name]  # the adapter itself stands in the head's file, too, where the model is its own base
     body, heads = unfrozen(tensors, sites)
     foreign = sorted([*tensors.left, *(name for part in body for name in part.flat)])
     if foreign and not reading.allow_unknown:
         raise Unsupported(
-            f"`{folder / HEAD_PICKLE}` holds a head that is none of this {type(sites.backbone).__name__}: {named(foreign)}. Build the "
+            f"`{file}` holds a head that is none of this {type(sites.backbone).__name__}: {named(foreign)}. Build the "
             "backbone with the same head, or pass allow_unknown=True to load without."
         )
     return heads

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltatune.checkpoint.record import MAX_RECORD
-from deltatune.checkpoint.tensors import MAX_HEADER, named, regular_file_size
+from deltatune.checkpoint.strict_json import parse
+from deltatune.checkpoint.tensors import named, read_tensors, regular_file_size
 from deltatune.errors import CheckpointError, Unsupported, nearest
 
 
@@ -27,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if size > MAX_RECORD:
         raise CheckpointError(f"`{file}` has {size:,} bytes; a config has at most {MAX_RECORD:,}. It is not what it is called.")
     try:
-        data = json.loads(file.read_bytes())
+        data = parse(file.read_bytes(), constants=True)
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(f"`{file}` is truncated or was edited: {cause}. Copy it again.") from cause
     if not isinstance(data, dict):
@@ -35,20 +35,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def read_weights(folder: Path, safe: str, pickled: str, *, allow_bin: bool) -> dict[str, Tensor]:
-    """The tensors of a folder: of its safetensors file, else of its pickle if that is allowed.
+def weights_file(folder: Path, safe: str, pickled: str, *, allow_bin: bool) -> Path:
+    """The file of a folder's tensors: its safetensors file, else its pickle if that is allowed.
 
     Args:
         folder: where.
         safe: name of the safetensors file.
         pickled: name of the pickle.
-        allow_bin: read a pickle, by ``torch.load(weights_only=True)`` alone.
+        allow_bin: take a pickle.
 
     Raises:
-        CheckpointError: neither is there, it is damaged, or it is a pickle that is not allowed.
+        CheckpointError: neither is there, or it is a pickle that is not allowed.
     """
     if (folder / safe).exists() or (folder / safe).is_symlink():
-        return read_safetensors(folder / safe)
+        return folder / safe
     if not (folder / pickled).exists():
         raise CheckpointError(f"`{folder}` has no weights: neither `{safe}` nor `{pickled}` is there. Copy the folder again.")
     if not allow_bin:
@@ -56,27 +56,16 @@ def read_weights(folder: Path, safe: str, pickled: str, *, allow_bin: bool) -> d
             f"`{folder / pickled}` is a pickle, which can run code when it is read. Convert it to `{safe}`; or pass allow_bin=True "
             "(--allow-bin) to read it by torch.load(weights_only=True), which takes tensors and plain values alone."
         )
-    return read_pickle(folder / pickled)
+    return folder / pickled
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; they are mapped from the disk, not copied.
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``weights_file`` found: a safetensors file, or a pickle, by ``torch.load(weights_only=True)`` alone.
 
     Raises:
-        CheckpointError: it is missing, a link, truncated, or no safetensors file.
+        CheckpointError: it is a link, or damaged.
     """
-    size = regular_file_size(file)
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f"`{file}` is truncated or no safetensors file: it has {size:,} bytes and claims {length:,} for its header. Copy it again."
-        )
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, UnicodeError) as cause:
-        raise CheckpointError(f"`{file}` is no valid safetensors file: {cause}. Copy it again.") from cause
+    return read_tensors(file) if file.suffix == ".safetensors" else read_pickle(file)
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -114,14 +103,24 @@ class Fields:
         """The value of a field, or the default where it is absent or null.
 
         Raises:
-            CheckpointError: it is of another type than those given (of the default's, if none is).
+            CheckpointError: it is of another type than those given (of the default's, if none is), or no finite number.
         """
         value = self.data.pop(key, None)
-        if value is None:
-            return default
-        kinds = types or (type(default),)
-        kinds = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return default if value is None else self._checked(key, value, types or (type(default),))
+
+    def take_table(self, key: str, *types: type) -> dict[str, Any]:
+        """The table in a field, each value of one of these types; empty where it is absent or null.
+
+        Raises:
+            CheckpointError: it is none, or a value is of another type.
+        """
+        return {name: self._checked(f"{key}.{name}", value, types) for name, value in self.take(key, {}).items()}
+
+    def _checked(self, key: str, value: Any, kinds: tuple[type, ...]) -> Any:
+        if float in kinds and isinstance(value, int) and int not in kinds and not isinstance(value, bool):
+            value = float(value)
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or endless:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(f"`{self.file}` has {key} = {value!r:.80}, which is no {wanted}. Correct or copy the config again.")
         return value

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from deltatune.checkpoint.tensors import MAX_HEADER, regular_file_size
+from deltatune.checkpoint.strict_json import parse
+from deltatune.checkpoint.tensors import header_length, regular_file_size
 from deltatune.errors import CheckpointError
 
 BITS = {
@@ -69,19 +69,31 @@ def read_header(file: Path) -> Header:
     size = regular_file_size(file)
     try:
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"it has {size:,} bytes and claims {length:,} for its header, of which {MAX_HEADER:,} are the most")
-            raw = json.loads(opened.read(length), object_pairs_hook=_unique)
-        if not isinstance(raw, dict):
-            raise ValueError(f"its header holds {type(raw).__name__} instead of an object")
-        metadata = _metadata(raw.pop("__metadata__", {}))
-        if len(raw) > MAX_TENSORS:
-            raise ValueError(f"it names {len(raw):,} tensors, of which {MAX_TENSORS:,} are the most")
-        tensors = tuple(_stub(name, raw[name], size - 8 - length) for name in sorted(raw))
+            length = header_length(opened, size)
+            tensors, metadata = described(opened.read(length), size - 8 - length)
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(f"`{file}` is truncated or no safetensors file: {cause}. Copy it again.") from cause
     return Header(tensors, metadata, size)
+
+
+def described(header: bytes, room: int) -> tuple[tuple[Stub, ...], Mapping[str, str]]:
+    """The tensors and the metadata that a header tells of.
+
+    Args:
+        header: its JSON.
+        room: bytes behind it.
+
+    Raises:
+        ValueError: it is none, or says what cannot be.
+        RecursionError: it is nested beyond all sense.
+    """
+    raw = parse(header)
+    if not isinstance(raw, dict):
+        raise ValueError(f"its header holds {type(raw).__name__} instead of an object")
+    metadata = _metadata(raw.pop("__metadata__", {}))
+    if len(raw) > MAX_TENSORS:
+        raise ValueError(f"it names {len(raw):,} tensors, of which {MAX_TENSORS:,} are the most")
+    return tuple(_stub(name, raw[name], room) for name in sorted(raw)), metadata
 
 
 def _stub(name: str, told: Any, room: int) -> Stub:
@@ -113,10 +125,3 @@ def _metadata(value: Any) -> Mapping[str, str]:
     if not isinstance(value, dict) or not all(isinstance(inner, str) for inner in value.values()):
         raise ValueError("its metadata is no table of strings")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return data

@@ -9,6 +9,9 @@ from itertools import product
 MAX_KEYS = 2**20
 """How many keys one list may stand for."""
 
+MAX_LETTERS = 2**26
+"""How long they may be in all: a long key with a wide range in it would fill any memory."""
+
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _PIECE = re.compile(r"\{\{|\}\}|\{([0-9.,]*)\}|[{}]")
 
@@ -34,12 +37,13 @@ def unfold(patterns: Sequence[str]) -> tuple[str, ...]:
     """The keys that folded ones stand for, in natural order.
 
     Raises:
-        ValueError: a brace is malformed, or they are too many.
+        ValueError: a brace is malformed, or they are too many or too long.
 
     >>> unfold(["layer.{0..1,3}.query", "head"])
     ('head', 'layer.0.query', 'layer.1.query', 'layer.3.query')
     """
     found: dict[str, None] = {}
+    letters = 0
     for pattern in patterns:
         parts = list(_parts(pattern))
         size = 1
@@ -47,6 +51,9 @@ def unfold(patterns: Sequence[str]) -> tuple[str, ...]:
             size *= len(part)
         if size + len(found) > MAX_KEYS:
             raise ValueError(f"`{pattern[:80]}` stands for more than {MAX_KEYS:,} keys")
+        letters += size * sum(max(map(len, part), default=0) for part in parts)
+        if letters > MAX_LETTERS:
+            raise ValueError(f"`{pattern[:80]}` stands for more than {MAX_LETTERS:,} letters")
         found |= dict.fromkeys("".join(words) for words in product(*parts))
     return tuple(sorted(found, key=_natural))
 

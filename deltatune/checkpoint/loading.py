@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.bounded import Bounded
@@ -229,6 +230,7 @@ def attach_plan(backbone: nn.Module, plan: Plan, allowed: Allowed) -> Delta:
             _export(delta)
         if plan.named is not None:
             plan = replace(plan, tensors=plan.named(delta, plan.tensors))
+        _check_types(delta, plan.tensors)
         _take_types(delta, plan.tensors)
         _fill(delta, _fitted(delta, _values(delta, plan), allowed))
     except BaseException:
@@ -292,6 +294,26 @@ def _fitted(delta: Delta, state: Mapping[str, Tensor], allowed: Allowed) -> dict
     if allowed.missing:
         fitted = {**{name: tensor for name, tensor in own.items() if not any(name.startswith(f"{key}.") for key in reforming)}, **fitted}
     return fitted
+
+
+def _check_types(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
+    """Whole numbers, truths and complex numbers are no weights, and weights are no places or masks.
+
+    Raises:
+        CheckpointError: a tensor is of another kind than its place.
+    """
+    own = delta.state_dict()
+    unlike = [name for name, tensor in tensors.items() if name in own and _kind(own[name]) != _kind(tensor)]
+    if unlike:
+        name = unlike[0]
+        raise CheckpointError(
+            f"Delta `{delta.name}` ({delta.method}) takes {own[name].dtype} at {named(unlike)}, and the file holds {tensors[name].dtype}. "
+            "Copy or save it again."
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _take_types(delta: Delta, tensors: Mapping[str, Tensor]) -> None:

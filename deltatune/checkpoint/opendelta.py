@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltatune.checkpoint.foreign import Foreign, Format, Part, Reading, formats
-from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights
+from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights, weights_file
 from deltatune.checkpoint.foreign_shapes import (
     Tensors,
     activation,
@@ -126,8 +126,8 @@ class OpenDeltaFormat(Format):
                 "Train it anew here: `deltatune methods` lists what there is."
             )
         fields = Fields(config, folder / CONFIG, HARMLESS)
-        weights = rooted(read_weights(folder, SAFE, PICKLE, allow_bin=reading.allow_bin), sites)
-        content = Content(fields, Tensors(weights, folder / PICKLE), sites)
+        file = weights_file(folder, SAFE, PICKLE, allow_bin=reading.allow_bin)
+        content = Content(fields, Tensors(rooted(read_weights(file), sites), file), sites)
         delta = types[kind](content)
         beside, heads = unfrozen(content.tensors, sites)
         content.tensors.end(sites)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 from deltatune.annotations import fits
 from deltatune.checkpoint.fingerprint import Fingerprint
 from deltatune.checkpoint.keys import fold, unfold
+from deltatune.checkpoint.strict_json import MAX_DEPTH, MAX_WHOLE, parse
 from deltatune.checkpoint.tensors import regular_file_size
 from deltatune.errors import CheckpointError, InvalidValue, nearest
 from deltatune.injection.slot import How
@@ -220,7 +222,7 @@ def read_record(file: Path, *, allow_unknown: bool = False, allow_edited: bool =
     if size > MAX_RECORD:
         raise CheckpointError(f"`{file}` has {size:,} bytes; a record has at most {MAX_RECORD:,}. It is not one of ours.")
     try:
-        data = json.loads(file.read_bytes(), parse_constant=_refuse, object_pairs_hook=_unique)
+        data = parse(file.read_bytes())
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(f"`{file}` is truncated or was edited: {cause}. Copy or save the delta again.") from cause
     return _record(_Keys(data, file, allow_unknown), allow_edited)
@@ -362,20 +364,24 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _plain(value: Any, name: str) -> Any:
-    """``value`` as JSON can say it."""
-    if value is None or isinstance(value, bool | int):
+def _plain(value: Any, name: str, depth: int = 0) -> Any:
+    """``value`` as JSON can say it, within the bounds of what is read."""
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return _text(value, name)
-    if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InvalidValue(f"Delta `{name}` cannot be saved: {value} stands in its record, and JSON has no such number. Leave it out.")
+    if isinstance(value, int | float):
+        if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= MAX_WHOLE):
+            raise InvalidValue(
+                f"Delta `{name}` cannot be saved: {value:.8g} stands in its record, and JSON has no such number. Leave it out."
+            )
         return value
+    if depth >= MAX_DEPTH:
+        raise InvalidValue(f"Delta `{name}` cannot be saved: its record would be nested more than {MAX_DEPTH} deep. Leave some of it out.")
     if isinstance(value, Mapping):
-        return {_key(key, name): _plain(inner, name) for key, inner in value.items()}
+        return {_key(key, name): _plain(inner, name, depth + 1) for key, inner in value.items()}
     if isinstance(value, Sequence | range):
-        return [_plain(inner, name) for inner in value]
+        return [_plain(inner, name, depth + 1) for inner in value]
     raise InvalidValue(
         f"Delta `{name}` cannot be saved: its record would hold {value!r:.80} ({type(value).__name__}). "
         "Give strings, numbers, lists and mappings of them."
@@ -385,7 +391,6 @@ def _plain(value: Any, name: str) -> Any:
 def _key(key: Any, name: str) -> str:
     if isinstance(key, str):
         return _text(key, name)
-
     raise InvalidValue(f"Delta `{name}` cannot be saved: its record would have the key {key!r}, and JSON takes strings only.")
 
 
@@ -404,14 +409,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return value
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a key stands twice")
-    return data

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,32 +69,46 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a file whose content is known; they are mapped from the disk, not copied.
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; they are mapped from the disk, not copied.
+
+    Args:
+        path: the file.
+        sha256: of its whole content, where that is known.
 
     Raises:
         CheckpointError: the file is missing, a link, truncated, edited, or no safetensors file.
     """
     size = regular_file_size(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"`{path}` is truncated or no safetensors file: it has {size:,} bytes and claims {length:,} for its header. "
-                "Copy or save the folder again."
-            )
-        file.seek(0)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            header_length(file, size)
+            file.seek(0)
+            found = None if sha256 is None else hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"`{path}` is truncated or no safetensors file: {cause}. Copy or save it again.") from cause
     if found != sha256:
         raise CheckpointError(
-            f"`{path}` is truncated or was edited: its SHA-256 is {found[:16]}..., and `delta.json` beside it says {sha256[:16]}.... "
-            "Copy or save the folder again."
+            f"`{path}` is truncated or was edited: its SHA-256 is {str(found)[:16]}..., and `delta.json` beside it says "
+            f"{str(sha256)[:16]}.... Copy or save the folder again."
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as cause:
+    except (SafetensorError, OSError, UnicodeError) as cause:
         raise CheckpointError(f"`{path}` is no valid safetensors file: {cause}. Copy or save it again.") from cause
+
+
+def header_length(file: BinaryIO, size: int) -> int:
+    """Bytes of the header of an opened safetensors file of this size, read from its beginning; the header follows.
+
+    Raises:
+        ValueError: it cannot be so long.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise ValueError(f"it has {size:,} bytes and claims {length:,} for its header, of which {MAX_HEADER:,} are the most")
+    return length
 
 
 def regular_file_size(path: Path) -> int:

@@ -73,6 +73,17 @@ def test_bytes_of_every_composition(how: str, tmp_path: Path) -> None:
         dt.detach(composition)
 
 
+def test_a_composition_of_many_is_within_the_bound(tmp_path: Path) -> None:
+    """What tells its backbone stands in it once, not once a member."""
+    members = [dt.attach(deep(), small("lora"), name=f"m{k}", head=False) for k in range(10)]
+    composition = dt.compose(deep(), members)
+    try:
+        folder = dt.save(composition, tmp_path / "d")
+        assert within_bound(folder, [delta.state_dict() for delta in members])
+    finally:
+        dt.detach(composition)
+
+
 @pytest.mark.parametrize("name", methods)
 def test_only_what_was_learnt_is_stored(name: str) -> None:
     """Frozen bases come from a seed; masks are integers or bits; a difference at few places is its places and values."""
@@ -184,10 +195,17 @@ def test_a_deep_model_takes_few_folded_keys() -> None:
     assert len(fold(keys)) < len(keys) / 10
 
 
+LONG = "a" * 2000
 BROKEN = ["a.{", "a.}", "{}", "{3..1}", "{1..}", "{..1}", "{01}", "{0..9999999999}", "{0..1048576}", "{1,,2}", "{0..1023}{0..1023}{0..1}"]
+BROKEN += [f"{LONG}.{{0..1048000}}", f"{{0..99999}}.{LONG}"]  # a few bytes that stand for gigabytes
 
 
 @pytest.mark.parametrize("pattern", BROKEN)
 def test_folded_keys_that_are_none(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"brace|range|more than"):
         unfold([pattern])
+
+
+def test_many_irregular_numbers_are_no_bomb() -> None:
+    keys = [f"experts.{k * k}.up" for k in range(3000)]
+    assert set(unfold(fold(keys))) == set(keys)

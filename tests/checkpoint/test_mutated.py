@@ -48,7 +48,7 @@ HEADERS: list[tuple[bytes, str]] = [
     (header("{"), "is truncated or no safetensors file"),
     (header("[" * 100_000), "is truncated or no safetensors file"),
     (header('{"a": 1}'), "is not described by dtype"),
-    (header('{"a": 1, "a": 2}'), "a name stands twice"),
+    (header('{"a": 1, "a": 2}'), "a key stands twice"),
     (header('{"__metadata__": {"a": 1}}'), "no table of strings"),
     (header(one(dtype="F31"), 8), "which does not exist"),
     (header(one(dtype=[]), 8), "which does not exist"),

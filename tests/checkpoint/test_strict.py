@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,14 @@ QUERY = "bert.encoder.layer.0.attention.self.query.lora_A"
 def saved(tmp_path: Path) -> Path:
     """A LoRA with its head, on BERT."""
     return dt.save(trained(backbone("bert")[0]), tmp_path / "d")
+
+
+def deep(levels: int) -> Any:
+    """A list in a list in a list ..."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -193,7 +203,10 @@ RECORDS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda data: data["method"]["fields"].update(rank="8"), "has rank='8', but LoRA.rank is of type"),
     (lambda data: data["method"]["fields"].update(rank=True), "has rank=True, but LoRA.rank is of type"),
     (lambda data: data["method"]["fields"].update(rank=10**9), "asks for more than"),
-    (lambda data: data["method"]["fields"].update(rank=10**40), "cannot be built"),
+    (lambda data: data["method"]["fields"].update(rank=2**63), "cannot be built"),
+    (lambda data: data["method"]["fields"].update(rank=10**40), "is beyond 64 bits"),
+    (lambda data: data.update(score=10**400), "is beyond 64 bits"),
+    (lambda data: data.update(template=deep(100)), "nested more than 64 deep"),
     (lambda data: data.update(sites=["bert.encoder.layer.0.attention.self.qurey"]), "has no such site. Did you mean `bert.enc"),
 ]
 
@@ -221,6 +234,22 @@ def test_a_record_may_be_laid_out_anew(saved: Path) -> None:
     assert dt.load(backbone("bert")[0], saved).method == LoRA(rank=2)
 
 
+def test_records_are_read_however_deep_the_caller_stands(saved: Path) -> None:
+    """What is nested as deeply as may be takes little of the stack."""
+    edit(saved, lambda data: data.update(template=deep(60)))
+
+    def at(depth: int) -> str:
+        return at(depth - 1) if depth else read(saved).name
+
+    assert at(sys.getrecursionlimit() - len(inspect.stack()) - 200) == "d"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_are_no_weights(saved: Path, dtype: torch.dtype) -> None:
+    edit_tensors(saved, lambda tensors: tensors.update({QUERY: tensors[QUERY].to(dtype)}))
+    assert f"takes torch.float32 at `{QUERY}`, and the file holds {dtype}" in refused(saved)
+
+
 def test_a_field_out_of_range(saved: Path) -> None:
     edit(saved, lambda data: data["method"]["fields"].update(rank=0))
     assert "`rank` must be greater than 0" in refused(saved, InvalidValue)
@@ -236,7 +265,7 @@ def test_a_newer_field_has_its_default(saved: Path) -> None:
     assert read(saved).build_method() == LoRA(rank=2)
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1, "a": 2}', "[]", "3", "[" * 100_000, '{"a": "\udcff"}'])
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', "[]", "3", "[" * 100_000, '{"a": "\udcff"}'])
 def test_no_json_of_ours(saved: Path, text: str) -> None:
     (saved / "delta.json").write_bytes(text.encode(errors="surrogateescape"))
     assert "Copy or save the delta again" in (error := refused(saved)) or "is not a delta's record" in error
@@ -298,7 +327,7 @@ def test_a_detached_delta_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), {1: 2}, {"a": object()}])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 2**64, deep(65), {1: 2}, {"a": object()}])
 def test_what_is_no_json_cannot_be_saved(tmp_path: Path, value: Any) -> None:
     delta = trained(backbone("bert")[0])
     with pytest.raises(InvalidValue, match="cannot be saved"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deltatune.checkpoint.header import described
 from deltatune.checkpoint.record import Record
 from deltatune.checkpoint.tensors import MAX_HEADER
 from deltatune.errors import CheckpointError
@@ -149,21 +150,13 @@ def count_values(read: Callable[[int, int], bytes], place: str) -> int:
         CheckpointError: it is no safetensors file.
     """
     length = int.from_bytes(read(0, 8), "little")
-    broken = CheckpointError(f"`{place}` is no safetensors file. Push the delta again.")
-    if length > MAX_HEADER:
-        raise broken
     try:
-        header = json.loads(read(8, 8 + length))
-        return sum(_product(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
-        raise broken from cause
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        if length > MAX_HEADER:
+            raise ValueError(f"it claims {length:,} bytes for its header, of which {MAX_HEADER:,} are the most")
+        tensors, _ = described(read(8, 8 + length), room=2**63)
+    except (ValueError, RecursionError) as cause:
+        raise CheckpointError(f"`{place}` is no safetensors file: {cause}. Push the delta again.") from cause
+    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def named_entries(entries: Mapping[str, Entry], names: Mapping[str, str]) -> list[Entry]:

@@ -53,10 +53,11 @@ def test_it_is_known_and_named_after_its_folder(folder: Path) -> None:
         ({"use_qalora": True}, "use_qalora = True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication = .*other layers"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"lora_bias": True}, "lora_bias = True"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "corda.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"init_lora_weights": "olora", "use_dora": True}, "'olora' with use_dora"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"arrow_config": {"a": 1}}, "arrow_config"),
         ({"peft_type": "RANDLORA"}, "peft_type = 'RANDLORA'.*LORA"),
@@ -75,6 +76,12 @@ def test_fields_that_we_cannot_do(folder: Path, tmp_path: Path, fields: dict[str
     [
         ({"r": "four"}, "r = 'four'"),
         ({"r": True}, "r = True"),
+        ({"lora_alpha": float("inf")}, "lora_alpha = inf"),
+        ({"lora_alpha": 10**400}, "beyond 64 bits"),
+        ({"rank_pattern": {"query": "x"}}, "rank_pattern.query = 'x'"),
+        ({"rank_pattern": {"query": None}}, "rank_pattern.query = None"),
+        ({"alpha_pattern": {"query": {}}}, "alpha_pattern.query = {}"),
+        ({"bias": "some"}, "bias = 'some'"),
         ({"r": 3}, "misshapen"),
         ({"rank_pattern": {"(": 3}}, "malformed expression"),
         ({"rank_pattern": [1]}, "rank_pattern"),
@@ -84,6 +91,8 @@ def test_fields_that_we_cannot_do(folder: Path, tmp_path: Path, fields: dict[str
         ({"modules_to_save": ["pooler"]}, "lacks `bert.pooler`"),
         ({"trainable_token_indices": [1]}, "lacks the rows"),
         ({"some_new_field": 5}, "some_new_field = 5.*allow_unknown"),
+        ({"lora_bias": True}, "lora_B.bias` does not go with lora_bias = True"),
+        ({"init_lora_weights": "mica"}, "'mica', where lora_B does not train.*allow_unknown"),
         ({"use_dora": True, "lora_dropout": 0.1}, "lora_dropout = 0.1.*allow_unknown|missing"),
     ],
 )
@@ -92,6 +101,29 @@ def test_fields_that_do_not_fit(folder: Path, tmp_path: Path, fields: dict[str, 
     with pytest.raises(CheckpointError, match=words):
         dt.load(backbone, changed(folder, tmp_path / "new", **fields), name="read")
     assert not dt.deltas(backbone)
+
+
+@pytest.mark.parametrize("fields", [{"r": 0}, {"r": -4}, {"rank_pattern": {"query": 0}}, {"lora_alpha": float("nan")}])
+def test_fields_out_of_their_range(folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    backbone, _ = fresh("bert")
+    with pytest.raises(DeltaError, match=r"greater than 0|lora_alpha = nan"):
+        dt.load(backbone, changed(folder, tmp_path / "new", **fields), name="read")
+    assert not dt.deltas(backbone)
+
+
+def test_a_config_that_says_something_twice(folder: Path, tmp_path: Path) -> None:
+    place = changed(folder, tmp_path / "new")
+    (place / CONFIG).write_text((place / CONFIG).read_text().replace('"r": 4', '"r": 8, "r": 4'))
+    with pytest.raises(CheckpointError, match="a key stands twice"):
+        dt.load(fresh("bert")[0], place)
+
+
+def test_an_adapter_in_a_folder_below_is_pointed_at(tmp_path: Path) -> None:
+    """PEFT saves one that is not called ``default`` there."""
+    model = theirs(Case("lora", "bert", lambda: lora(target_modules=["query"])), fresh("bert")[0])
+    save(model, tmp_path / "both" / "mine")
+    with pytest.raises(CheckpointError, match=r"Deltas are in `.*mine`"):
+        dt.load(fresh("bert")[0], tmp_path / "both")
 
 
 def test_unknown_fields_may_be_left_out(folder: Path, tmp_path: Path) -> None:
