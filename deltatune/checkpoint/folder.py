@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def replacing(folder: str | os.PathLike[str], *, overwrite: bool = False, ours: 
     Raises:
         OutputError: the folder exists, or cannot be written. Nothing is left behind then.
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(place_of(folder)))
     try:
         target = target.resolve()
         settle(target)
@@ -48,8 +49,10 @@ def replacing(folder: str | os.PathLike[str], *, overwrite: bool = False, ours: 
         fresh.mkdir()
         with _locked(fresh):
             yield fresh
-            if ours is not None and target.is_dir():
-                _keep_others(target, fresh, ours)
+            if target.is_dir():
+                os.chmod(fresh, stat.S_IMODE(target.stat().st_mode))
+                if ours is not None:
+                    _keep_others(target, fresh, ours)
             _sync(fresh)
             _swap(fresh, target)
     except BaseException as cause:
@@ -63,6 +66,11 @@ def replacing(folder: str | os.PathLike[str], *, overwrite: bool = False, ours: 
         raise
 
 
+def place_of(folder: str | os.PathLike[str]) -> Path:
+    """A path as a user means it: ``~`` is their home."""
+    return Path(os.path.expanduser(folder))
+
+
 def settle(folder: Path) -> None:
     """Finish a swap that was killed between its two renames, where the file system has no exchange."""
     previous = folder.with_name(f".{folder.name}{PREVIOUS}")
@@ -74,12 +82,17 @@ def check_free(target: Path, overwrite: bool) -> None:
     """A delta may be written to ``target``.
 
     Raises:
-        OutputError: something is there already.
+        OutputError: something is there already, or the process stands in it: it would be left in a folder that is gone.
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"`{target}` is a file; a delta is saved as a folder. Choose another name.")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise OutputError(f"`{target}` exists already and is not empty. Pass overwrite=True to replace it, or choose another folder.")
+    if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
+        raise OutputError(
+            f"`{target}` is replaced as a whole, and this process works in it, so it would be left nowhere. Save to a folder below it, "
+            "such as `./delta`."
+        )
 
 
 def _unwritable(target: Path, cause: Exception) -> OutputError:

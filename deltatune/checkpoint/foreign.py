@@ -18,11 +18,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from deltatune.checkpoint.folder import replacing
-from deltatune.checkpoint.loading import Allowed, Plan, attach_plan, find, index_of, names_on
-from deltatune.checkpoint.record import RECORD, RUN_DELTA
+from deltatune.checkpoint.folder import place_of, replacing
+from deltatune.checkpoint.loading import MISBUILT, Allowed, Plan, attach_plan, find, index_of, names_on
+from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS
 from deltatune.checkpoint.tensors import named, not_finite
-from deltatune.errors import CheckpointError, InvalidValue, Unsupported
+from deltatune.errors import CheckpointError, DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import detach
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
@@ -161,7 +161,7 @@ formats: Registry[Format] = Registry("format", "formats")
 
 def foreign_format(folder: str | os.PathLike[str]) -> str | None:
     """Name of the foreign format of a folder; None where it is one of ours, or nothing that is known."""
-    place = Path(folder).expanduser()
+    place = place_of(folder)
     ours = any((place / below / RECORD).exists() for below in ("", RUN_DELTA))
     return None if ours else format_of(place)
 
@@ -169,6 +169,15 @@ def foreign_format(folder: str | os.PathLike[str]) -> str | None:
 def format_of(folder: Path) -> str | None:
     """Name of the foreign format a folder has; None if it looks like none of them."""
     return next((name for name in formats if formats[name].recognises(folder)), None)
+
+
+def replaced_files() -> tuple[str, ...]:
+    """Names of all that a folder can hold of a delta that is written here, in any format.
+
+    What replaces a delta replaces these, or the folder would hold two, and which of them is read would be a guess.
+    """
+    written = [formats[name] for name in formats]
+    return (RECORD, TENSORS, MEMBERS, *(file for format in written if isinstance(format, Writing) for file in format.files))
 
 
 def save_foreign(
@@ -195,9 +204,9 @@ def save_foreign(
     broken = not_finite(delta.state_dict())
     if broken and not allow_nonfinite:
         raise CheckpointError(f"`{delta.name}` holds NaN or infinity in {named(broken)}. Train again, or pass allow_nonfinite=True.")
-    with replacing(folder, overwrite=overwrite, ours=writer.files) as fresh:
+    with replacing(folder, overwrite=overwrite, ours=replaced_files()) as fresh:
         writer.write(delta, fresh, backbone_id)
-    return Path(folder)
+    return place_of(folder)
 
 
 def load_foreign(backbone: nn.Module, folder: Path, kind: str, name: str | None, allowed: Allowed, reading: Reading) -> Delta | Composition:
@@ -219,7 +228,12 @@ def load_foreign(backbone: nn.Module, folder: Path, kind: str, name: str | None,
     name = _name(folder) if name is None else name
     check_free(name, ledger_of(backbone))
     sites = index_of(backbone)
-    found = formats[kind].read(folder, sites, reading)
+    try:
+        found = formats[kind].read(folder, sites, reading)
+    except DeltaError:
+        raise
+    except MISBUILT as cause:
+        raise CheckpointError(f"`{folder}` says what makes no sense to {kind}: {cause}. It was edited; copy it again.") from cause
     broken = not_finite(found.flat)
     if broken and not allowed.nonfinite:
         raise CheckpointError(f"`{folder}` holds NaN or infinity in {named(broken)}. Train again, or pass allow_nonfinite=True.")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.fingerprint import fingerprint
-from deltatune.checkpoint.folder import replacing, settle
-from deltatune.checkpoint.foreign import Reading, foreign_format, load_foreign, save_foreign
+from deltatune.checkpoint.folder import place_of, replacing, settle
+from deltatune.checkpoint.foreign import Reading, foreign_format, format_of, load_foreign, replaced_files, save_foreign
 from deltatune.checkpoint.loading import Allowed, load_composition, load_delta
 from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS, About, Origin, Record, Stored, read_record
 from deltatune.checkpoint.tensors import named, not_finite, write_tensors
@@ -31,7 +31,6 @@ from deltatune.injection.entries import Entry
 from deltatune.methods.kinds import Exported, SelectionPatch, methods
 from deltatune.structure.anatomy import modules_of
 
-OURS = (RECORD, TENSORS, MEMBERS)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -62,7 +61,7 @@ def save(
         delta: an attached delta, or a composition with its members.
         folder: where to; its parents are made.
         format: ``native``, or ``peft`` for a folder that PEFT reads; that holds none of the information below.
-        overwrite: replace what a folder holds of a delta; its other files stay.
+        overwrite: replace what a folder holds of a delta, in whatever format; its other files stay.
         unfinished: it is the state of a run that goes on, so training-time parameters belong in it.
         allow_nonfinite: save NaN and infinity.
         backbone_id: alias, hub id or folder that opens the backbone again; a hub id in its config if left out.
@@ -102,13 +101,13 @@ def save(
     about = About(where, layers, task, labels, template, metric, score, metrics, training, data, versions)
     origin = _origin(delta, backbone_id)
     parts = [_part(part, origin, unfinished, allow_nonfinite) for part in (delta.deltas if isinstance(delta, Composition) else [delta])]
-    with replacing(folder, overwrite=overwrite, ours=OURS) as fresh:
+    with replacing(folder, overwrite=overwrite, ours=replaced_files()) as fresh:
         if isinstance(delta, Composition):
             _write_composition(delta, parts, about, fresh)
         else:
             [(record, tensors)] = parts
             _write(replace(record, about=about), tensors, fresh)
-    return Path(folder)
+    return place_of(folder)
 
 
 def load(
@@ -185,7 +184,7 @@ def load(
     kind = foreign_format(folder)
     with torch.random.fork_rng(devices=[]):  # fresh patches draw numbers, which the file replaces
         if kind is not None:
-            loaded = load_foreign(backbone, Path(folder).expanduser(), kind, name, allowed, Reading(allow_bin, allow_unknown))
+            loaded = load_foreign(backbone, place_of(folder), kind, name, allowed, Reading(allow_bin, allow_unknown))
         else:
             loaded = _load(backbone, locate(folder), name, allowed)
     if not enable:
@@ -219,18 +218,22 @@ def locate(folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: neither does.
     """
-    place = Path(folder).expanduser()
+    place = place_of(folder)
     try:
         settle(place)
         if (place / RECORD).exists():
             return place
         if (place / RUN_DELTA / RECORD).exists():
             return _own_folder(place / RUN_DELTA)
-        inside = sorted(str(file.parent) for file in place.glob(f"*/{RECORD}")) if place.is_dir() else []
+        inside = sorted(str(below) for below in place.iterdir() if below.is_dir() and _holds_delta(below)) if place.is_dir() else []
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"`{folder}` cannot be read: {cause}. Check the path.") from cause
     hint = f"Deltas are in {named(inside)}." if inside else "Give a folder that dt.save or a run wrote."
     raise CheckpointError(f"There is no delta in `{folder}`: it has no `{RECORD}`. {hint}")
+
+
+def _holds_delta(folder: Path) -> bool:
+    return (folder / RECORD).exists() or format_of(folder) is not None
 
 
 def _own_folder(folder: Path) -> Path:
@@ -365,11 +368,18 @@ def _write(record: Record, tensors: Mapping[str, Tensor], folder: Path) -> str:
 
 
 def _write_composition(composition: Composition, parts: list[tuple[Record, dict[str, Tensor]]], about: About, folder: Path) -> None:
-    """The members below ``members``, and on top how they act together, with the tensors of the mixers."""
-    members = tuple((part.name, _write(part, tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
+    """The members below ``members``, and on top how they act together, with the tensors of the mixers.
+
+    The samples that let an error name a strange tensor stand on top alone; members have the digests of all tensors.
+    """
+    members = tuple((part.name, _write(_without_samples(part), tensors, folder / MEMBERS / part.name)) for part, tensors in parts)
     origins = [part.origin for part, _ in parts]
     origin = next((origin for origin in origins if origin.num_labels is not None), origins[0])
     mixers = composition.mixing.state_dict()
     stored = Stored(write_tensors(folder / TENSORS, mixers)) if mixers else None
     whole = Record(composition.name, origin, about, stored, how=composition.how, weights=composition.weights, members=members)
     (folder / RECORD).write_bytes(whole.to_bytes())
+
+
+def _without_samples(record: Record) -> Record:
+    return replace(record, origin=replace(record.origin, fingerprint=replace(record.origin.fingerprint, samples={})))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.checkpoint.folder import replacing
+from deltatune.checkpoint.folder import place_of, replacing
 from deltatune.errors import Unsupported
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
@@ -54,7 +54,7 @@ def write_merged(delta: Delta | Composition, folder: str | os.PathLike[str], *, 
             whole.save_pretrained(fresh, state_dict=plain_state(merged))
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-    return Path(folder)
+    return place_of(folder)
 
 
 def check_unpacked(backbone: nn.Module) -> None:

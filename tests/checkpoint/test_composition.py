@@ -92,7 +92,14 @@ def test_the_record(tmp_path: Path) -> None:
 def test_a_member_loads_alone(tmp_path: Path) -> None:
     composition, _, _ = composed("parallel")
     dt.save(composition, tmp_path / "a")
-    assert dt.load(backbone("bert")[0], tmp_path / "a" / "members" / "lora").name == "lora"
+    member = tmp_path / "a" / "members" / "lora"
+    assert read(tmp_path / "a").origin.fingerprint.samples and not read(member).origin.fingerprint.samples
+    assert dt.load(backbone("bert")[0], member).name == "lora"
+    other, _ = backbone("bert")
+    with torch.no_grad():
+        other.get_parameter("bert.encoder.layer.1.output.dense.weight").add_(0.1)
+    with pytest.raises(ForeignBackbone, match="other weights in some of its parameters"):
+        dt.load(other, member)
 
 
 def test_names_that_are_taken(tmp_path: Path) -> None:

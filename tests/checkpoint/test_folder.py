@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import deltatune as dt
 from deltatune.checkpoint import folder as folders
 from deltatune.checkpoint import read, replacing
 from deltatune.checkpoint.folder import exchange
-from deltatune.errors import OutputError
+from deltatune.errors import CheckpointError, OutputError
 from tests.checkpoint.deltas import backbone, files, trained
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,6 +75,42 @@ def test_a_linked_target_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     put(tmp_path / "link", "1")
     assert (tmp_path / "link").is_symlink() and content(tmp_path / "real")["a"] == "1"
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads a path as a shell does must have written it so."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    put(Path("~/z"), "1")
+    assert content(tmp_path) == {"z/a": "1", "z/inner/b": "1"}
+    delta = trained(backbone("bert")[0])
+    assert dt.save(delta, "~/d") == tmp_path / "d" and read("~/d").name == "d"
+    assert dt.load(backbone("bert")[0], "~/d").name == "d"
+    with pytest.raises(CheckpointError, match="There is no delta"):
+        read("~nobody-of-that-name/d")
+
+
+def test_the_permissions_of_a_folder_stay(tmp_path: Path) -> None:
+    put(tmp_path / "z", "1")
+    (tmp_path / "z").chmod(0o700)
+    put(tmp_path / "z", "2", overwrite=True)
+    assert stat.S_IMODE((tmp_path / "z").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("inside", [".", "inner"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_a_process_works_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, overwrite: bool
+) -> None:
+    """It would go on in a folder that is gone."""
+    if overwrite:
+        put(tmp_path / "z", "1")
+    (tmp_path / "z" / inside).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "z" / inside)
+    with pytest.raises(OutputError, match="this process works in it" if overwrite or inside == "." else "not empty"):
+        put(tmp_path / "z", "2", overwrite=overwrite)
+    put(Path("below"), "3")
+    assert Path.cwd().exists() and content(Path("below"))["a"] == "3"
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

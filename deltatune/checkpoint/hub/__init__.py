@@ -12,8 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from deltatune.checkpoint.fingerprint import Fingerprint
-from deltatune.checkpoint.folder import replacing
-from deltatune.checkpoint.format import OURS, read
+from deltatune.checkpoint.folder import place_of, replacing
+from deltatune.checkpoint.foreign import replaced_files
+from deltatune.checkpoint.format import read
 from deltatune.checkpoint.hub.card import card as card
 from deltatune.checkpoint.hub.entry import Entry as Entry
 from deltatune.checkpoint.hub.entry import Query, count_values
@@ -100,8 +101,8 @@ def pull(
     """
     shelf = shelf_at(location)
     held = shelf.find(wanted)
-    target = Path(folder if folder is not None else held.name)
-    with replacing(target, overwrite=overwrite, ours=OURS) as fresh:
+    target = place_of(folder if folder is not None else held.name)
+    with replacing(target, overwrite=overwrite, ours=replaced_files()) as fresh:
         shelf.bring(held, fresh, held.manifest.sums)
         read(fresh)
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def card(record: Record, id: str, *, parameters: int, size_bytes: int, source: s
             "```",
             "",
             "```bash",
-            f"deltatune hub pull {wanted} --hub {source} --out {_folder(title)} && deltatune inspect {_folder(title)}",
+            f"deltatune hub pull {wanted} --hub {shlex.quote(source)} --out {_folder(title)} && deltatune inspect {_folder(title)}",
             "```",
             "",
         ]

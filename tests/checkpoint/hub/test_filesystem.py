@@ -268,6 +268,13 @@ def test_the_card(saved: Saved, tmp_path: Path) -> None:
     compile(code[1], "card", "exec")
 
 
+def test_the_cards_commands_are_safe_to_paste(saved: Saved) -> None:
+    from deltatune.checkpoint.hub import card
+
+    text = card(read(saved("a")), "0" * 64, parameters=1, size_bytes=1, source="memory://a b; rm -rf $HOME", name="x")
+    assert "--hub 'memory://a b; rm -rf $HOME' --out" in text
+
+
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -188,6 +188,20 @@ def test_transformers_own_load_adapter(model: str, tmp_path: Path) -> None:
     torch.testing.assert_close(result(other.eval(), inputs), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("formats", [("native", "peft"), ("peft", "native")])
+def test_a_folder_holds_one_delta_in_whatever_format(formats: tuple[str, str], tmp_path: Path) -> None:
+    """The one it held before does not stay beside it, to be read in its place."""
+    backbone, _ = fresh("bert")
+    for rank, format in enumerate(formats, 1):
+        delta = dt.attach(backbone, LoRA(rank=rank), name="ours", head=False)
+        dt.save(delta, tmp_path / "out", format=format, overwrite=True)
+        dt.detach(delta)
+        (tmp_path / "out" / "README.md").write_text("mine")
+    again = dt.load(backbone, tmp_path / "out")
+    assert isinstance(again, Delta) and again.method == LoRA(rank=2)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
 def test_other_refusals(tmp_path: Path) -> None:
     backbone, _ = fresh("llama")
     delta = dt.attach(backbone, LoRA(rank=2), name="ours")
