@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +67,24 @@ def fingerprint(backbone: nn.Module, known: Index | None = None) -> Fingerprint:
     rows = {id(parameter) for site in sites if site.leaf in VOCABULARY for parameter in site.module._parameters.values()}
     structure, weights = hashlib.sha256(), hashlib.sha256()
     vocabulary: dict[str, int] = {}
-    samples: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    looked_at: dict[str, Tensor] = {}
     for name in sorted(own):
         parameter = own[name]
         shape = list(parameter.shape)
-        if id(parameter) in rows and shape:
+        in_rows = id(parameter) in rows and bool(shape)
+        if in_rows:
             vocabulary[name] = shape.pop(0)
         structure.update(f"{name} {shape}\n".encode())
-        samples[name] = _sample(before.get(id(parameter), parameter.detach()), id(parameter) in rows)
-        weights.update(samples[name].rpartition(" ")[2].encode())
-    unread = any(sample.endswith(UNREAD) for sample in samples.values())
+        tensor = before.get(id(parameter), parameter)
+        labels[name], elements = _sample(tensor, in_rows)
+        if elements is not None:
+            looked_at[name] = elements
+    digests = _digests(looked_at)
+    samples = {name: f"{label} {digests.get(name, UNREAD)}" for name, label in labels.items()}
+    for name in samples:
+        weights.update(digests.get(name, UNREAD).encode())
+    unread = digests.keys() != samples.keys()
     names = list(samples)
     chosen = dict.fromkeys(names[k * len(names) // SAMPLES] for k in range(SAMPLES)) if names else {}
     return Fingerprint(
@@ -145,15 +154,32 @@ def _own_parameters(backbone: nn.Module, sites: Index) -> dict[str, nn.Parameter
     return dict(found.values())
 
 
-def _sample(tensor: Tensor, vocabulary: bool) -> str:
-    """``dtype shape digest``; of a vocabulary only the first rows are read, whatever was appended."""
-    kind = str(tensor.dtype).removeprefix("torch.")
+def _sample(tensor: Tensor, vocabulary: bool) -> tuple[str, Tensor | None]:
+    """``dtype shape``, and the elements to look at; of a vocabulary only the first rows, whatever was appended.
+
+    The elements are None where they cannot be read: of what is quantised, sharded or offloaded.
+    """
+    data = tensor.detach()
     plain = type(tensor.data) is Tensor
-    label = kind if plain else f"{type(tensor.data).__name__}:{kind}"
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    label = f"{kind if plain else f'{type(tensor.data).__name__}:{kind}'} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
     if not plain or tensor.is_meta:
-        return f"{label} {shape} {UNREAD}"
-    flat = (tensor[:ROWS] if vocabulary and tensor.ndim else tensor).detach().reshape(-1)
-    step = max(1, flat.numel() // ELEMENTS)
-    data = flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{label} {shape} {hashlib.sha256(data).hexdigest()[:16]}"
+        return label, None
+    flat = (data[:ROWS] if vocabulary else data).reshape(-1)
+    return label, flat[:: max(1, flat.numel() // ELEMENTS)]
+
+
+def _digests(elements: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> digest of its elements. Those of one type and device are fetched together, as each fetch waits for the device."""
+    alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in elements.items():
+        alike.setdefault((tensor.dtype, tensor.device), []).append(name)
+    found = {}
+    for names in alike.values():
+        fetched = torch.cat([elements[name] for name in names]).cpu()
+        content, start, width = fetched.view(torch.uint8).numpy().data, 0, fetched.element_size()
+        for name in names:
+            end = start + elements[name].numel() * width
+            found[name] = hashlib.sha256(content[start:end]).hexdigest()[:16]
+            start = end
+    return found
