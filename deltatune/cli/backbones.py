@@ -30,9 +30,13 @@ def listing(json: Json = False) -> None:
     if json:
         show_json([described(entry) for entry in found])
         return
-    drawn = table("backbone", "kind", "weights", "licence", "about", whole=("backbone", "kind", "weights"))
+    drawn = table("backbone", "kind", "licence", "about", whole=("backbone", "kind"))
+    heading = ""
     for entry in found:
-        drawn.add_row(Text(entry.name, style="cyan"), entry.kind, _weights(entry), entry.licence, entry.description)
+        if heading != (heading := _weights(entry)):
+            drawn.add_section()
+            drawn.add_row(Text(heading, style="bold"))
+        drawn.add_row(Text(f"  {entry.name}", style="cyan"), entry.kind, entry.licence, entry.description)
     end = "`--backbone` also takes a local folder or a hub id. `deltatune inspect --backbone NAME` shows the structure of one."
     show(drawn, quoted(end, style="dim"))
 
@@ -71,7 +75,6 @@ def described(entry: Backbone) -> dict[str, Any]:
     }
 
 
-def _weights(entry: Backbone) -> Text:
-    if entry.is_installed:
-        return Text("installed", style="green")
-    return Text("package", style="yellow") if entry.packages else Text("hub", style="dim")
+def _weights(entry: Backbone) -> str:
+    """Where the weights are."""
+    return "installed here" if entry.is_installed else "in a package" if entry.packages else "on the hub"

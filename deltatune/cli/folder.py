@@ -16,6 +16,7 @@ from deltatune.cli.contents import described_header, native_headers, tensors_tab
 from deltatune.cli.terminal import facts, show, show_json, size, table
 from deltatune.methods.fields import as_written, in_short
 from deltatune.training.opening import delta_folder
+from deltatune.training.settings import Settings
 
 
 def show_folder(folder: str, json: bool) -> None:
@@ -94,8 +95,9 @@ def _words(value: Any) -> str:
 
 
 def _told(training: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings worth a line: those that are set."""
-    return {name: value for name, value in (training or {}).items() if value not in (None, False, "", (), [])}
+    """The settings worth a line: those that are not at their defaults."""
+    usual = {setting.name: as_written(setting.default) for setting in dataclasses.fields(Settings)}
+    return {name: value for name, value in (training or {}).items() if name in usual and as_written(value) != usual[name]}
 
 
 def _sites(record: Record) -> Any:

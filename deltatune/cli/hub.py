@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from deltatune.cli.commands import commands, noun
-from deltatune.cli.terminal import Json, plural, quoted, show, show_json, size, table
+from deltatune.cli.terminal import Json, plural, program, quoted, show, show_json, size, table
 
 if TYPE_CHECKING:
     from deltatune.checkpoint.hub import Entry
@@ -97,7 +97,7 @@ def listing(hub: Hub = None, json: Json = False) -> None:
     if found or json:
         _listed(found, location, json)
     else:
-        show(quoted(f"`{location}` holds no delta yet. `deltatune hub push DIR NAME{_option(location)}` brings one."))
+        show(quoted(_nothing(location, {})))
 
 
 @hub.command("show")
@@ -131,14 +131,20 @@ def search_(
     from deltatune.checkpoint import hub as shelf
 
     location = place(hub)
-    asked_for = {"fingerprint": fingerprint, "task": task, "method": method, "metric": metric, "min_score": min_score}
-    found = shelf.search(location, backbone=None if backbone is None else _same(backbone), **asked_for)
+    found = shelf.search(
+        location,
+        backbone=None if backbone is None else _same(backbone),
+        fingerprint=fingerprint,
+        task=task,
+        method=method,
+        metric=metric,
+        min_score=min_score,
+    )
     if found or json:
         _listed(found, location, json)
         return
-    given = {name: value for name, value in {"backbone": backbone, **asked_for}.items() if value is not None}
-    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-    show(quoted(f"No delta in `{location}` has all of `{words}`. `deltatune hub list{_option(location)}` shows what there is."))
+    filters = {"backbone": backbone, "fingerprint": fingerprint, "task": task, "method": method, "metric": metric, "min-score": min_score}
+    show(quoted(_nothing(location, filters)))
 
 
 def place(location: str | None) -> str:
@@ -154,6 +160,14 @@ def asked(name: str, location: str | None) -> tuple[str, str | None]:
     return (name, None) if name.startswith("hf://") else (place(location), name)
 
 
+def _nothing(location: str, filters: Mapping[str, object]) -> str:
+    """What to say where there is nothing to list."""
+    words = " ".join(f"--{name} {value}" for name, value in filters.items() if value is not None)
+    if not words:
+        return f"`{location}` holds no delta yet. `deltatune hub push DIR NAME{_option(location)}` brings one."
+    return f"No delta in `{location}` has all of `{words}`. `deltatune hub list{_option(location)}` shows what there is."
+
+
 def _option(location: str) -> str:
     """What a command has to be told to look there."""
     return "" if location == place(None) else f" --hub {shlex.quote(location)}"
@@ -161,7 +175,8 @@ def _option(location: str) -> str:
 
 def _at(location: str, card: str) -> str:
     """A card with the place that it keeps to itself, so that what it says can be typed here."""
-    return card.replace('hub.pull("HUB"', f"hub.pull({json_.dumps(location)}").replace("--hub HUB", f"--hub {shlex.quote(location)}")
+    here = card.replace('hub.pull("HUB"', f"hub.pull({json_.dumps(location)}").replace("--hub HUB", f"--hub {shlex.quote(location)}")
+    return here.replace("deltatune hub pull", f"{program()} hub pull").replace("&& deltatune ", f"&& {program()} ")
 
 
 def _listed(entries: Sequence[Entry], location: str, json: bool) -> None:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from deltatune.cli.commands import commands, noun
-from deltatune.cli.terminal import Json, facts, quoted, show, show_json, table
+from deltatune.cli.terminal import Json, facts, quoted, show, show_command, show_json, table
 from deltatune.methods.fields import REQUIRED, MethodField, fields_of, formula_of, in_words, summary_of
 from deltatune.methods.kinds import Exported, Grouped, Method, Penalised, Phased, Prepared, Sharing, Stepping
 from deltatune.methods.kinds import methods as registered
@@ -52,15 +52,14 @@ def listing(json: Json = False) -> None:
     if json:
         show_json([described(name) for name in ordered()])
         return
-    drawn = table("method", "kind", "sub-family", "what it is", whole=("method", "kind", "sub-family"))
-    family = ""
+    drawn = table("method", "kind", "what it is", whole=("method", "kind"))
+    heading = ""
     for name in ordered():
         recipe = registered[name]
-        if recipe.family != family:
+        if heading != (heading := _family(recipe)):
             drawn.add_section()
-            drawn.add_row(Text(recipe.family, style="bold"))
-            family = recipe.family
-        drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, recipe.sub_family, summary_of(recipe))
+            drawn.add_row(Text(heading, style="bold"))
+        drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, summary_of(recipe))
     show(drawn, quoted("`deltatune methods show NAME` explains one.", style="dim"))
 
 
@@ -76,7 +75,7 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
         Text.assemble((name, "bold cyan"), "  ", (f"{recipe.__name__}: {summary_of(recipe)}", "bold")),
         Padding(Text(flowing(formula_of(recipe)).replace("``", "")), (1, 0, 1, 2)),
         facts(
-            ("family", recipe.family + (f", {recipe.sub_family}" if recipe.sub_family else "")),
+            ("family", _family(recipe)),
             ("kind", f"{recipe.kind}: {MEANINGS[recipe.kind]}"),
             ("where", ", ".join(recipe.where)),
             ("fresh", "leaves the outputs as they are" if recipe.identity else "changes the outputs"),
@@ -86,8 +85,8 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
             *([("measured", f"{row} ({budget()})")] if row is not None else []),
         ),
         _fields(fields),
-        quoted(_example(name, fields), style="dim"),
     )
+    show_command(_example(name, fields))
 
 
 def flowing(text: str) -> str:
@@ -144,12 +143,18 @@ def _declared(kind: type) -> list[str]:
 def _fields(fields: tuple[MethodField, ...]) -> Any:
     if not fields:
         return Text("\nIt has no fields.\n")
-    drawn = table("field", "takes", "default", "meaning", right=("default",), whole=("field",))
+    drawn = table("field", "default", "meaning", right=("default",), whole=("field",))
     for field in fields:
-        drawn.add_row(Text(field.name, style="cyan"), quoted(in_words(field.hint)), field.default_text or "-", quoted(field.meaning))
+        takes = in_words(field.hint)
+        meaning = quoted(f"{field.meaning} ").append_text(quoted(f"{takes[:1].upper()}{takes[1:]}.", style="dim"))
+        drawn.add_row(Text(field.name, style="cyan"), field.default_text or "-", meaning)
     return drawn
+
+
+def _family(recipe: type[Method]) -> str:
+    return recipe.family + (f", {recipe.sub_family}" if recipe.sub_family else "")
 
 
 def _example(name: str, fields: tuple[MethodField, ...]) -> str:
     setting = f" --set {fields[0].example}" if fields else ""
-    return f"`deltatune tune --backbone minilm --task bbc-news --method {name}{setting} --out runs/{name}`"
+    return f"deltatune tune --backbone minilm --task bbc-news --method {name}{setting} --out runs/{name}"

@@ -19,6 +19,9 @@ Runnable = Annotated[bool, typer.Option("--runnable", help="Only tasks whose dat
 LONGEST = 300
 """Characters of a text that a preview shows."""
 
+ANSWERS = {"classification": "one of {}", "multilabel": "some of {}", "regression": "a number", "text2text": "a text"}
+"""What is asked for, by the task's type; the braces are the number of labels."""
+
 tasks = noun("List the tasks, or show one: its data, labels, templates and some rows.")
 commands.register("tasks")(tasks)
 
@@ -44,11 +47,14 @@ def listing(category: Category = None, runnable: Runnable = False, json: Json = 
         wanted = f" of the category `{category}`" if category else ""
         show(quoted(f"No task{wanted} is runnable here. `deltatune tasks show NAME` says where the rows of one come from."))
         return
-    drawn = table("task", "category", "type", "labels", "metric", "runnable", "about", right=("labels",), whole=("task", "metric"))
+    drawn = table("task", "answer", "metric", "here", "about", whole=("task", "answer", "metric"))
+    category = ""
     for task in chosen:
+        if category != (category := task.category):
+            drawn.add_section()
+            drawn.add_row(Text(category, style="bold"))
         runs = Text("yes", style="green") if task.is_runnable else Text("no", style="dim")
-        labels = str(len(task.labels) or "-")
-        drawn.add_row(Text(task.name, style="cyan"), task.category, task.type, labels, task.metric, runs, task.description)
+        drawn.add_row(Text(f"  {task.name}", style="cyan"), _answer(task), task.metric, runs, task.description)
     here = sum(task.is_runnable for task in chosen)
     end = f"{plural(len(chosen), 'task')}, {here} runnable here. `deltatune tasks show NAME` explains one; your own data: --data FILE."
     show(drawn, quoted(end, style="dim"))
@@ -87,6 +93,11 @@ def explain(
     if data is not None:
         for row in _spread(data, rows):
             show("", *_row(task, row))
+
+
+def _answer(task: Task) -> str:
+    """What the task asks for."""
+    return ANSWERS[task.type].format(len(task.labels))
 
 
 def described(task: Task) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def show(*things: Any) -> None:
         out.print(thing)
 
 
+def show_command(line: str) -> None:
+    """Print a command to type next, in one line however narrow the terminal is, so that it can be copied."""
+    console().print(quoted(f"`{line}`", style="dim"), soft_wrap=True)
+
+
 def note(text: str) -> None:
     """A sentence beside the result, on standard error."""
     console(stderr=True).print(quoted(text, style="dim"), soft_wrap=True)

@@ -15,8 +15,9 @@ from rich.text import Text
 from deltatune.cli.commands import commands
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
-from deltatune.cli.terminal import facts, note, quoted, share, show, show_json, size
+from deltatune.cli.terminal import facts, note, share, show, show_command, show_json, size
 from deltatune.errors import DeltaError, InvalidValue
+from deltatune.methods.fields import in_short
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, pairs, settings_of
 
@@ -83,6 +84,8 @@ def tune(
     run = _run(read_run(config) if config else None, backbone, own or task, method, pairs(set_ or []), settings)
     run = _placed(run, where, layers)
     folder = out or free_folder(run)
+    if is_main():
+        note(f"Loading `{run.backbone}` and `{_task(run)}`, to train {_said(run)} into `{folder}`.")
     try:
         result = replay(run, out=folder, overwrite=overwrite)
     except (KeyboardInterrupt, DeltaError):
@@ -172,6 +175,10 @@ def _placed(run: Run, where: list[str] | None, layers: str | None) -> Run:
     return replace(run, where=where_of(where) or run.where, layers=run.layers if layers is None else layers_of(layers))
 
 
+def _said(run: Run) -> str:
+    return " and ".join(f"`{in_short(methods.name_of(type(method)), settings_of(method))}`" for method in run.methods)
+
+
 def _task(run: Run) -> str:
     return run.task if isinstance(run.task, str) else Path(run.task.path).stem
 
@@ -210,5 +217,5 @@ def show_result(run: Run, result: Result) -> None:
             ("delta", f"{size(result.delta_bytes)} in {result.out}"),
         ),
         "",
-        quoted(f'`deltatune predict {shlex.quote(str(result.out))} "..."`', style="dim"),
     )
+    show_command(f'deltatune predict {shlex.quote(str(result.out))} "..."')

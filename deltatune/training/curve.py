@@ -82,13 +82,13 @@ def draw_curve(curve: Curve, target: Path, *, title: str, metric: str) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as cause:
         raise missing_extra("matplotlib", "train") from cause
     rows = 2 if curve.score else 1
-    figure = Figure(figsize=(7, 2.6 * rows + 0.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(7, 2.6 * rows + 0.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     _draw_loss(axes[0], curve)
     if curve.score:
         _draw_score(axes[1], curve.score, metric)

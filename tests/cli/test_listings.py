@@ -85,10 +85,19 @@ def test_backbones(call: Call) -> None:
     assert listed(call, "backbones", "show", "minilm") == found["minilm"]
 
 
-def test_tables_fit_a_narrow_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("width", [80, 100])
+def test_tables_fit_a_narrow_terminal(width: int, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     for words in (("methods",), ("tasks",), ("backbones",), ("methods", "show", "lora"), ("tune", "--help")):
-        assert max(map(len, call(*words).out.splitlines())) <= 80, words
+        lines = [line for line in call(*words).out.splitlines() if not line.startswith("deltatune tune ")]  # to be copied whole
+        assert max(map(len, lines)) <= width, words
+
+
+def test_a_formula_flows_and_an_example_can_be_copied(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call("methods", "show", "diff-pruning").out.splitlines()
+    assert any(line.startswith("      penalty = lambda sum") for line in shown)
+    assert shown[-1].startswith("deltatune tune --backbone minilm") and shown[-1].endswith("--out runs/diff-pruning")
 
 
 def test_words() -> None:

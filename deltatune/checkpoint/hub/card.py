@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from deltatune.checkpoint.format import HUB_ID
 from deltatune.checkpoint.record import Record
+from deltatune.methods.fields import as_written
 
 LIBRARY = "deltatune"
 
@@ -107,13 +107,9 @@ def _parts(record: Record) -> Iterable[str]:
 
 
 def _recipe(record: Record) -> str:
-    """The method with every field."""
-    fields = ", ".join(f"{name}={_value(value)}" for name, value in record.fields.items())
-    return _code(f"{record.method}({fields})")
-
-
-def _value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """The method with every field that has a value: what a default is may change after the card was written."""
+    fields = [f"{name}={as_written(value)}" for name, value in record.fields.items() if value not in (None, [], ())]
+    return _code(" ".join([record.method or "", *fields]))
 
 
 def _code(text: str) -> str:
