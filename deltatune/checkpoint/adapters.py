@@ -258,15 +258,13 @@ def _read_scaled(content: Content, found: dict[str, dict[str, Tensor]], matrices
     fields.refuse("r", 1)
     fields.refuse("alpha", 1)
     tensors: dict[tuple[str, str], Tensor] = {}
+    leaves: set[str] = set()
     for path, group in found.items():
         [B] = content.tensors.pick(group, path, {"lora_B": 2})
         for site, _, rows in _shared_out(content, path, matrices, B, B):
-            if site.leaf == "down":
-                raise Unsupported(
-                    f"`{content.tensors.file}` scales what `{path}` returns; our IA3 scales what that is given. Train it anew here."
-                )
             tensors[site.key, "l"] = rows.reshape(-1)
-    return Part("ia3", IA3(), tensors)
+            leaves.add(site.leaf)
+    return Part("ia3", IA3(inputs=tuple(leaf for leaf in IA3.inputs if leaf not in leaves)), tensors)
 
 
 def _shared_out(content: Content, path: str, matrices: list[str], A: Tensor, B: Tensor) -> list[tuple[Site, Tensor, Tensor]]:

@@ -126,6 +126,22 @@ def test_a_scaled_serial_adapter_is_read_when_allowed(tmp_path: Path) -> None:
     assert torch.equal(output(twice, inputs), found)
 
 
+def test_an_ia3_behind_the_feed_forward_network(tmp_path: Path) -> None:
+    """``output_lora``: the library scales what the last matrix returns."""
+    model, inputs = MODELS["bert"]()
+    made, path, scale = make("ia3", "bert", model), "bert.encoder.layer.0.output.dense", 1 + Draw(9)(32, 1)
+    made.tensors[f"{path}.loras.tune.lora_B"] = scale
+    made.formulas[path] = lambda x, y: y * scale.view(-1)
+    with torch.no_grad(), computing(model, made):
+        expected = output(model, inputs)
+    delta = dt.load(model, write(tmp_path / "theirs", "bert", made, output_lora=True), allow_bin=True)
+    torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    dt.save(delta, tmp_path / "native")
+    dt.detach(delta)
+    dt.load(model, tmp_path / "native")
+    torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 REFUSED: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], type[DeltaError], str]] = [
     ("lora", lambda c, t: c.update(architecture="reft"), Unsupported, "architecture = 'reft'"),
     ("lora", lambda c, t: c.update(use_dora=True), Unsupported, "use_dora = True"),

@@ -18,9 +18,12 @@ from deltatune.structure.site import Site
 class IA3(Method):
     """K <- l_k * K, V <- l_v * V, and the input of the feed-forward network's second matrix <- l_ff * hidden.
 
-    Trains l_k, l_v: (d,) and l_ff: (d_ff,), all ones at the start, so a fresh delta is the identity to the bit. Sites
-    whose role ends in ``down`` are rescaled at their input, all others at their output. The folder follows Ding et
-    al., who count vectors that multiply activations as added modules.
+    Trains l_k, l_v: (d,) and l_ff: (d_ff,), all ones at the start, so a fresh delta is the identity to the bit. The
+    folder follows Ding et al., who count vectors that multiply activations as added modules.
+
+    Args:
+        inputs: last words of the roles that are rescaled at their input; all others are at their output. PEFT's default
+            for BERT also has ``output`` there.
     """
 
     family: ClassVar[Family] = "addition"
@@ -30,11 +33,13 @@ class IA3(Method):
     learning_rate: ClassVar[float] = 3e-3
     source: ClassVar[str] = "arXiv:2205.05638"
 
+    inputs: tuple[str, ...] = ("down",)
+
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
         """One vector a site that has a matrix."""
         if not site.has_matrix:
             return []
-        if site.leaf == "down":
+        if site.leaf in self.inputs:
             return [ScaledInput(site.in_features)]
         return [ScaledOutput(site.out_features)]
 

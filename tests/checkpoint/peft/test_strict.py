@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import deltatune as dt
 from deltatune.checkpoint.foreign import format_of, formats
 from deltatune.errors import CheckpointError, DeltaError, InvalidValue, Unsupported
-from tests.checkpoint.peft.cases import Case, lora, result, save, theirs
+from tests.checkpoint.peft.cases import Case, lora, reopened, result, save, theirs
 from tests.conformance.cells import fresh
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -260,9 +260,31 @@ def test_a_shira_without_a_seed_keeps_its_places_in_our_format(tmp_path: Path) -
     assert result(backbone, inputs).equal(expected)
 
 
-def test_an_ia3_at_the_other_side_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "inputs"),
+    [(["key", "value", "output.dense"], ["output.dense"]), (["key", "output.dense"], []), (["query", "0.output.dense"], ["query"])],
+)
+def test_an_ia3_at_either_side(targets: list[str], inputs: list[str], tmp_path: Path) -> None:
+    """The first is PEFT's default for BERT, where ``output.dense`` is in the attention, too."""
+    backbone, batch = fresh("bert")
+    config = lambda: peft.IA3Config(target_modules=targets, feedforward_modules=inputs)  # noqa: E731
+    model = theirs(Case("ia3", "bert", config), backbone)
+    save(model, tmp_path / "theirs")
+    expected = result(model, batch)
+    delta = dt.load(backbone, tmp_path / "theirs")
+    torch.testing.assert_close(result(backbone, batch), expected, atol=1e-5, rtol=1e-5)
+    dt.save(delta, tmp_path / "ours", format="peft")
+    dt.save(delta, tmp_path / "native")
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    dt.detach(delta)
+    torch.testing.assert_close(result(reopened(backbone, tmp_path / "ours"), batch), expected, atol=1e-5, rtol=1e-5)
+    dt.load(backbone, tmp_path / "native")
+    torch.testing.assert_close(result(backbone, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_ia3_at_both_sides_of_one_role_is_refused(tmp_path: Path) -> None:
     backbone, _ = fresh("bert")
-    config = lambda: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])  # noqa: E731
+    config = lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=r".*\.0\..*query")  # noqa: E731
     save(theirs(Case("ia3", "bert", config), backbone), tmp_path / "ia3")
-    with pytest.raises(Unsupported, match="scales the output here, and PEFT's folder scales the input"):
+    with pytest.raises(Unsupported, match=r"layer.0.attention.self.query` \(feedforward_modules\), and the output of others"):
         dt.load(backbone, tmp_path / "ia3")
