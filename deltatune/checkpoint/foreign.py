@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltatune.checkpoint.folder import place_of, replacing
 from deltatune.checkpoint.loading import MISBUILT, Allowed, Plan, attach_plan, find, index_of, names_on
 from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS
-from deltatune.checkpoint.tensors import named, not_finite
+from deltatune.checkpoint.tensors import check_storable, named, not_finite
 from deltatune.errors import CheckpointError, DeltaError, InvalidValue, Unsupported
 from deltatune.injection.attach import detach
 from deltatune.injection.compose import Composition, compose
@@ -201,7 +201,9 @@ def save_foreign(
     if not isinstance(writer, Writing):
         able = [name for name in formats if isinstance(formats[name], Writing)]
         raise Unsupported(f"Deltas are read from `{kind}`, not written to it. Save as native or {', '.join(able)}.")
-    broken = not_finite(delta.state_dict())
+    tensors = delta.state_dict()
+    check_storable(tensors)
+    broken = not_finite(tensors)
     if broken and not allow_nonfinite:
         raise CheckpointError(f"`{delta.name}` holds NaN or infinity in {named(broken)}. Train again, or pass allow_nonfinite=True.")
     with replacing(folder, overwrite=overwrite, ours=replaced_files()) as fresh:

@@ -23,7 +23,7 @@ from deltatune.checkpoint.folder import place_of, replacing, settle
 from deltatune.checkpoint.foreign import Reading, foreign_format, format_of, load_foreign, replaced_files, save_foreign
 from deltatune.checkpoint.loading import Allowed, load_composition, load_delta
 from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS, About, Origin, Record, Stored, read_record
-from deltatune.checkpoint.tensors import named, not_finite, write_tensors
+from deltatune.checkpoint.tensors import check_storable, named, not_finite, write_tensors
 from deltatune.errors import CheckpointError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
@@ -297,6 +297,7 @@ def _stored(delta: Delta) -> tuple[dict[str, Tensor], list[str], list[str]]:
     A head and a vocabulary hold rows that are fresh in each instance of the backbone, so they go by value.
     """
     tensors = delta.state_dict()
+    check_storable(tensors)
     differences, values = [], []
     for entry in delta.entries:
         if not isinstance(entry.patch, SelectionPatch):

@@ -41,13 +41,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         Unsupported: a tensor is quantised, sharded, or of a type the format lacks.
         OSError: the disk is full, or the file cannot be written.
     """
+    check_storable(tensors)
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES or type(tensor.data) is not Tensor or tensor.is_meta:
-            raise Unsupported(
-                f"The tensor `{name}` cannot go into a delta file: it is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}. "
-                "Save from plain tensors: unquantised, gathered and in memory."
-            )
     names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -67,6 +62,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
+
+
+def check_storable(tensors: Mapping[str, Tensor]) -> None:
+    """A delta file can hold these tensors.
+
+    Raises:
+        Unsupported: one is quantised, sharded, without values, or of a type the format lacks.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or type(tensor.data) is not Tensor or tensor.is_meta:
+            raise Unsupported(
+                f"The tensor `{name}` cannot go into a delta file: it is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}. "
+                "Save from plain tensors: unquantised, gathered and in memory."
+            )
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from deltatune.checkpoint.bounded import Bounded
 from deltatune.checkpoint.record import sealed
 from deltatune.errors import CheckpointError, DeltaError, ForeignBackbone, InvalidValue, Unsupported
 from deltatune.methods import BitFit, LoRA
-from tests.checkpoint.deltas import backbone, same, state, trained
+from tests.checkpoint.deltas import backbone, same, small, state, trained
 from tests.models import output
 
 QUERY = "bert.encoder.layer.0.attention.self.query.lora_A"
@@ -325,6 +325,17 @@ def test_a_detached_delta_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="was detached"):
         dt.save(delta, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_a_delta_without_values_cannot_be_saved(method: str, format: str, tmp_path: Path) -> None:
+    model, _ = backbone("bert")
+    delta = dt.attach(model, small(method), name="d")
+    model.to("meta")
+    with pytest.raises(Unsupported, match=r"on meta\. Save from plain tensors"):
+        dt.save(delta, tmp_path / "d", format=format)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 2**64, deep(65), {1: 2}, {"a": object()}])

@@ -24,6 +24,7 @@ from deltatune.checkpoint.hub.entry import Entry, count_values, entry_from, name
 from deltatune.checkpoint.hub.manifest import ID, MANIFEST, MAX_MANIFEST, Parcel, unpack
 from deltatune.checkpoint.hub.shelf import Held, Shelf, check_name, pick, reached, refuse_move
 from deltatune.checkpoint.record import TENSORS
+from deltatune.checkpoint.strict_json import parse
 from deltatune.errors import CheckpointError, InvalidValue, OutputError, missing_extra
 
 OBJECTS, NAMES, INDEX, STAGING, CARD = "objects", "names", "index.json", "staging", "README.md"
@@ -118,9 +119,13 @@ class FolderShelf(Shelf):
         return sorted(name for name in self._listed(OBJECTS) if ID.fullmatch(name))
 
     def _names(self) -> dict[str, str]:
-        """Name -> id, of those that point to something."""
-        pointed = {name: self._pointed(name) for name in self._listed(NAMES)}
-        return {name: id for name, id in pointed.items() if id is not None}
+        """Name -> id, of those that point to something; a broken one does not hide the others, and ``find`` tells what is wrong."""
+        found = {}
+        for name in self._listed(NAMES):
+            with contextlib.suppress(CheckpointError):
+                id = self._pointed(name)
+                found |= {} if id is None else {name: id}
+        return found
 
     def _listed(self, folder: str) -> list[str]:
         try:
@@ -188,7 +193,7 @@ class FolderShelf(Shelf):
     def _index(self) -> dict[str, Entry]:
         """What the index says; empty where it is missing or broken."""
         try:
-            data = json.loads(self.files.cat_file(self._at(INDEX)))
+            data = parse(self.files.cat_file(self._at(INDEX)))
         except (FileNotFoundError, ValueError, RecursionError):
             return {}
         if not isinstance(data, dict) or data.get("version") != INDEX_VERSION or not isinstance(data.get("entries"), list):
