@@ -165,14 +165,15 @@ def _link(source: str, place: str) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder and all it holds to the disk."""
-    for path, _, files in os.walk(folder, topdown=False):
-        for place in (*(os.path.join(path, name) for name in files if not os.path.islink(os.path.join(path, name))), path):
-            handle = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    """Bring the content of all files to the disk.
+
+    Each flush waits for the device, so there are no more than needed: a new file's name goes along with its content, and the
+    folder's own with its parent's, once it is in its place.
+    """
+    for path, _, files in os.walk(folder):
+        for place in (os.path.join(path, name) for name in files):
+            if not os.path.islink(place):
+                _sync_entry(place)
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -191,8 +192,8 @@ def _swap(fresh: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_entry(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync_entry(place: str | os.PathLike[str]) -> None:
+    handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
