@@ -10,7 +10,7 @@ import typer
 
 from deltatune.cli.commands import commands
 from deltatune.cli.contents import contents, is_native
-from deltatune.cli.terminal import Json, facts, note, show, show_json, size
+from deltatune.cli.terminal import Json, facts, note, show, show_json, size, working
 from deltatune.errors import CheckpointError, InvalidValue
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def convert(
     from deltatune.checkpoint.targets import Given, target_of
 
     write = target_of(to)
-    with quiet():
+    with quiet(), working(f"Reading `{source}` and its backbone, to write `{out}`."):
         opened = read(Source(source.expanduser(), backbone, auto_class, num_labels, allow_bin, allow_foreign, dequantize))
         given = Given(opened.delta, opened.tokenizer, opened.about, opened.backbone_id, rank, allow_left_out, overwrite)
         told = write(given, out.expanduser())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.training.trainer import SCORE
-from deltatune.training.watch import SECONDS, progress_bar, speed
-
-Show = Literal["auto", "bar", "lines", "none"]
+from deltatune.training.watch import SECONDS, Show, is_bar, progress_bar, speed
 
 
 def progress(show: Show, label: str, metric: str, rows_a_step: int, file: TextIO | None = None) -> ProgressBar | ProgressLines | None:
-    """The callback for a way of showing; ``auto`` is a bar on a terminal and lines elsewhere.
+    """The callback for a way of showing.
 
     Args:
         show: how.
@@ -28,7 +26,7 @@ def progress(show: Show, label: str, metric: str, rows_a_step: int, file: TextIO
     if show == "none":
         return None
     out = sys.stderr if file is None else file
-    if show == "bar" or (show == "auto" and out.isatty()):
+    if is_bar(show, out):
         return ProgressBar(label, metric, rows_a_step, out)
     return ProgressLines(label, metric, rows_a_step, out)
 

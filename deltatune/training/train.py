@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -36,12 +36,10 @@ from deltatune.training.run import DataFile, Run, installed_versions, load_data
 from deltatune.training.settings import Settings
 from deltatune.training.state import check_finite
 from deltatune.training.trackers import check_trackers
+from deltatune.training.watch import Show, watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Show = Literal["auto", "bar", "lines", "none"]
 
 
 def train(
@@ -204,7 +202,9 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
         stack.enter_context(left_alone(job.backbone, job.trained))
         course = _course(job, run.settings, place, show, stack) if job.trains else Course()
         test = subset(job.data.task, job.data.test, run.settings.test_rows) if run.settings.test_rows else job.data.test
-        result = _result(job, score_rows(job.framing, job.backbone, test, run.settings.eval_batch_size), course)
+        with watching(f"{_label(job)} test rows", show=show if is_main() else "none") as watch:
+            metrics = score_rows(job.framing, job.backbone, test, run.settings.eval_batch_size, watch)
+        result = _result(job, metrics, course)
         if place is not None and is_main():
             _write(job, run, place, result)
         return result
@@ -222,7 +222,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
     rows_a_step = settings.batch_size * settings.grad_accumulation * processes
-    watched = shown(show, "+".join(one.name for one in job.trained), job.metric, rows_a_step)
+    watched = shown(show, _label(job), job.metric, rows_a_step)
     if settings.gradient_checkpointing:
         stack.enter_context(recomputing(job.backbone))
     trainer = DeltaTrainer(
@@ -248,6 +248,10 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
         peak_memory_bytes=peak.bytes,
         history=tuple(entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry),
     )
+
+
+def _label(job: Job) -> str:
+    return "+".join(one.name for one in job.trained)
 
 
 def _result(job: Job, metrics: dict[str, float], course: Course) -> Result:

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deltatune.tasks.framing import Watch
+
+Show = Literal["auto", "bar", "lines", "none"]
+"""How to show it; ``auto`` is a bar on a terminal and lines elsewhere."""
 
 SECONDS = 5.0
 """Between two lines where there is no terminal."""
@@ -22,19 +25,28 @@ Tell = Callable[[int, int, float], None]
 
 
 @contextmanager
-def watching(label: str, file: TextIO | None = None) -> Iterator[Watch]:
+def watching(label: str, file: TextIO | None = None, show: Show = "auto") -> Iterator[Watch]:
     """Gives what shows how far the scoring of rows is: a bar that goes when it ends, or a line every ``SECONDS``.
 
     Args:
         label: in front of everything, such as the method's name.
         file: where to; standard error if left out, so that output can be piped.
+        show: how.
     """
     out = sys.stderr if file is None else file
-    if not out.isatty():
+    if show == "none":
+        yield iter
+        return
+    if not is_bar(show, out):
         yield partial(_watched, _lines(label, out))
         return
     with progress_bar(out, transient=True) as bar:
         yield partial(_watched, _moves(label, bar))
+
+
+def is_bar(show: Show, file: TextIO) -> bool:
+    """Whether that way of showing is a bar where ``file`` goes."""
+    return show == "bar" or (show == "auto" and file.isatty())
 
 
 def progress_bar(file: TextIO, *, transient: bool = False) -> Progress:

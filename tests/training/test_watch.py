@@ -7,10 +7,11 @@ import io
 import pytest
 import torch
 
+import deltatune as dt
 from deltatune.tasks.framing import HeadFraming, by_length
 from deltatune.training import watch
 from deltatune.training.evaluation import score_rows
-from deltatune.training.watch import watching
+from deltatune.training.watch import Show, watching
 from tests.training import tiny
 
 BATCHES = [[0, 2], [1, 3], [4]]
@@ -61,3 +62,11 @@ def test_a_score_is_the_same_whether_or_not_somebody_watches() -> None:
     with torch.random.fork_rng():
         assert score_rows(framing, model, data.test, 4, watched) == score_rows(framing, model, data.test, 4)
     assert sorted(row for batch in seen for row in batch) == list(range(len(data.test)))
+
+
+@pytest.mark.parametrize(("show", "told"), [("lines", True), ("none", False)])
+def test_a_run_tells_of_its_test_rows(show: Show, told: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SECONDS", 0.0)
+    model, data = tiny.backbone("bert"), tiny.data()
+    dt.train(model, data, "linear-probe", tokenizer=tiny.tokenizer(), max_steps=1, eval_batch_size=4, progress=show)
+    assert ("test rows 4/12: " in capsys.readouterr().err) is told
