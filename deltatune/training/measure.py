@@ -7,19 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from deltatune.injection.attach import detach
-from deltatune.methods.kinds import Method
-from deltatune.tasks import TaskData
-from deltatune.training.run import DataFile
-from deltatune.training.train import train
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -90,41 +82,6 @@ class StepTimer(TrainerCallback):
         """Stop it."""
         _wait()
         self.seconds.append(time.perf_counter() - self._began)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What some timed steps cost.
-
-    Attributes:
-        seconds_per_step: the median.
-        peak_memory_bytes: the most memory held meanwhile.
-        trainable_parameters: how many numbers were trained.
-        total_parameters: of the backbone.
-    """
-
-    seconds_per_step: float
-    peak_memory_bytes: int
-    trainable_parameters: int
-    total_parameters: int
-
-
-def timed_steps(
-    backbone: str | nn.Module, task: str | TaskData | DataFile, method: str | Method, *, steps: int = 6, **options: Any
-) -> Cost:
-    """Train for a few steps, and forget what was learnt; nothing is scored or kept.
-
-    Args:
-        backbone: as in ``train``; a model that was given is as it was afterwards.
-        task: as in ``train``.
-        method: as in ``train``.
-        steps: how many; the first is not timed.
-        options: further arguments of ``train``.
-    """
-    result = train(backbone, task, method, max_steps=steps, evaluations=0, test_rows=1, progress="none", **options)
-    for delta in result.deltas:
-        detach(delta)
-    return Cost(result.seconds_per_step, result.peak_memory_bytes, result.trainable_parameters, result.total_parameters)
 
 
 def _wait() -> None:

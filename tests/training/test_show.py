@@ -14,9 +14,8 @@ import torch
 from deltatune.errors import OutputError
 from deltatune.training.curve import FEWEST, curve_of, draw_curve
 from deltatune.training.files import discard, is_complete, mark_complete, write_text
-from deltatune.training.measure import StepTimer, peak_memory, timed_steps
+from deltatune.training.measure import StepTimer, peak_memory
 from deltatune.training.progress import ProgressBar, ProgressLines, progress
-from tests.training import tiny
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0},
@@ -137,18 +136,6 @@ def test_peak_memory_starts_anew() -> None:
     with peak_memory() as small:
         torch.ones(2**10)
     assert large.bytes - small.bytes > 128 * 2**20
-
-
-def test_timed_steps_measure_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = tiny.backbone("bert")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    cost = timed_steps(model, tiny.data(), "full", steps=3, tokenizer=tiny.tokenizer(), batch_size=8)
-    assert 0 < cost.seconds_per_step < 30
-    assert cost.peak_memory_bytes > 2**20
-    assert cost.trainable_parameters == cost.total_parameters
-    assert tiny.same(before, dict(model.state_dict()))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_step_is_not_timed() -> None:
