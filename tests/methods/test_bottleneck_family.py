@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import InvalidValue, NoSite
-from deltatune.injection.attach import attach
+from deltatune.injection.attach import attach, detach
 from deltatune.injection.delta import Delta
+from deltatune.injection.ledger import ledger_of
+from deltatune.injection.switching import disabled
 from deltatune.methods import Compacter, CompacterPlusPlus, LowRankAdapter, Method, PfeifferAdapter, PHMAdapter
 from tests.conformance.cells import fresh, shake
 from tests.methods.test_budgets import bert_base, t5_base
@@ -135,6 +140,37 @@ def test_compacter_has_one_rule_for_all_sites() -> None:
     assert (output(backbone, inputs) - before).abs().max() > 1e-4
     output(backbone, inputs).square().sum().backward()
     assert dict(delta.named_parameters())["shared.A"].grad.abs().max() > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("model", "where"), [("bert", r"re:.*layer\.\d\.output\.LayerNorm"), ("gpt2", "layer"), ("llama", "layer")])
+def test_a_pfeiffer_adapter_of_the_residual_stream(model: str, where: str) -> None:
+    """N(s + U f(D N(s))) at a norm, h + U f(D h) behind a layer; a copy has its own norm."""
+    backbone, inputs = fresh(model)
+    plain, names = output(backbone, inputs), [name for name, _ in backbone.named_modules()]
+    delta = attach(backbone, PfeifferAdapter(reduction=4), where, name="d", head=False)
+    assert len(delta.entries) == 2 and output(backbone, inputs).equal(plain)
+    shake(delta)
+    expected = output(backbone, inputs)
+    assert (expected - plain).abs().max() > 1e-3
+    site, bottleneck = delta.entries[0].site, delta.entries[0].patch.bottleneck
+    given: list[Tensor] = []
+    handle = site.module.register_forward_hook(
+        lambda module, args, kept: given.extend([args[0], kept[0] if isinstance(kept, tuple) else kept])
+    )
+    output(backbone, inputs)
+    handle.remove()
+    s, found = given
+    module: Any = site.module
+    with disabled(backbone):
+        if site.leaf == "norm":
+            torch.testing.assert_close(found, module.forward(s + bottleneck(module.forward(s))))
+    for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert output(twin, inputs).equal(expected)
+        [own] = ledger_of(twin).deltas.values()  # type: ignore[union-attr]
+        if site.leaf == "norm":
+            assert own.entries[0].patch._norm[0] is twin.get_submodule(site.path) is not site.module
+    detach(delta)
+    assert output(backbone, inputs).equal(plain) and [name for name, _ in backbone.named_modules()] == names
 
 
 def test_one_pfeiffer_adapter_a_layer() -> None:

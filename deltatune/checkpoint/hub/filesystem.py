@@ -120,7 +120,7 @@ class FolderShelf(Shelf):
 
     def _names(self) -> dict[str, str]:
         """Name -> id, of those that point to something; a broken one does not hide the others, and ``find`` tells what is wrong."""
-        found = {}
+        found: dict[str, str] = {}
         for name in self._listed(NAMES):
             with contextlib.suppress(CheckpointError):
                 id = self._pointed(name)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.methods.addition.bottleneck import ACTIVATIONS, Serial, dense_bottleneck, reduced
+from deltatune.methods.addition.loreft import channels
 from deltatune.methods.checks import one_of, positive
-from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
+from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, methods
 from deltatune.structure.site import Site
 
 
@@ -21,6 +22,9 @@ class PfeifferAdapter(Method):
 
     W_d: (d, r) ~ N(0, 0.01), W_u: (r, d) = 0, with r = d / reduction. Trains W_d, b_d, W_u, b_u: 2 d r + r + d
     parameters a layer, half of Houlsby's. A fresh adapter is the identity to the bit.
+
+    Asked for at norms or layers, it reads the residual stream, as in the paper: N(s + f(N(s) W_d + b_d) W_u + b_u) at a norm
+    N, for models with their norms behind the residual, and h <- h + f(h W_d + b_d) W_u + b_u behind a layer for all others.
 
     Args:
         reduction: d / r, at least 1.
@@ -45,8 +49,25 @@ class PfeifferAdapter(Method):
         one_of(self, "activation", tuple(ACTIVATIONS))
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
-        """One adapter a site that has a matrix, as wide as what the site returns."""
-        if not site.has_matrix:
+        """One adapter a site that has a matrix, or is a norm or a layer, as wide as what the site returns."""
+        is_norm = site.leaf == "norm" and site.parameter is None and "weight" in site.parameters
+        width = site.weight.shape[0] if is_norm else channels(site)
+        if not width:
             return []
-        width = site.out_features
-        return [Serial(dense_bottleneck(width, reduced(width, self.reduction), self.activation))]
+        bottleneck = dense_bottleneck(width, reduced(width, self.reduction), self.activation)
+        return [BehindNorm(site.module, bottleneck) if is_norm else Serial(bottleneck)]
+
+
+class BehindNorm(OutputPatch):
+    """N(x + U(f(D(y)))) with y = N(x): what is behind the norm decides what goes into it."""
+
+    def __init__(self, norm: nn.Module, bottleneck: nn.Module) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+        self._norm = (norm,)  # in a tuple, so that it is no child: it is the site's own module
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        [norm] = self._norm
+        normed: Tensor = norm.forward(x + self.bottleneck(y).to(x.dtype))  # not called: its hooks have run
+        return normed
