@@ -1,4 +1,6 @@
-"""Loads thousands of damaged delta files under a limit of memory: ``python -m tests.checkpoint.mutated COUNT FOLDER``.
+"""Loads thousands of damaged delta files, ours and other libraries', under a limit of memory.
+
+``python -m tests.checkpoint.mutated COUNT FOLDER``
 
 Prints how the loads ended, and the most memory they took beyond what the process had before. Anything but an error of
 ours ends it.
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import deltatune as dt
@@ -33,6 +36,11 @@ ROOM = 512 * 2**20
 """Bytes of address space beyond what is there when the loads begin; 64 MiB are what building may always take."""
 
 Change = Callable[[bytes, random.Random], bytes]
+
+
+def config_changed(content: bytes, draw: random.Random) -> bytes:
+    """A config that says something else."""
+    return json.dumps(values_changed(json.loads(content), draw)).encode()
 
 
 def record_changed(content: bytes, draw: random.Random) -> bytes:
@@ -62,6 +70,31 @@ def saved(folder: Path) -> list[Path]:
     return [*places, dt.save(dt.compose(model, members, "gated", name="both"), folder / "both")]
 
 
+def foreign(folder: Path) -> list[Path]:
+    """A LoRA as PEFT, OpenDelta and adapters store it."""
+    delta = train(dt.attach(plain(), LoRA(rank=2), where=["0", "2"], name="lora"))
+    tensors = {name: tensor.detach() for name, tensor in delta.state_dict().items()}
+    others = {
+        "opendelta": (
+            "config.json",
+            "model.safetensors",
+            "{}.lora.{}",
+            {"delta_type": "lora", "lora_r": 2, "lora_alpha": 16, "data": None},
+        ),
+        "adapters": (
+            "adapter_config.json",
+            "adapter.safetensors",
+            "{}.loras.x.{}",
+            {"name": "x", "version": "adapters.1.3.0", "config": {"architecture": "lora", "r": 2, "alpha": 16, "attn_matrices": ["q"]}},
+        ),
+    }
+    for name, (config, weights, form, said) in others.items():
+        (folder / name).mkdir()
+        (folder / name / config).write_text(json.dumps(said))
+        save_file({form.format(*key.split(".")): tensor for key, tensor in tensors.items()}, folder / name / weights)
+    return [dt.save(delta, folder / "peft", format="peft"), *(folder / name for name in others)]
+
+
 def attempt(model: nn.Module, before: dict[str, Any], folder: Path) -> str:
     """What a load ends in; whatever it is, the backbone is as it was."""
     end = "loaded"
@@ -84,12 +117,15 @@ def mutate(place: Path, draw: random.Random) -> Callable[[], None]:
     file = draw.choice(sorted(path for path in place.rglob("*") if path.is_file()))
     content = file.read_bytes()
     if file.suffix == ".json":
-        change: Change = draw.choice((bytes_changed, record_changed, record_changed, record_changed, nested, whole_changed))
+        said = record_changed if file.name == "delta.json" else config_changed
+        change: Change = draw.choice((bytes_changed, said, said, said, nested, whole_changed))
         file.write_bytes(change(content, draw))
         return lambda: _write(file, content)
     change = draw.choice((bytes_changed, header_changed, header_changed, whole_changed))
     file.write_bytes(change(content, draw))
     record = file.with_name("delta.json")
+    if not record.exists():
+        return lambda: _write(file, content)
     before = record.read_bytes()
     if draw.random() < 0.8:  # whoever edits a file on purpose edits its digest as well
         data = json.loads(before)
@@ -105,7 +141,7 @@ def _write(file: Path, content: bytes) -> None:
 def main(count: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    places = saved(folder)
+    places = [*saved(folder), *foreign(folder)]
     model = plain()
     before = state(model)
     attempt(model, before, places[0])
