@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import deltatune as dt
-from deltatune.checkpoint.foreign import foreign_format
 from deltatune.errors import CheckpointError, DeltaError, Unsupported
 from deltatune.injection.delta import Delta
-from tests.checkpoint.deltas import same, state
+from tests.checkpoint.fixtures.checks import Change, check_outputs, check_refused
 from tests.checkpoint.fixtures.formulas import Draw, computing
 from tests.checkpoint.fixtures.write_adapters import CASES, make, write
 from tests.models import MODELS, output
@@ -22,22 +19,8 @@ from tests.models import MODELS, output
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_outputs(kind: str, name: str, tmp_path: Path) -> None:
     model, inputs = MODELS[name]()
-    before = state(model)
     made = make(kind, name, model)
-    with torch.no_grad():
-        plain = output(model, inputs)
-        with computing(model, made):
-            expected = output(model, inputs)
-        assert not torch.allclose(expected, plain, atol=1e-2)
-        folder = write(tmp_path / "theirs", name, made)
-        assert foreign_format(folder) == "adapters"
-        delta = dt.load(model, folder, allow_bin=True)
-        torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=1e-4)
-        dt.save(delta, tmp_path / "native")
-        dt.detach(delta)
-        assert same(state(model), before)
-        dt.load(model, tmp_path / "native")
-        torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    check_outputs(model, inputs, made, write(tmp_path / "theirs", name, made), "adapters", tmp_path / "native")
 
 
 def test_safetensors_need_no_leave(tmp_path: Path) -> None:
@@ -142,7 +125,7 @@ def test_an_ia3_behind_the_feed_forward_network(tmp_path: Path) -> None:
     torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=1e-4)
 
 
-REFUSED: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], type[DeltaError], str]] = [
+REFUSED: list[tuple[str, Change, type[DeltaError], str]] = [
     ("lora", lambda c, t: c.update(architecture="reft"), Unsupported, "architecture = 'reft'"),
     ("lora", lambda c, t: c.update(use_dora=True), Unsupported, "use_dora = True"),
     ("lora", lambda c, t: c.update(use_gating=True), Unsupported, "use_gating = True"),
@@ -170,18 +153,11 @@ REFUSED: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], type[D
 
 
 @pytest.mark.parametrize(("kind", "change", "error", "said"), REFUSED, ids=[said for *_, said in REFUSED])
-def test_refused(
-    kind: str, change: Callable[[dict[str, Any], dict[str, Any]], Any], error: type[DeltaError], said: str, tmp_path: Path
-) -> None:
+def test_refused(kind: str, change: Change, error: type[DeltaError], said: str, tmp_path: Path) -> None:
     model, _ = MODELS["bert"]()
-    before = state(model)
     made = make(kind, "bert", model)
     change(made.config, made.tensors)
-    with pytest.raises(error) as refusal:
-        dt.load(model, write(tmp_path / "theirs", "bert", made), allow_bin=True)
-    assert said in str(refusal.value)
-    assert same(state(model), before)
-    assert list(dt.deltas(model)) == []
+    check_refused(model, write(tmp_path / "theirs", "bert", made), error, said)
 
 
 def test_a_parallel_adapter_ahead_of_a_norm_is_refused(tmp_path: Path) -> None:
