@@ -51,7 +51,6 @@ _BIASED |= {"vit", "torch_encoder", "conv_net", "mlp", "tied_mlp"}
 REFUSED: dict[str, frozenset[str]] = {
     "compacter-plus-plus": frozenset({"mixtral"}),
     "embedding-prefix-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
-    "ia3": frozenset({"torch_encoder"}),
     "invertible-adapter": frozenset({"torch_encoder"}),
     "ladder-side-tuning": frozenset({"vit", "torch_encoder", *NO_ROLES}),
     "last-layer": frozenset(NO_ROLES),

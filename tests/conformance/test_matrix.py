@@ -14,7 +14,7 @@ from tests.conformance.rules import RULES
 from tests.conformance.trace import trace
 from tests.models import MODELS, SORTS, output
 
-SIZES = {"methods": 49, "architectures": 25, "refused": 97, "merged": 673, "checks": 19491}
+SIZES = {"methods": 49, "architectures": 25, "refused": 96, "merged": 674, "checks": 19508}
 """Written out, so that a change of the matrix is a change of this line; the test's message has the line to write."""
 
 

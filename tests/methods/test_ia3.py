@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from peft import IA3Config
 from torch import Tensor, nn
 
-from deltatune.errors import Unsupported
+from deltatune.checkpoint.format import load, save
 from deltatune.injection.attach import attach
 from deltatune.injection.merge import merge
 from deltatune.methods import IA3
-from deltatune.methods.addition.ia3 import ScaledInput, ScaledOutput
+from deltatune.methods.addition.ia3 import ScaledInput, ScaledOutput, ScaledWeight
 from tests.conformance.cells import fresh, shake
 from tests.methods.oracle import compare_with_peft
 from tests.models import output
@@ -88,10 +91,61 @@ def test_keys_and_values_of_a_fused_projection() -> None:
     torch.testing.assert_close(c_attn(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_that_reads_its_parameters_itself_is_refused() -> None:
-    backbone, _ = fresh("torch_encoder")
-    with pytest.raises(Unsupported, match=r"reads this parameter itself.*Use a method that changes weights there"):
-        attach(backbone, IA3())
+def test_weights_that_are_read_without_calling_a_module() -> None:
+    """Keys and values of ``nn.MultiheadAttention``, weight and bias; and experts, each with an l of its own."""
+    attention = nn.MultiheadAttention(6, 2, batch_first=True).double()
+    backbone = nn.ModuleDict({"attention": attention})
+    with torch.no_grad():
+        attention.in_proj_bias.normal_()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    by_hand, plain = copy.deepcopy(attention), attention(x, x, x)[0]
+    delta = attach(backbone, IA3(), "attention.in_proj_weight")
+    backbone.double()
+    assert torch.equal(attention(x, x, x)[0], plain)
+    shake(delta, spread=0.5)
+    (scale,) = delta.parameters()
+    with torch.no_grad():
+        by_hand.in_proj_weight.mul_(scale[:, None])
+        by_hand.in_proj_bias.mul_(scale)
+    expected = by_hand(x, x, x)[0]
+    torch.testing.assert_close(attention(x, x, x)[0], expected, atol=1e-10, rtol=1e-10)
+    attention(x, x, x)[0].square().sum().backward()
+    assert scale.grad is not None and scale.grad.abs().min() > 0
+    merge(delta)
+    torch.testing.assert_close(attention(x, x, x)[0], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("model", "where"), [("torch_encoder", None), ("mixtral", "experts.down"), ("qwen3_moe", "*.gate_up_proj")])
+def test_it_is_saved_from_there_and_follows_its_vector(model: str, where: str | None, tmp_path: Path) -> None:
+    backbone, inputs = fresh(model)
+    delta = attach(backbone, IA3(), where, head=False)
+    shake(delta, spread=0.5)
+    with torch.no_grad():
+        found = output(backbone, inputs)  # kept from here on
+        for entry in delta.entries:
+            if isinstance(entry.patch, ScaledWeight):
+                theta, scale = entry.patch.view.read(entry.site.part(entry.parameter)), entry.patch.l
+                expected = theta * (scale[..., None, :] if entry.site.leaf == "down" else scale[..., None])
+                assert torch.equal(entry.patch.view.read(entry.patch(entry.site.part(entry.parameter))), expected)
+        save(delta, tmp_path / "delta")
+        other, _ = fresh(model)
+        load(other, tmp_path / "delta")
+        assert torch.equal(output(other, inputs), found)
+        shake(delta, spread=0.5, seed=8)
+        moved = output(backbone, inputs)
+        assert not torch.allclose(moved, found)
+        merge(delta)
+        torch.testing.assert_close(output(backbone, inputs), moved, atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_of_embeddings_merges() -> None:
+    backbone = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
+    delta = attach(backbone, IA3(), "0")
+    shake(delta, spread=0.5)
+    ids = torch.arange(7)
+    expected = backbone(ids)
+    merge(delta)
+    torch.testing.assert_close(backbone(ids), expected)
 
 
 def test_ones_change_no_bit() -> None:
