@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import VeraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.injection.delta import Delta
-from deltatune.methods import VeRA
+from deltatune.methods import Method, VeRA
 from deltatune.structure.site import Site
 from tests.methods.oracles.hosts import LINEARS
 from tests.methods.oracles.table import Oracle, cases
@@ -28,6 +30,26 @@ def same_bases(delta: Delta, theirs: nn.Module) -> None:
     assert theirs.base_model.vera_B["default"].equal(delta.shared.B)  # type: ignore[union-attr, operator]
 
 
+def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Method) -> Tensor:
+    """W + diag(b) B diag(d) A, matrix by matrix, with A and B drawn anew: B row by row, so a short one is how a long one begins."""
+    assert isinstance(method, VeRA)
+    stored = theta if theta.ndim == 3 and site.parameter else theta[None]
+    matrices = (stored.mT if site.transposed else stored).flatten(2)
+    generator = torch.Generator().manual_seed(method.seed)
+    bases = []
+    for shape in ((method.rank, matrices.shape[2]), (matrices.shape[1], method.rank)):
+        bound = (6 / shape[1]) ** 0.5
+        bases.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+    A, B = bases
+    d, b = tensors["d"].view(len(matrices), -1), tensors["b"].view(len(matrices), -1)
+    found = torch.stack([W + torch.diag(b[k]) @ B @ torch.diag(d[k]) @ A for k, W in enumerate(matrices)])
+    return (found.mT if site.transposed else found).reshape(theta.shape)
+
+
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=32), dict(rank=8, seed=7)]
-ORACLE = Oracle(lambda rank, seed=0: VeRA(rank=rank, seed=seed), config, names, settle=same_bases)
-CASES = cases("vera", [host.name for host in LINEARS], SETTINGS)
+WRONG = dict.fromkeys(
+    ("conv1d", "conv2d", "conv3d", "conv2d-grouped", "embedding", "attention", "raw-kernel", "raw-stack", "raw-stack-transposed"),
+    "PEFT's VeRA takes linears alone",
+)
+ORACLE = Oracle(lambda rank, seed=0: VeRA(rank=rank, seed=seed), config, names, formula, settle=same_bases)
+CASES = cases("vera", [host.name for host in LINEARS], SETTINGS) + cases("vera", WRONG, SETTINGS[:1], WRONG)
