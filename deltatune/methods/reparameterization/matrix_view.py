@@ -36,6 +36,8 @@ class MatrixView:
     @classmethod
     def of(cls, site: Site) -> MatrixView:
         """The view of the site's weight, or of the rows of it that belong to the role."""
+        if site.parameter is None and site.is_linear:  # which tells its widths where its weight is packed, too
+            return cls("weight", (), site.out_features, site.in_features, 1, site.transposed)
         theta = site.part(site.weight)
         stacked = site.parameter is not None and theta.ndim == 3
         stack, matrix = (tuple(theta.shape[:1]), theta.shape[1:]) if stacked else ((), theta.shape)

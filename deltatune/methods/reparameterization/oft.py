@@ -145,4 +145,4 @@ class RotatedWeight(WeightPatch):
     def forward(self, theta: Tensor) -> Tensor:
         """theta -> theta', of the same shape."""
         turn = self.rotation.turn if self.table else self.rotation.turn_back
-        return self.view.write(turn(self.view.read(theta)), theta)
+        return self.view.write(turn(self.view.read(theta)), theta).contiguous()  # in another layout products round otherwise

@@ -18,7 +18,7 @@ def original(site: Site, method: Method) -> Tensor:
     weight = site.weight
     away = weight.is_meta and site.device.type != "meta"
     if away or (not weight.is_meta and is_packed(weight)):
-        state = "offloaded" if away else f"quantised ({weight.dtype})"
+        state = "offloaded" if away else f"quantised ({type(weight.data).__name__}, {weight.dtype})"
         raise Unsupported(
             f"{type(method).__name__} starts from the values of the weight at `{site.key}`, which is {state}. "
             "Load the backbone unquantised and in memory, or use LoRA."

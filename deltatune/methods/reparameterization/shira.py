@@ -30,7 +30,7 @@ class SHiRA(Method):
 
     Raises:
         InvalidValue: a field out of its range.
-        Unsupported: a site has fewer places than the rank asks for.
+        Unsupported: a site has fewer places than the rank asks for, or its weight is quantised.
     """
 
     family: ClassVar[Family] = "reparameterization"
@@ -77,4 +77,4 @@ class SparseWeight(WeightPatch):
         """theta -> theta', of the same shape."""
         matrix = self.view.read(theta)
         changed = matrix.reshape(-1).index_add(0, self.index, self.values.to(theta.dtype))
-        return self.view.write(changed.view(matrix.shape), theta)
+        return self.view.write(changed.view(matrix.shape), theta).contiguous()  # in another layout products round otherwise
