@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import deltatune as dt
 from deltatune.errors import InvalidValue
 from deltatune.methods import PromptTuning
 from deltatune.methods.making import make, settings_of
-from tests.models import MODELS
+from tests.models import MODELS, output
 from tests.training import tiny
 
 
@@ -61,6 +62,18 @@ def test_a_text_comes_first_and_frequent_tokens_behind_it() -> None:
     assert torch.equal(P, model.get_input_embeddings()(torch.tensor([71, 79, 0, 79, 78])))
     with pytest.raises(InvalidValue, match="5 tokens for 4 virtual ones"):
         PromptTuning(4, init="text", init_text="go on").spell(Letters(), [])
+
+
+def test_the_formula_in_double_precision() -> None:
+    """X <- [P; X] ahead of the positions, and the outputs of P left out."""
+    model, inputs = MODELS["llama"]()
+    plain, mask = copy.deepcopy(model.double()), inputs["attention_mask"]
+    delta = dt.attach(model, PromptTuning(4))
+    P = delta.patches[0].double().P
+    X = torch.cat([P.expand(len(mask), -1, -1), plain.get_input_embeddings()(inputs["input_ids"])], dim=1)
+    expected = plain(inputs_embeds=X, attention_mask=torch.cat([mask.new_ones(len(mask), 4), mask], dim=1)).logits[:, 4:]
+    real = mask.bool()
+    torch.testing.assert_close(output(model, inputs)[real], expected[real], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20, 150])

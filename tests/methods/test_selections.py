@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import TrainableTokensConfig
 from torch import nn
 
 from deltatune.errors import InvalidValue, NoSite
@@ -13,6 +14,7 @@ from deltatune.methods import BitFit, FullFineTuning, LinearProbe, PartialBitFit
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.methods.specification.bitfit import AddedBias, BiasRows
 from tests.conformance.cells import fresh, shake
+from tests.methods.oracle import compare_with_peft
 from tests.models import HIDDEN, LAYERS, MODELS, output
 
 WITH_EVERY_BIAS = ("bert", "roberta", "distilbert", "mpnet", "opt", "bart", "vit", "torch_encoder", "conv_net", "mlp", "tied_mlp")
@@ -176,3 +178,28 @@ def test_token_ids_are_checked() -> None:
             attach(fresh("llama")[0], TrainableTokens(token_ids=ids))
     with pytest.raises(InvalidValue, match=r"token 101, but `.*` has 101 rows\. Resize the vocabulary first"):
         attach(fresh("llama")[0], TrainableTokens(token_ids=(101,)))
+
+
+def test_trainable_tokens_by_the_formula() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).double()
+    delta = attach(backbone, TrainableTokens(token_ids=(7, 2)), "0")
+    backbone.double()
+    shake(delta, spread=0.7)
+    (e,) = delta.parameters()
+    E = backbone[0].weight.detach().clone()
+    E[7], E[2] = e[0], e[1]
+    ids = torch.tensor([[2, 0, 7], [8, 7, 7]])
+    expected = E[ids] @ backbone[1].weight.T + backbone[1].bias
+    torch.testing.assert_close(backbone(ids), expected, atol=1e-10, rtol=1e-10)
+    merge(delta)
+    torch.testing.assert_close(backbone(ids), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("model", "table"), [("bert", "bert.embeddings.word_embeddings"), ("llama", "model.embed_tokens")])
+def test_trainable_tokens_equal_peft(model: str, table: str) -> None:
+    backbone, inputs = fresh(model)
+    ids = inputs["input_ids"][0, :3].unique().tolist()
+    config = TrainableTokensConfig(token_indices=ids, target_modules=[table.rpartition(".")[2]])
+    name = f"{table}.trainable_tokens_delta.default"
+    compare_with_peft(backbone, inputs, TrainableTokens(token_ids=tuple(ids)), table, config, lambda _: name)
