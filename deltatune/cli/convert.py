@@ -26,6 +26,9 @@ AutoClass = Annotated[
 ]
 NumLabels = Annotated[int | None, typer.Option("--num-labels", min=1, help="Outputs of the task head, for foreign folders.")]
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read a foreign pickle, by torch.load(weights_only=True) alone.")]
+AllowUnknown = Annotated[
+    bool, typer.Option("--allow-unknown", help="Leave out fields of a foreign folder that are not known, or only matter in training.")
+]
 AllowForeign = Annotated[bool, typer.Option("--allow-foreign", help="Take another backbone than the delta was trained on.")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="Give a quantised backbone plain weights of the same values first.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -43,6 +46,7 @@ class Source:
     auto_class: str | None = None
     num_labels: int | None = None
     allow_bin: bool = False
+    allow_unknown: bool = False
     allow_foreign: bool = False
     dequantize: bool = False
 
@@ -70,6 +74,7 @@ def convert(
     auto_class: AutoClass = None,
     num_labels: NumLabels = None,
     allow_bin: AllowBin = False,
+    allow_unknown: AllowUnknown = False,
     allow_foreign: AllowForeign = False,
     dequantize: Dequantize = False,
     overwrite: Overwrite = False,
@@ -89,7 +94,7 @@ def convert(
 
     write = target_of(to)
     with quiet(), working(f"Reading `{source}` and its backbone, to write `{out}`."):
-        opened = read(Source(source.expanduser(), backbone, auto_class, num_labels, allow_bin, allow_foreign, dequantize))
+        opened = read(Source(source.expanduser(), backbone, auto_class, num_labels, allow_bin, allow_unknown, allow_foreign, dequantize))
         given = Given(opened.delta, opened.tokenizer, opened.about, opened.backbone_id, rank, allow_left_out, overwrite)
         told = write(given, out.expanduser())
     report(out.expanduser(), to, told, json)
@@ -128,7 +133,7 @@ def _native(source: Source) -> Opened:
     from deltatune.checkpoint.format import read as read_record
     from deltatune.training.opening import open as open_delta
 
-    for flag, value in (("--num-labels", source.num_labels), ("--allow-bin", source.allow_bin)):
+    for flag, value in (("--num-labels", source.num_labels), ("--allow-bin", source.allow_bin), ("--allow-unknown", source.allow_unknown)):
         if value:
             raise InvalidValue(f"`{flag}` is for folders of other libraries, and `{source.folder}` is one of ours. Leave it out.")
     options: dict[str, Any] = {"auto_class": source.auto_class} if source.auto_class else {}
@@ -153,7 +158,7 @@ def _foreign(source: Source) -> Opened:
         raise CheckpointError(f"`{source.folder}` does not name its backbone. Add --backbone NAME.")
     options: dict[str, Any] = {} if source.num_labels is None else {"num_labels": source.num_labels}
     model: nn.Module = load_backbone(name, auto_class=source.auto_class or AUTO_CLASSES[kind_of(name)], **options)
-    delta = load(model, source.folder, allow_bin=source.allow_bin, allow_foreign=source.allow_foreign)
+    delta = load(model, source.folder, allow_bin=source.allow_bin, allow_unknown=source.allow_unknown, allow_foreign=source.allow_foreign)
     return Opened(delta, load_tokenizer(name), About(), name)
 
 

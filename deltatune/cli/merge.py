@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deltatune.cli.commands import commands
-from deltatune.cli.convert import AllowBin, AllowForeign, AutoClass, Backbone, Dequantize, NumLabels, Overwrite, convert
+from deltatune.cli.convert import AllowBin, AllowForeign, AllowUnknown, AutoClass, Backbone, Dequantize, NumLabels, Overwrite, convert
 from deltatune.cli.terminal import Json
 
 
@@ -22,6 +22,7 @@ def merge(
     overwrite: Overwrite = False,
     dequantize: Dequantize = False,
     allow_bin: AllowBin = False,
+    allow_unknown: AllowUnknown = False,
     allow_foreign: AllowForeign = False,
     json: Json = False,
 ) -> None:
@@ -40,6 +41,7 @@ def merge(
         auto_class=auto_class,
         num_labels=num_labels,
         allow_bin=allow_bin,
+        allow_unknown=allow_unknown,
         allow_foreign=allow_foreign,
         dequantize=dequantize,
         overwrite=overwrite,

@@ -74,6 +74,16 @@ def test_peft_and_back(call: Call, finished: Path, encoder: str, tmp_path: Path)
     torch.testing.assert_close(opened(tmp_path / "d"), opened(finished), atol=1e-5, rtol=1e-4)
 
 
+def test_fields_that_only_matter_in_training_may_be_left_out(call: Call, finished: Path, encoder: str, tmp_path: Path) -> None:
+    told(call, finished, tmp_path / "p", "--to", "peft")
+    config = tmp_path / "p" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "some_new_field": 5}))
+    words = [tmp_path / "p", tmp_path / "q", "--to", "native", "--backbone", encoder]
+    refused(call("convert", *words), "some_new_field = 5")
+    told(call, *words, "--allow-unknown")
+    refused(call("convert", finished, tmp_path / "r", "--to", "native", "--allow-unknown"), "is one of ours")
+
+
 def test_gguf_lora(call: Call, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     place = folder("llama", tmp_path / "backbones")
