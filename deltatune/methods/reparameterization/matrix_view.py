@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltatune.structure.site import Site
+from deltatune.structure.site import Site, is_packed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MatrixView:
     @classmethod
     def of(cls, site: Site) -> MatrixView:
         """The view of the site's weight, or of the rows of it that belong to the role."""
-        if site.parameter is None and site.is_linear:  # which tells its widths where its weight is packed, too
+        if site.parameter is None and site.is_linear and is_packed(site.weight):  # its shape says nothing then
             return cls("weight", (), site.out_features, site.in_features, 1, site.transposed)
         theta = site.part(site.weight)
         stacked = site.parameter is not None and theta.ndim == 3
