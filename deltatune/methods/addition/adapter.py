@@ -19,13 +19,13 @@ from deltatune.structure.site import Site
 class Adapter(Method):
     """h <- h + f(h W_d + b_d) W_u + b_u, behind the attention's output projection and behind the feed-forward network.
 
-    W_d: (d, r), W_u: (r, d). Trains W_d, b_d, W_u, b_u. Both matrices start at N(0, init_std), so the fresh adapter is
-    near the identity; ``init_std=0`` zeroes W_u, which makes it the identity to the bit.
+    W_d: (d, r), W_u: (r, d). Trains W_d, b_d, W_u, b_u. W_d starts at N(0, 0.01^2) and W_u at 0, so a fresh adapter is the
+    identity to the bit; with ``init_std`` both start at N(0, init_std^2), near the identity, as in the paper.
 
     Args:
         bottleneck_dim: r, at least 1.
         activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
-        init_std: spread of W_u at the start; 0 for an exact identity.
+        init_std: standard deviation of W_d and W_u at the start; 0 for an exact identity.
 
     Raises:
         InvalidValue: a field out of its range.

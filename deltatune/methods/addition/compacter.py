@@ -63,7 +63,8 @@ class Compacter(SharedRule):
     A_i: (n, n), normal with variance 1 / n, one set for all sites and for W_d and W_u alike; s_i: (out / n, rank), t_i:
     (in / n, rank), glorot uniform but s_i = 0 in W_u, so that a fresh delta is the identity to the bit. r = d /
     reduction, rounded down to a multiple of n. Trains A_i once, and 2 rank (d + r) factors and r + d biases an adapter;
-    the norms too, as in the paper, where ``where`` names them: ["attention.output", "feed_forward.down", "norm"].
+    the norms too, as in the paper, where ``where`` names them: ["attention.output", "feed_forward.down", "norm"]. The
+    official code starts A_i at N(0, 1e-8) and all s_i at random: near the identity, but not equal to it.
 
     Args:
         n: number of Kronecker products.

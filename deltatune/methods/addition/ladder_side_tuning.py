@@ -24,7 +24,7 @@ class LadderSideTuning(Method):
 
     h_0, ..., h_{L-1} are what the L layers of a text stack are given and h_L = y is what the stack returns, all detached.
     f_i(u) = u + gelu(norm(u) W_1i + b_1i) W_2i + b_2i stands for the paper's small transformer layers: tokens meet in the backbone,
-    whose states every rung reads, so key-value caches need nothing new.
+    whose states every rung reads, so key-value caches need nothing new. They start at random, not from a pruned backbone.
 
     Trains W_down: (L + 1, side_dim, hidden), W_1: (L, expansion * side_dim, side_dim), W_2: (L, side_dim, expansion * side_dim),
     all uniform in +-1 / sqrt(fan in), their biases = 0, alpha: (L,) = 0, and W_up: (hidden, side_dim) = 0. In an
