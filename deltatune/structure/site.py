@@ -143,8 +143,8 @@ class Site:
     @property
     def channel_axis(self) -> int:
         """Axis of the module's output that holds the channels: 1 behind a batch axis for convolutions, else the last."""
-        convolutions = {nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
-        return next((axis for kind, axis in convolutions.items() if isinstance(self.module, kind)), -1)
+        kinds = {(nn.Conv1d, nn.ConvTranspose1d): -2, (nn.Conv2d, nn.ConvTranspose2d): -3, (nn.Conv3d, nn.ConvTranspose3d): -4}
+        return next((axis for convolutions, axis in kinds.items() if isinstance(self.module, convolutions)), -1)
 
     def rows_axis(self, theta: Tensor) -> int:
         """Axis of the parameter ``theta`` that ``rows`` indexes: (out,), (out, in), (experts, out, in), or (in, out)."""

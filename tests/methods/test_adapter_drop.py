@@ -52,6 +52,13 @@ def test_the_formula_is_houlsbys_above_layer_k() -> None:
     assert {entry.site.layer for entry in delta.entries} == {1}
 
 
+@pytest.mark.parametrize(("layers", "kept"), [(2, 2), (6, 4), (12, 7)])
+def test_five_of_twelve_layers_are_dropped_unless_told_otherwise(layers: int, kept: int) -> None:
+    backbone = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))})
+    delta = attach(backbone, AdapterDrop(bottleneck_dim=2), "*")
+    assert sorted({entry.site.layer for entry in delta.entries}) == list(range(layers - kept, layers))
+
+
 def test_nothing_below_layer_k_needs_a_backward() -> None:
     backbone, inputs = fresh("bert")
     attach(backbone, AdapterDrop(bottleneck_dim=4, drop_layers=1), head=False)
@@ -149,7 +156,7 @@ def test_one_adapter_for_all_layers(tmp_path: Path) -> None:
 def test_some_layer_must_stay() -> None:
     backbone, _ = fresh("bert")
     with pytest.raises(InvalidValue, match=r"AdapterDrop\(drop_layers=5\) was asked for on 2 layers, .* Drop at most 1\."):
-        attach(backbone, AdapterDrop())
+        attach(backbone, AdapterDrop(drop_layers=5))
     for fields in (dict(drop_layers=-1), dict(bottleneck_dim=0), dict(activation="mish")):
         with pytest.raises(InvalidValue, match=rf"AdapterDrop\({next(iter(fields))}=.*\) was asked for"):
             AdapterDrop(**fields)  # type: ignore[arg-type]

@@ -114,3 +114,22 @@ def test_or_the_error_says_why_not(method: str, kind: str) -> None:
     assert any(where in message for where in HOSTS[kind].where), message
     assert re.search(r"Choose|Use ", message), message
     assert trace(backbone).differences(before) == []
+
+
+@pytest.mark.parametrize("method", ["adapter", "dora", "ia3", "lora"])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@torch.no_grad()
+def test_transposed_convolutions_have_their_channels_where_convolutions_have_them(method: str, spatial: int) -> None:
+    torch.manual_seed(0)
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1]
+    backbone, x = nn.Sequential(kind(8, 9, 3)).eval(), torch.randn(2, 8, *[7] * spatial)
+    plain = backbone(x)
+    assert plain.shape[1] == plain.shape[-1] == 9  # so that the wrong axis would go unnoticed
+    delta = attach(backbone, small(method), "0", head=False)
+    assert torch.equal(backbone(x), plain)
+    shake(delta, spread=0.1)
+    assert moved(backbone(x), plain) > 1e-5
+    patch = delta.patches[0]
+    if method in ("adapter", "ia3"):
+        by_hand = patch(x.movedim(1, -1), plain.movedim(1, -1)).movedim(-1, 1)
+        assert torch.equal(backbone(x), by_hand)

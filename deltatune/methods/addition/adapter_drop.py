@@ -29,7 +29,7 @@ class AdapterDrop(Method):
     Args:
         bottleneck_dim: r, at least 1.
         activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
-        drop_layers: k, less than the number of layers; 0 drops none.
+        drop_layers: k, less than the number of layers L; 0 drops none. None: 5 L / 12, rounded down, after the paper's 5 of 12.
         random: draw k in training.
         shared: one adapter a role, for all its layers.
 
@@ -46,14 +46,14 @@ class AdapterDrop(Method):
 
     bottleneck_dim: int = 64
     activation: str = "gelu"
-    drop_layers: int = 5
+    drop_layers: int | None = None
     random: bool = False
     shared: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "bottleneck_dim")
         one_of(self, "activation", tuple(ACTIVATIONS))
-        if self.drop_layers < 0:
+        if self.drop_layers is not None and self.drop_layers < 0:
             raise InvalidValue(f"AdapterDrop(drop_layers={self.drop_layers}) was asked for; `drop_layers` must be at least 0.")
 
     def share(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -63,12 +63,13 @@ class AdapterDrop(Method):
             InvalidValue: no layer would keep its adapter.
         """
         depths = [site.layer_list.depth for site in sites if site.layer_list is not None]
-        if depths and self.drop_layers >= min(depths):
+        k = 5 * min(depths, default=0) // 12 if self.drop_layers is None else self.drop_layers
+        if depths and k >= min(depths):
             raise InvalidValue(
-                f"AdapterDrop(drop_layers={self.drop_layers}) was asked for on {min(depths)} layers, so none would keep its adapter. "
+                f"AdapterDrop(drop_layers={k}) was asked for on {min(depths)} layers, so none would keep its adapter. "
                 f"Drop at most {min(depths) - 1}."
             )
-        common = Common(self.drop_layers, max(depths, default=1))
+        common = Common(k, max(depths, default=1))
         for site in sites if self.shared else ():
             if _has_adapter(site) and _place(site) not in common.adapters:
                 common.adapters[_place(site)] = dense_bottleneck(site.out_features, self.bottleneck_dim, self.activation)
@@ -78,7 +79,7 @@ class AdapterDrop(Method):
         """One adapter a site that has a matrix, as wide as what the site returns; none where it is always dropped, or at a task head."""
         assert isinstance(shared, Common)
         layer = shared.depth if site.layer is None else site.layer  # what lies outside the layers is never dropped
-        if not _has_adapter(site) or (layer < self.drop_layers and not self.random):
+        if not _has_adapter(site) or (layer < shared.drop_layers and not self.random):
             return []
         own = dense_bottleneck(site.out_features, self.bottleneck_dim, self.activation)
         adapter = Borrowed(shared.adapters[_place(site)]) if self.shared else own
