@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltatune.cli.terminal import share, size
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -21,9 +23,9 @@ def demo_table(found: dict[str, Any]) -> str:
     lines = ["| method | test accuracy | trained | share | per step | peak memory | on disk |", "|---|--:|--:|--:|--:|--:|--:|"]
     for row in found["rows"]:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        sizes = f"{row['peak_memory_bytes'] / 1e6:,.0f} MB | {row['disk_bytes'] / 1e6:,.2f} MB"
+        sizes = f"{size(row['peak_memory_bytes'])} | {size(row['disk_bytes'])}"
         lines.append(
-            f"| {row['method']} | {accuracy} | {row['trained']:,} | {row['share']:.2%} | {row['seconds_per_step']:.2f} s | {sizes} |"
+            f"| {row['method']} | {accuracy} | {row['trained']:,} | {share(row['share'], 1)} | {row['seconds_per_step']:.2f} s | {sizes} |"
         )
     return "\n".join(
         [
@@ -39,8 +41,8 @@ def bbc_table(found: dict[str, Any]) -> str:
     lines = ["| method | test accuracy | std | trained | share | on disk |", "|---|--:|--:|--:|--:|--:|"]
     for name, row in found["rows"].items():
         lines.append(
-            f"| {name} | {row['accuracy']:.4f} | {row['std']:.4f} | {row['trained_parameters']:,} | {row['share']:.2%} "
-            f"| {row['delta_bytes'] / 1e6:,.2f} MB |"
+            f"| {name} | {row['accuracy']:.4f} | {row['std']:.4f} | {row['trained_parameters']:,} | {share(row['share'], 1)} "
+            f"| {size(row['delta_bytes'])} |"
         )
     low, high = found["lora_minus_full"]["interval95"]
     difference = (

@@ -78,9 +78,9 @@ def _add(app: typer.Typer, name: str, command: Command, panel: str) -> None:
 
 
 def _coloured(text: str) -> str:
-    """A help text with its examples, the paragraphs of command lines, kept line by line and set off."""
+    """A help text with its paragraphs in a line each, for any width; those of command lines, its examples, are set off as they are."""
     paragraphs = [paragraph.splitlines() for paragraph in text.strip().split("\n\n")]
-    return "\n\n".join("\n".join(_example(lines) if lines[0].startswith("deltatune ") else lines) for lines in paragraphs)
+    return "\n\n".join("\n".join(_example(lines)) if lines[0].startswith("deltatune ") else " ".join(lines) for lines in paragraphs)
 
 
 def _example(lines: list[str]) -> list[str]:

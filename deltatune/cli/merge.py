@@ -14,8 +14,8 @@ from deltatune.cli.terminal import Json
 
 @commands.register("merge")
 def merge(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A delta of ours, a run, or a folder of another library.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint goes.")],
+    folder: Annotated[Path, typer.Argument(metavar="IN", help="A delta of ours, a run, or a folder of another library.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the checkpoint goes: a folder.")],
     backbone: Backbone = None,
     auto_class: AutoClass = None,
     num_labels: NumLabels = None,
@@ -28,10 +28,10 @@ def merge(
 ) -> None:
     """Fold a delta into its backbone's weights and write a plain transformers checkpoint, tokenizer included.
 
-    The same as deltatune convert DIR OUT --to merged. Kinds that are no change of weights, such as adapters and prompts,
+    The same as deltatune convert IN OUT --to merged. Kinds that are no change of weights, such as adapters and prompts,
     are refused.
 
-    deltatune merge runs/bbc --out out/bbc-merged
+    deltatune merge runs/bbc out/bbc-merged
     """
     convert(
         folder,

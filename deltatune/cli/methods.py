@@ -60,7 +60,7 @@ def listing(json: Json = False) -> None:
             drawn.add_section()
             drawn.add_row(Text(heading, style="bold"))
         drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, summary_of(recipe))
-    show(drawn, quoted("`deltatune methods show NAME` explains one.", style="dim"))
+    show(drawn, facts(*MEANINGS.items()), "", quoted("`deltatune methods show NAME` explains one.", style="dim"))
 
 
 @methods.command("show")

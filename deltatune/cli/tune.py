@@ -201,7 +201,10 @@ def show_result(run: Run, result: Result) -> None:
     """The end of a run, for people."""
     others = [f"{name} {value:.4f}" for name, value in result.metrics.items() if name != result.metric]
     course = [
-        ("time", f"{result.seconds:.1f} s for {result.steps} steps, {1000 * result.seconds_per_step:.0f} ms each"),
+        (
+            "time",
+            f"{result.seconds:.1f} s, evaluations included; {result.steps} steps, the median one {1000 * result.seconds_per_step:.0f} ms",
+        ),
         ("peak memory", size(result.peak_memory_bytes)),
     ]
     show(

@@ -208,8 +208,7 @@ def detach(delta: Delta | Composition) -> None:
 def _free_name(ledger: Ledger, method: Method) -> str:
     """The method's name, numbered where it is taken."""
     stem = registered.name_of(type(method)) if type(method) in _classes() else type(method).__name__.lower()
-    stem = stem.replace("-", "_")
-    return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}_{n}"))
+    return next(free for n in count(1) if not ledger.knows(free := stem if n == 1 else f"{stem}-{n}"))
 
 
 def _classes() -> set[type[Method]]:

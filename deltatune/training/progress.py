@@ -46,8 +46,10 @@ class _Watched(TrainerCallback):
         self._paused = 0.0
 
     def begin(self, state: TrainerState) -> None:
-        """Start the clock; a resumed run starts behind its first steps."""
+        """Start the clock; a resumed run starts behind its first steps, and says so."""
         self._started, self._first = time.monotonic(), state.global_step
+        if self._first and state.is_world_process_zero:
+            print(f"{self.label} goes on behind step {self._first} of {state.max_steps}.", file=self.file, flush=True)
 
     def take(self, logs: dict[str, float] | None) -> None:
         """Remember the newest numbers."""

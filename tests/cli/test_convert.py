@@ -39,15 +39,15 @@ def told(call: Call, *words: object) -> dict[str, Any]:
 
 
 def test_merged_loads_with_transformers_alone(call: Call, finished: Path, tmp_path: Path) -> None:
-    assert call("merge", finished, "--out", tmp_path / "m").code == 0
+    assert call("merge", finished, tmp_path / "m").code == 0
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(logits(model, tokenizer), opened(finished), atol=1e-5, rtol=1e-4)
     assert list(model.config.id2label.values()) == list(dt.open(finished)[0].config.id2label.values())
     again = told(call, finished, tmp_path / "n", "--to", "merged")
     assert again["to"] == "merged" and again["size_bytes"] > 1000
     assert (tmp_path / "n" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
-    refused(call("merge", finished, "--out", tmp_path / "m"), "exists already")
-    assert call("merge", finished, "--out", tmp_path / "m", "--overwrite").code == 0
+    refused(call("merge", finished, tmp_path / "m"), "exists already")
+    assert call("merge", finished, tmp_path / "m", "--overwrite").code == 0
 
 
 def test_native_again(call: Call, finished: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_errors(call: Call, finished: Path, encoder: str, tmp_path: Path) -> Non
         call("convert", finished, tmp_path / "x", "--to", "native", "--num-labels", 3), "`--num-labels` is for folders of other libraries"
     )
     refused(call("convert", finished, tmp_path / "x"), "--to")
-    refused(call("merge", finished), "--out")
+    refused(call("merge", finished), "OUT")
     assert "Traceback" in call("convert", finished, tmp_path / "x", "--to", "megred", "--debug").err
     assert not (tmp_path / "x").exists()
 
@@ -142,8 +142,8 @@ def test_a_quantised_run(call: Call, encoder: str, tmp_path: Path, texts: Path, 
         for parameter in delta.trained_parameters().values():
             parameter.add_(0.05)
     dt.save(delta, tmp_path / "d", backbone_id=encoder, training={"quantize": "int8"})
-    refused(call("merge", tmp_path / "d", "--out", tmp_path / "m"), "is quantised", "`deltatune convert --dequantize`")
-    assert call("merge", tmp_path / "d", "--out", tmp_path / "m", "--dequantize").code == 0
+    refused(call("merge", tmp_path / "d", tmp_path / "m"), "is quantised", "`deltatune convert --dequantize`")
+    assert call("merge", tmp_path / "d", tmp_path / "m", "--dequantize").code == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(logits(merged, tokenizer), logits(model, tokenizer), atol=1e-3, rtol=1e-2)

@@ -182,7 +182,7 @@ def test_a_composition_is_trained_and_taken_over_like_a_delta() -> None:
     assert not torch.equal(output(backbone, inputs), acting)
     both.load_state_dict(state)
     assert torch.equal(output(backbone, inputs), acting)
-    with pytest.raises(CheckpointError, match=r"`other\.A` fits no member of composition `both`: lora, diff_pruning"):
+    with pytest.raises(CheckpointError, match=r"`other\.A` fits no member of composition `both`: lora, diff-pruning"):
         both.load_state_dict({**state, "other.A": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="missing"):
         both.load_state_dict({})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.image
 import pytest
@@ -96,6 +96,14 @@ def play(watched: Any) -> None:
         watched.on_log(nothing, state(step), nothing, logs={"loss": 1 / step})
     watched.on_log(nothing, state(4), nothing, logs={"eval_score": 0.75})
     watched.on_train_end(nothing, state(4), nothing)
+
+
+def test_a_resumed_run_says_where_it_goes_on() -> None:
+    file, nothing = io.StringIO(), cast(Any, None)
+    watched = progress("lines", "lora", "accuracy", 16, file)
+    assert watched is not None
+    watched.on_train_begin(nothing, state(3), nothing)
+    assert file.getvalue() == "lora goes on behind step 3 of 4.\n"
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
