@@ -1,6 +1,6 @@
 """Rule 8 on whole backbones: deltas of any methods act together, train together, leave in any order, and are one artefact.
 
-How two deltas act together depends on how each acts, so every method meets one method of each way of acting.
+How two deltas act together depends on how each acts, so every way of acting meets every other, and every method one of each kind.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from torch import nn
 
 import deltatune as dt
 from deltatune.injection.delta import Delta
+from deltatune.methods.kinds import OutputPatch, PrefixPatch, PromptPatch, SelectionPatch, WeightPatch
 from tests.conformance.cells import TAKEN, TRAINING, Cell, fresh, moved, plain, shake, small
-from tests.conformance.sample import ACTS, representatives
+from tests.conformance.sample import representatives
 from tests.conformance.trace import trace
 from tests.models import output
 
 MODELS = ("bert", "t5", "tied_mlp", "llama")
+OF_EACH_KIND = (OutputPatch, WeightPatch, PrefixPatch, PromptPatch, SelectionPatch)
+"""Context has two, which reach a model by quite different ways."""
 
 
 def _pairs() -> list[tuple[Cell, Cell]]:
-    """Ways of acting with ways of acting on every model; methods with ways of acting on one model after the other."""
+    """Ways of acting with ways of acting on every model; methods with one of each kind on one model after the other."""
     pairs = {}
     for model in MODELS:
         for a, b in combinations_with_replacement(representatives(model).values(), 2):
@@ -31,7 +34,7 @@ def _pairs() -> list[tuple[Cell, Cell]]:
     turn = cycle(MODELS)
     for method in TRAINING:
         own = [model for model in MODELS if Cell(method, model) in TAKEN]
-        for act in ACTS:
+        for act in OF_EACH_KIND:
             model = next((model for model in (next(turn) for _ in MODELS) if model in own and act in representatives(model)), None)
             if model is not None:
                 pairs[Cell(method, model), Cell(representatives(model)[act], model)] = None
@@ -58,13 +61,15 @@ def _attach_both(pair: tuple[Cell, Cell], backbone: nn.Module) -> tuple[Delta, D
     return both[0], both[1]
 
 
-def test_every_method_meets_every_way_of_acting() -> None:
+def test_every_way_of_acting_meets_every_other_and_every_method_one_of_each_kind() -> None:
     met = {(a.method, b.method) for a, b in TOGETHER}
-    every = set(representatives("bert").values())
-    assert len(every) >= 5
+    every = representatives("bert")
+    assert {every[act] for act in OF_EACH_KIND} <= set(every.values())
+    for a, b in combinations_with_replacement(every.values(), 2):
+        assert {(a, b), (b, a)} & met
     for method in TRAINING:
         if Cell(method, "bert") in TAKEN and Cell(method, "t5") in TAKEN:
-            assert len({b for a, b in met if a == method}) >= len(every), method
+            assert {every[act] for act in OF_EACH_KIND} <= {b for a, b in met if a == method}, method
 
 
 @pytest.mark.parametrize("pair", TOGETHER, ids=ids)
