@@ -119,10 +119,10 @@ def mutate(place: Path, draw: random.Random) -> Callable[[], None]:
     if file.suffix == ".json":
         said = record_changed if file.name == "delta.json" else config_changed
         change: Change = draw.choice((bytes_changed, said, said, said, nested, whole_changed))
-        file.write_bytes(change(content, draw))
+        _write(file, change(content, draw))
         return lambda: _write(file, content)
     change = draw.choice((bytes_changed, header_changed, header_changed, whole_changed))
-    file.write_bytes(change(content, draw))
+    _write(file, change(content, draw))
     record = file.with_name("delta.json")
     if not record.exists():
         return lambda: _write(file, content)
@@ -130,11 +130,13 @@ def mutate(place: Path, draw: random.Random) -> Callable[[], None]:
     if draw.random() < 0.8:  # whoever edits a file on purpose edits its digest as well
         data = json.loads(before)
         data["tensors"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        record.write_bytes(sealed(data))
+        _write(record, sealed(data))
     return lambda: (_write(file, content), _write(record, before))[0]
 
 
 def _write(file: Path, content: bytes) -> None:
+    """A new file: where an old one is cut short, some file systems wait for the disk."""
+    file.unlink()
     file.write_bytes(content)
 
 
