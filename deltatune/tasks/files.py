@@ -14,22 +14,16 @@ from typing import Any
 from deltatune.errors import DataError, missing_extra, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.rows import Row
-from deltatune.tasks.task import Split, Task, TaskType
+from deltatune.tasks.task import Split, Task
+from deltatune.tasks.types import task_types
 from deltatune.tasks.template import plain_template
-
-_METRICS: dict[TaskType, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1_macro"),
-    "regression": ("pearson", "spearman"),
-    "text2text": ("exact_match",),
-}
-
 
 def task_from_file(
     path: str | os.PathLike[str],
     *,
     text: str | Sequence[str] = "text",
     label: str = "label",
-    type: TaskType = "classification",
+    type: str = "classification",
     validation: float = 0.1,
     test: float = 0.2,
 ) -> TaskData:
@@ -66,7 +60,7 @@ def task_from_file(
         text=columns,
         label=label,
         labels=labels,
-        metrics=_METRICS.get(type, ("accuracy",)),
+        metrics=task_types[type].metrics,
         templates=(plain_template(columns, label, labels),),
         split=Split(validation, test),
         description=f"Own data from {file.name}",

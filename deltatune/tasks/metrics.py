@@ -21,11 +21,13 @@ class Metric:
         name: as tasks name it.
         score: (predictions, references) -> value.
         best: the value of a perfect predictor.
+        of: the kinds of values it compares, as ``TaskType.answers`` names them.
     """
 
     name: str
     score: Score
     best: float = 1.0
+    of: frozenset[str] = frozenset()
 
 
 metrics: Registry[Metric] = Registry("metric", "metrics")
@@ -100,18 +102,21 @@ def exact_match(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     return hits / len(references)
 
 
-_BUILT_IN: dict[str, Score] = {
-    "accuracy": _sklearn("accuracy_score"),
-    "f1": _sklearn("f1_score", average="binary", zero_division=0.0),
-    "f1_macro": _sklearn("f1_score", average="macro", zero_division=0.0),
-    "f1_micro": _sklearn("f1_score", average="micro", zero_division=0.0),
-    "f1_weighted": _sklearn("f1_score", average="weighted", zero_division=0.0),
-    "recall_macro": _sklearn("recall_score", average="macro", zero_division=0.0),
-    "matthews": _sklearn("matthews_corrcoef"),
-    "pearson": _correlation("pearsonr"),
-    "spearman": _correlation("spearmanr"),
-    "exact_match": exact_match,
+_BUILT_IN: dict[str, tuple[Score, str]] = {
+    "accuracy": (_sklearn("accuracy_score"), "label"),
+    "f1": (_sklearn("f1_score", average="binary", zero_division=0.0), "label"),
+    "f1_macro": (_sklearn("f1_score", average="macro", zero_division=0.0), "label labels"),
+    "f1_micro": (_sklearn("f1_score", average="micro", zero_division=0.0), "label labels"),
+    "f1_weighted": (_sklearn("f1_score", average="weighted", zero_division=0.0), "label labels"),
+    "recall_macro": (_sklearn("recall_score", average="macro", zero_division=0.0), "label labels"),
+    "matthews": (_sklearn("matthews_corrcoef"), "label"),
+    "pearson": (_correlation("pearsonr"), "number"),
+    "spearman": (_correlation("spearmanr"), "number"),
+    "exact_match": (exact_match, "text tags"),
 }
 
-for _name, _score in _BUILT_IN.items():
-    metrics.register(_name)(Metric(_name, _score))
+for _name, (_score, _of) in _BUILT_IN.items():
+    metrics.register(_name)(Metric(_name, _score, of=frozenset(_of.split())))
+for _name in "bleu chrf span_f1 rougeL squad_f1 rouge1 triplet_f1 sari slot_error gleu final_answer_exact_match".split():
+    metrics.register(_name)(Metric(_name, exact_match, of=frozenset({"text", "tags"})))
+metrics.register("exact_match_per_question")(Metric("exact_match_per_question", exact_match, of=frozenset({"label"})))
