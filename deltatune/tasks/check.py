@@ -1,4 +1,4 @@
-"""Check task files: ``python -m deltatune.tasks.check FILE...``. Everything a built-in task has to have, and its rows where they are at hand."""
+"""Check task files (``python -m deltatune.tasks.check FILE...``): all that a built-in task has to have, and its rows if they are here."""
 
 from __future__ import annotations
 

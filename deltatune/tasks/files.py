@@ -15,8 +15,9 @@ from deltatune.errors import DataError, missing_extra, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Split, Task
-from deltatune.tasks.types import task_types
 from deltatune.tasks.template import plain_template
+from deltatune.tasks.types import task_types
+
 
 def task_from_file(
     path: str | os.PathLike[str],

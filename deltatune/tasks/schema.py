@@ -137,7 +137,7 @@ def _check_template(template: Any, place: str) -> None:
     if isinstance(template, str):
         return
     if not isinstance(template, Mapping) or "prompt" not in template:
-        raise InvalidValue(f"{place} has the template {template!r}; it has to be a text, or a prompt with words: {{prompt: ..., words: ...}}.")
+        raise InvalidValue(f"{place} has the template {template!r}; it has to be a text, or {{prompt: ..., words: ...}}.")
     _check_part(template, ("prompt",), ("words",), f"{place}, a template,")
 
 
@@ -154,7 +154,7 @@ def label_words(words: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(" ".join(label.replace("_", " ").replace("-", " ").lower().split()) for label in labels)
     if not isinstance(words, Mapping) or set(words) != set(labels):
         lacking, foreign = _difference(labels, words)
-        raise InvalidValue(f"A template has words for other labels than the task: {lacking or 'none'} lacking, {foreign or 'none'} too many. "
+        raise InvalidValue(f"A template has words for other labels than the task's ({lacking or 'none'} lacking, {foreign or 'none'} odd). "
                            "Give each label one word.")  # fmt: skip
     if bad := [word for word in words.values() if not isinstance(word, str)]:
         raise InvalidValue(f"The word {bad[0]!r} is no text. Write it in quotes.")

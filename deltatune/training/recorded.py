@@ -8,9 +8,10 @@ from typing import Any
 from deltatune.checkpoint.record import Record
 from deltatune.errors import CheckpointError, DeltaError
 from deltatune.tasks import Task, Template, Verbalizer
+from deltatune.tasks.framing import framings
 
 TOLD: dict[str, Callable[[Any], bool]] = {
-    "framing": lambda value: value in ("head", "text2text"),
+    "framing": lambda value: isinstance(value, str) and value in framings,
     "max_length": lambda value: isinstance(value, int) and value > 0,
     "type": lambda value: isinstance(value, str),
     "text": lambda value: _are_names(value),
@@ -54,6 +55,8 @@ def task_of(record: Record) -> Task:
             label=training["label"],
             labels=tuple(about.labels or ()),
             metrics=tuple(training["metrics"]),
+            range=_range(record),
+            context=str(training.get("context") or ""),
             templates=() if about.template is None else (_template(record),),
         )
     except CheckpointError:
@@ -63,6 +66,15 @@ def task_of(record: Record) -> Task:
     if training["framing"] == "head" and record.origin.num_labels not in (None, task.outputs):
         raise _edited(record, f"{task.outputs} labels for a head of {record.origin.num_labels} outputs")
     return task
+
+
+def _range(record: Record) -> tuple[float, float] | None:
+    written = (record.about.training or {}).get("range")
+    if written is None:
+        return None
+    if not isinstance(written, list | tuple) or len(written) != 2 or not all(isinstance(number, int | float) for number in written):
+        raise _edited(record, f"{written!r} for the range of its numbers")
+    return float(written[0]), float(written[1])
 
 
 def _template(record: Record) -> Template:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from deltatune.errors import InvalidValue, UnknownName, nearest
+from deltatune.tasks.framing import framings
 
-FramingName = Literal["auto", "head", "text2text"]
 Quantize = Literal["int8", "nf4"]
 Precision = Literal["fp32", "bf16"]
 
@@ -42,8 +42,9 @@ class Settings:
         save_steps: steps between two checkpoints; None saves when validation rows are scored.
         class_weights: weigh classes by 1 / frequency in the loss, so that rare ones count as much.
         new_head: give the task a fresh head where the backbone's file holds one with another number of outputs.
-        framing: ``head`` (one output per label), ``text2text`` (label words), or ``auto``, by the backbone's kind.
-        template: which of the task's templates the text-to-text framing uses.
+        framing: ``head`` (one output per label), ``text2text`` (words), ``cloze`` (a masked word), or ``auto``, by the backbone's kind.
+        template: which of the task's templates the text-to-text and the cloze framing use.
+        manual_template: with the task's template; without, the columns stand alone, and only the label words are kept.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
         seed: of the head's weights, the patches' weights, dropout and the order of rows.
         report_to: experiment trackers of transformers, such as ``("tensorboard",)``.
@@ -71,8 +72,9 @@ class Settings:
     save_steps: int | None = None
     class_weights: bool = False
     new_head: bool = False
-    framing: FramingName = "auto"
+    framing: str = "auto"
     template: int = 0
+    manual_template: bool = True
     quantize: Quantize | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ class Settings:
             value = getattr(self, name)
             self._check(name, value is None or value > 0, "greater than 0, or left out")
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
-        self._check("framing", self.framing in get_args(FramingName), f"one of {', '.join(get_args(FramingName))}")
+        self._check("framing", self.framing == "auto" or self.framing in framings, f"one of auto, {', '.join(framings)}")
         self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")
 
     def _check_size(self, name: str, value: Any) -> None:

@@ -23,9 +23,7 @@ from deltatune.methods.kinds import Method
 from deltatune.methods.making import make
 from deltatune.structure.where import Where
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import HeadFraming
 from deltatune.tasks.sampling import subset
-from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
 from deltatune.training.evaluation import score_rows
@@ -313,19 +311,21 @@ def training_record(job: Job, settings: Settings) -> dict[str, Any]:
     return {
         **settings.to_dict(),
         "lr": job.lr,
-        "framing": "head" if isinstance(job.framing, HeadFraming) else "text2text",
+        "framing": job.framing.name,
         "auto_class": job.framing.auto_class,
         "type": task.type,
         "text": list(task.text),
         "label": task.label,
         "metrics": list(task.metrics),
+        "range": None if task.range is None else list(task.range),
+        "context": task.context,
     }
 
 
 def _template(job: Job) -> dict[str, Any] | None:
-    if not isinstance(job.framing, TextToTextFraming):
-        return None
     template = job.framing.template
+    if template is None:
+        return None
     return {"prompt": template.prompt, "words": list(template.verbalizer.words) if template.verbalizer else None}
 
 

@@ -121,7 +121,7 @@ class DeltaTrainer(Trainer):
         life.finish()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [len(feature["input_ids"]) for feature in self.material.train]
+        lengths = [self.material.framing.length(feature) for feature in self.material.train]
         return LengthGrouped(lengths, self.args.train_batch_size, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

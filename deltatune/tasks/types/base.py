@@ -31,6 +31,7 @@ class TaskType(ABC):
         fields: the fields of a YAML that are this type's own, each with whether it has to be there.
         head: how a head is trained and read; None where no head fits.
         spoken: the answer in words.
+        speaks: a model with a decoder is asked in words, unless a head is asked for.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,21 @@ class TaskType(ABC):
     fields: ClassVar[Mapping[str, bool]]
     head: Head | None = None
     spoken: Spoken
+    speaks: ClassVar[bool] = True
+
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """A row from a user's texts: one a text column, in order.
+
+        Raises:
+            DataError: there are more or fewer.
+        """
+        if len(parts) != len(task.text):
+            raise DataError(f"`{task.name}` takes {len(task.text)} text(s) a row ({', '.join(task.text)}); {len(parts)} were given.")
+        return dict(zip(task.text, map(str, parts), strict=True))
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """The input columns of a user's row, each as encoded rows have it."""
+        return {column: str(row.get(column, "")) for column in task.text}
 
     def check(self, task: Task) -> None:
         """Make sure that the task's fields fit together.

@@ -43,7 +43,7 @@ class ChoiceHead(Head):
         return max(len(option["input_ids"]) for option in features[OPTIONS])
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
-        """All options of all rows (sum of options, length), ``counts`` of options (batch,) and, where there are any, ``labels`` (batch,)."""
+        """All options of all rows (sum of options, length), ``counts`` of options (batch,) and, if there are any, ``labels`` (batch,)."""
         batch = framing.padded([option for feature in features for option in feature[OPTIONS]])
         batch["counts"] = torch.tensor([len(feature[OPTIONS]) for feature in features])
         if "labels" in features[0]:
@@ -103,6 +103,15 @@ class Choice(TaskType):
     head = ChoiceHead()
     spoken = OptionWord()
 
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """Texts, then options."""
+        width = len(task.text)
+        return {**super().given(task, parts[:width]), OPTIONS: _several(task, [str(part) for part in parts[width:]])}
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """Texts and ``options``."""
+        return {**super().asked(task, row), OPTIONS: _several(task, [str(option) for option in row.get(OPTIONS, ())])}
+
     def read(self, task: Task) -> tuple[str, ...]:
         """Texts, options, and the label where there is one."""
         if task.choices is None:
@@ -140,7 +149,8 @@ class Choice(TaskType):
             options = sorted((str(row[where.right]), str(row[where.wrong])), key=rank)
             index = options.index(str(row[where.right]))
         else:
-            options = [str(inside(row, column)) for column in where.columns] if where.columns else [str(one) for one in inside(row, where.list)]
+            found = [inside(row, column) for column in where.columns] if where.columns else inside(row, where.list)
+            options = [str(one) for one in found]
             index = self._index(task, row, options)
         if not isinstance(index, int) or not 0 <= index < len(options):
             raise DataError(f"A row of `{task.name}` has the label {index!r} for {len(options)} options.")
@@ -151,7 +161,9 @@ class Choice(TaskType):
         assert where is not None
         keys = [str(key) for key in inside(row, where.keys)] if where.keys else _keys(where.first, len(options))
         if str(label) not in keys:
-            raise DataError(f"A row of `{task.name}` has the label {label!r} in `{task.label}`; its options go by {', '.join(keys)}. Correct `choices`.")
+            raise DataError(
+                f"A row of `{task.name}` has the label {label!r} in `{task.label}`; its options go by {', '.join(keys)}. Correct `choices`."
+            )
         return keys.index(str(label))
 
     def stratum(self, task: Task, row: Row) -> None:
@@ -171,6 +183,12 @@ class Choice(TaskType):
         return dict(zip(map(str, row[OPTIONS]), scores[: len(row[OPTIONS])].softmax(-1).tolist(), strict=True))
 
 
+def _several(task: Task, options: list[str]) -> list[str]:
+    if len(options) < 2:
+        raise DataError(f"`{task.name}` chooses among options, and {len(options)} were given. Give two or more behind the texts.")
+    return options
+
+
 def bare(options: Sequence[str]) -> list[str]:
     """Options without letters of their own, where each has its own: ``A) yes`` is ``yes``.
 
@@ -178,8 +196,9 @@ def bare(options: Sequence[str]) -> list[str]:
     (['yes', 'no'], ['A', 'Bob'])
     """
     stripped = [option.strip() for option in options]
-    marked = [one.lstrip("(")[:1] == letter and one.lstrip("(")[1:2] in (")", ".", ":") for one, letter in zip(stripped, LETTERS, strict=False)]
-    return [one.lstrip("(")[2:].strip() for one in stripped] if all(marked) and len(marked) == len(stripped) else stripped
+    inner = [option.lstrip("(") for option in stripped]
+    marked = all(one[:1] == letter and one[1:2] in (")", ".", ":") for one, letter in zip(inner, LETTERS, strict=False))
+    return [one[2:].strip() for one in inner] if marked else stripped
 
 
 def _keys(first: str, count: int) -> list[str]:

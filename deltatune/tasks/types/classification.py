@@ -119,7 +119,8 @@ def check_labels(task: Task) -> None:
         raise InvalidValue(f"The task `{task.name}` has {len(task.labels)} labels; {task.type} needs at least two.")
     for template in task.templates:
         if template.verbalizer is not None and len(template.verbalizer.words) != len(task.labels):
-            raise InvalidValue(f"A template of `{task.name}` has {len(template.verbalizer.words)} label words for {len(task.labels)} labels.")
+            words = len(template.verbalizer.words)
+            raise InvalidValue(f"A template of `{task.name}` has {words} label words for {len(task.labels)} labels.")
 
 
 task_types.register("classification")(Classification())

@@ -63,6 +63,7 @@ class Multilabel(TaskType):
     fields = {"labels": True, "words": False}  # noqa: RUF012
     head = MultilabelHead()
     spoken = LabelWords()
+    speaks = False
 
     def check(self, task: Task) -> None:
         """At least two labels, and words for all of them."""
@@ -72,7 +73,7 @@ class Multilabel(TaskType):
         """The labels' indices, in order; the column lists indices or names."""
         value = row[task.label]
         if not isinstance(value, list | tuple):
-            raise DataError(f"The task `{task.name}` has several labels a row, but its column `{task.label}` holds {value!r}, which is no list.")
+            raise DataError(f"`{task.name}` has several labels a row, but its column `{task.label}` holds {value!r}, which is no list.")
         return sorted({label_index(task, one, names) for one in value})
 
     def stratum(self, task: Task, row: Row) -> Hashable:

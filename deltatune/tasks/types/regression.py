@@ -63,6 +63,7 @@ class Regression(TaskType):
     fields = {"range": True}  # noqa: RUF012
     head = RegressionHead()
     spoken = Digits()
+    speaks = False
 
     def check(self, task: Task) -> None:
         """A range goes from less to more."""

@@ -125,7 +125,7 @@ class Span(TaskType):
     def check(self, task: Task) -> None:
         """The context is one of the texts."""
         if task.context not in task.text:
-            raise InvalidValue(f"The task `{task.name}` has the context `{task.context}`, which is none of its texts ({', '.join(task.text)}).")
+            raise InvalidValue(f"`{task.name}` has the context `{task.context}`, which is none of its texts ({', '.join(task.text)}).")
 
     def is_withheld(self, task: Task, rows: Sequence[Row]) -> list[bool]:
         """Rows without an answer: kept back, or impossible."""

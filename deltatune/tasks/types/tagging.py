@@ -117,6 +117,7 @@ class Tagging(TaskType):
     fields = {"labels": True, "words": False}  # noqa: RUF012
     head = TaggingHead()
     spoken = NamedSpans()
+    speaks = False
 
     def worded(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The kinds of span."""
@@ -130,6 +131,15 @@ class Tagging(TaskType):
         if OUTSIDE not in task.labels or odd or len(task.labels) < 2:
             named = f"the tag `{odd[0]}`" if odd else "no tag `O`"
             raise InvalidValue(f"The task `{task.name}` has {named}. Tags are `O`, and `B-KIND` and `I-KIND` for each kind of span.")
+
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """A text, whose words have blanks between them."""
+        return self.asked(task, super().given(task, parts))
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """The list of words."""
+        words = row.get(task.text[0], "")
+        return {task.text[0]: words.split() if isinstance(words, str) else [str(word) for word in words]}
 
     def encode(self, task: Task, row: Row, names: Sequence[str]) -> list[int]:
         """The tags' indices, as many as there are words."""
