@@ -53,7 +53,12 @@ def tune(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The label column. Left out: label.", rich_help_panel=DATA)] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", metavar="TYPE", help="What the label is: classification, regression or text2text.", rich_help_panel=DATA),
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     where: Where = None,
     layers: Layers = None,
@@ -118,7 +123,7 @@ def _own_data(data: str | None, task: str | None, text: list[str] | None, label:
     if task is not None:
         raise InvalidValue(f"Both `--task {task}` and `--data {data}` were given. A run has one of them.")
     columns = text or ["text"]
-    return DataFile(data, columns[0] if len(columns) == 1 else tuple(columns), label or "label", type_ or "classification")
+    return DataFile(data, columns[0] if len(columns) == 1 else tuple(columns), label or "label", type_)
 
 
 def _run(

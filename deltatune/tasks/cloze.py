@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
-from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, framings, moved, padded
+from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, How, framings, moved, padded
 from deltatune.tasks.prompts import Prompts, chosen, distinct, special_tokens
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Task
@@ -58,20 +58,12 @@ class ClozeFraming(Framing):
         self._before, self._after = special_tokens(tokenizer)
 
     @classmethod
-    def make(
-        cls,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        *,
-        template: int | Template = 0,
-        manual: bool = True,
-        kind: str = "encoder",
-    ) -> ClozeFraming:
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> ClozeFraming:
         """The framing of an encoder."""
-        if kind != "encoder":
-            raise Unsupported(f"The cloze framing was asked for, but a {kind} fills in no masks. Use the text2text framing.")
-        return cls(task, tokenizer, max_length, template=template, manual=manual)
+        how.refuse_packing(cls.name)
+        if how.kind != "encoder":
+            raise Unsupported(f"The cloze framing was asked for, but a {how.kind} fills in no masks. Use the text2text framing.")
+        return cls(task, tokenizer, how.max_length, template=how.template, manual=how.manual)
 
     @property
     def backbone_options(self) -> dict[str, Any]:

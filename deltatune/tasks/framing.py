@@ -41,6 +41,36 @@ class Answer:
     shares: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class How:
+    """What a run asks of a framing.
+
+    Attributes:
+        max_length: most tokens of one input.
+        kind: of the backbone: ``encoder``, ``decoder`` or ``encoder-decoder``.
+        template: one of the task's templates by its number, or another one.
+        manual: with the template; without, the columns stand alone.
+        packing: fill each training example with several texts.
+    """
+
+    max_length: int = 256
+    kind: str = "encoder"
+    template: int | Template = 0
+    manual: bool = True
+    packing: bool = False
+
+    def refuse_packing(self, framing: str) -> None:
+        """For framings in which an example is one row.
+
+        Raises:
+            InvalidValue: packing was asked for.
+        """
+        if self.packing:
+            raise InvalidValue(
+                f"`packing` was asked for, but the {framing} framing takes one row an example. It is for plain texts and chats."
+            )
+
+
 class Framing(ABC):
     """How rows become a model's input, its output an answer, and the difference to the truth a loss.
 
@@ -60,25 +90,8 @@ class Framing(ABC):
 
     @classmethod
     @abstractmethod
-    def make(
-        cls,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        *,
-        template: int | Template = 0,
-        manual: bool = True,
-        kind: str = "encoder",
-    ) -> Framing:
-        """The framing for a backbone of a kind: ``encoder``, ``decoder`` or ``encoder-decoder``.
-
-        Args:
-            task: whose rows.
-            tokenizer: of the backbone.
-            max_length: most tokens of one input.
-            template: one of the task's templates by its number, or another one.
-            manual: with the template; without, the columns stand alone.
-            kind: of the backbone.
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> Framing:
+        """The framing as a run asks for it.
 
         Raises:
             Unsupported: the task or the backbone does not take this framing.
@@ -152,7 +165,7 @@ class Framing(ABC):
         Raises:
             InvalidValue: there are no classes to weigh.
         """
-        raise InvalidValue(f"`class_weights` was asked for, but `{self.task.name}` is trained by words. Leave it out, or use a head.")
+        raise InvalidValue(f"`class_weights` was asked for, but `{self.task.name}` is trained by label words. Leave it out, or use a head.")
 
     def longest_answer(self, rows: Sequence[Row]) -> int | None:
         """Most tokens that a right answer to the rows has; None where none is written."""
@@ -165,6 +178,10 @@ class Framing(ABC):
     def references(self, rows: Sequence[Row]) -> list[Any]:
         """The truth in the form of the predictions."""
         return [self.task.kind.reference(self.task, row) for row in rows]
+
+    def said(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
+        """The values that the task's metrics compare with ``references``."""
+        return [answer.value for answer in self.answers(model, rows, batch_size, self.longest_answer(rows))]
 
     def in_batches(self, model: nn.Module, inputs: Sequence[Features], batch_size: int) -> Iterator[list[int]]:
         """Indices of the inputs, batch by batch with rows of like length together, while the model is in eval mode."""
@@ -200,24 +217,16 @@ class HeadFraming(Framing):
         self.max_length = min(max_length, tokenizer.model_max_length)
 
     @classmethod
-    def make(
-        cls,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        *,
-        template: int | Template = 0,
-        manual: bool = True,
-        kind: str = "encoder",
-    ) -> HeadFraming:
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> HeadFraming:
         """The head framing, which takes no template."""
-        if template or not manual:
-            asked = f"template={template}" if template else "manual_template=False"
+        if how.template or not how.manual:
+            asked = f"template={how.template}" if how.template else "manual_template=False"
             raise InvalidValue(
                 f"`{asked}` was asked for, but `{task.name}` is put to a head here, which takes no template. "
                 "Leave it out, or choose the text2text framing (`framing=text2text`), for models with a decoder."
             )
-        return cls(task, tokenizer, max_length)
+        how.refuse_packing(cls.name)
+        return cls(task, tokenizer, how.max_length)
 
     @property
     def auto_class(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -198,6 +199,16 @@ def _gleu(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     return gleu(sources, [str(one) for one in predictions], [right_ones(right) for right, _ in references])
 
 
+def log_likelihood(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """Mean log-probability of a token; predictions are (sum of log-probabilities, tokens) of each row."""
+    return float(sum(total for total, _ in predictions) / max(sum(count for _, count in predictions), 1))
+
+
+def perplexity(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """exp(-mean log-probability of a token)."""
+    return math.exp(min(-log_likelihood(predictions, references), 700.0))
+
+
 def _equal(prediction: Any, reference: Any) -> float:
     return float(prediction == reference)
 
@@ -221,13 +232,15 @@ enter("final_answer_exact_match", "text", each=final_answer)
 enter("squad_f1", "text", each=squad_f1)
 enter("span_f1", "text tags", span_f1)
 enter("triplet_f1", "text", piece_f1)
-enter("slot_error", "text", slot_error, best=0.0, higher=False, reads=True)
+enter("slot_error", "text", slot_error, best=0.0, higher=False, reads=True, exact=False)
+enter("log_likelihood", "likelihood", log_likelihood, best=0.0)
+enter("perplexity", "likelihood", perplexity, higher=False)
 enter("bleu", "text", bleu)
 enter("chrf", "text", chrf)
 enter("rouge1", "text", each=rouge("rouge1"))
 enter("rouge2", "text", each=rouge("rouge2"))
 enter("rougeL", "text", each=rouge("rougeL"))
-enter("sari", "text", each=_sari, reads=True)
-enter("gleu", "text", _gleu, reads=True)
+enter("sari", "text", each=_sari, reads=True, alone=False)
+enter("gleu", "text", _gleu, reads=True, alone=False)
 
 __all__ = ["bleu", "chrf", "exact_match", "final_answer", "mean_of", "piece_f1", "slot_error", "span_f1", "squad_f1"]

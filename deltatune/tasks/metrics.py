@@ -30,6 +30,8 @@ class Metric:
         higher: larger is better.
         each: (prediction, reference) -> the row's own value, where the metric is their mean; intervals are then quick.
         reads: it needs the rows too, and gets each reference as (reference, row).
+        alone: of several right answers each one is perfect; false where they are weighed together.
+        exact: a right answer has the best value; false where the metric looks at something else.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Metric:
     higher: bool = True
     each: Callable[[Any, Any], float] | None = None
     reads: bool = False
+    alone: bool = True
+    exact: bool = True
 
 
 metrics: Registry[Metric] = Registry("metric", "metrics", builtin="deltatune.tasks.measures")

@@ -45,7 +45,7 @@ def packaged_name(source: Packaged) -> str:
 def _folders(task: Task, source: Packaged, location: Path) -> Iterator[Row]:
     for folder in sorted(path for path in location.iterdir() if path.is_dir() and not path.name.startswith("_")):
         for file in sorted(folder.glob("*.txt")):
-            yield {task.text[0]: _decoded(file.read_bytes(), source.encoding), task.label: folder.name}
+            yield {task.text[0]: _decoded(file.read_bytes(), source.encoding).strip(), task.label: folder.name}
 
 
 def _csv(task: Task, source: Packaged, location: Path) -> Iterator[Row]:
@@ -103,12 +103,12 @@ def _table(task: Task, file: Path) -> list[Row]:
     except ImportError as cause:
         raise missing_extra("datasets", "train") from cause
     try:
-        table = pyarrow.parquet.ParquetFile(file).read()
+        source = pyarrow.parquet.ParquetFile(file)
+        columns = _columns(task, source.schema_arrow.names, file.stem, {})
+        table = source.read(columns=columns)
     except (pyarrow.ArrowException, OSError) as cause:
         raise DataError(f"`{file.name}` of the mirror of `{task.name}` cannot be read as Parquet: {cause}. Copy it again.") from cause
-    rows = datasets.Dataset(datasets.table.InMemoryTable(table))
-    columns = _columns(task, rows.column_names, file.stem, {})
-    chosen: list[Row] = rows.select_columns(columns).to_list()
+    chosen: list[Row] = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=file.stem).to_list()
     return chosen
 
 

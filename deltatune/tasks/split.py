@@ -28,7 +28,9 @@ def rank(key: str) -> str:
 
 
 def without_duplicates(rows: Iterable[Row], text: Sequence[str], label: str) -> tuple[list[Row], dict[str, int]]:
-    """Each text once; texts that come with different labels not at all.
+    """Each text once, in its first spelling; texts that come with different labels not at all.
+
+    Texts that differ in case or blanks only are one text, so what a source does to blanks does not change the rows.
 
     Returns:
         the rows in their order, and how many were left out: ``duplicates``, ``contradictions``.
@@ -43,8 +45,8 @@ def without_duplicates(rows: Iterable[Row], text: Sequence[str], label: str) -> 
     for group in groups.values():
         if len({_hashable(row[label]) for row in group}) > 1:
             contradictions += len(group)
-        else:  # texts that differ in case or blanks only are kept, and later put into one split
-            kept.extend({tuple(str(row[column]) for column in text): row for row in reversed(group)}.values())
+        else:
+            kept.append(group[0])
     return kept, {"duplicates": total - len(kept) - contradictions, "contradictions": contradictions}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
-from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, framings, moved, padded
+from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, How, framings, moved, padded
 from deltatune.tasks.prompts import Prompts, chosen, distinct, special_tokens
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Task
@@ -70,20 +70,13 @@ class TextToTextFraming(Framing):
         self._spare = max(map(len, self.words), default=0) + 1
 
     @classmethod
-    def make(
-        cls,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        *,
-        template: int | Template = 0,
-        manual: bool = True,
-        kind: str = "encoder",
-    ) -> TextToTextFraming:
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> TextToTextFraming:
         """The framing of a backbone with a decoder."""
-        if kind == "encoder":
+        how.refuse_packing(cls.name)
+        if how.kind == "encoder":
             raise Unsupported("The text2text framing was asked for, but an encoder writes no words. Use the head framing.")
-        return cls(task, tokenizer, max_length, template=template, encoder_decoder=kind == "encoder-decoder", manual=manual)
+        both = how.kind == "encoder-decoder"
+        return cls(task, tokenizer, how.max_length, template=how.template, encoder_decoder=both, manual=how.manual)
 
     @property
     def auto_class(self) -> str:
@@ -153,14 +146,9 @@ class TextToTextFraming(Framing):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """-sum_t log p(w_t | prompt, w_<t) over the answers' tokens."""
-        inputs, labels = {name: tensor for name, tensor in batch.items() if name != "labels"}, batch["labels"]
         if self.encoder_decoder:
-            return _cross_entropy(model(**inputs, labels=labels).logits, labels)  # labels make the decoder's inputs
-        targets = labels[:, 1:]  # (batch, length - 1): the token behind each place
-        if keeps_logits(model):
-            places = targets.ne(IGNORED).any(0).nonzero().flatten()
-            return _cross_entropy(model(**inputs, logits_to_keep=places).logits, targets[:, places])
-        return _cross_entropy(model(**inputs).logits[:, :-1], targets)
+            return _cross_entropy(model(**batch).logits, batch["labels"])  # labels make the decoder's inputs
+        return next_tokens(model, batch)
 
     def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> Tensor:
         """Log-probabilities of the answers, log p(answer | prompt): (rows, most answers)."""
@@ -183,34 +171,8 @@ class TextToTextFraming(Framing):
         if self.is_closed:
             scored = self.score(model, rows, batch_size)
             return [Answer(int(scores.argmax()), task.kind.shares(task, row, scores)) for row, scores in zip(rows, scored, strict=True)]
-        texts = self.write(model, rows, batch_size, most)
+        texts = write(self, model, rows, batch_size, most)
         return [Answer(task.kind.spoken.understand(task, self.template, row, text), {}) for row, text in zip(rows, texts, strict=True)]
-
-    def write(self, model: Any, rows: Sequence[Row], batch_size: int = 32, most: int | None = None) -> list[str]:
-        """What the model writes for each row, greedily, up to ``most`` tokens.
-
-        Prompts of unequal length are padded in front for a decoder, so that each answer begins where its prompt ends.
-        """
-        from transformers import GenerationConfig
-
-        tokenizer = self.tokenizer
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False,
-            max_new_tokens=min(most or LONGEST_ANSWER, LONGEST_ANSWER),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-        )
-        prompts = self.encode_inputs(rows)
-        written = [""] * len(prompts)
-        for chosen_rows in self.in_batches(model, prompts, batch_size):
-            ids = [prompts[index]["input_ids"] for index in chosen_rows]
-            batch = _padded(ids, tokenizer.pad_token_id or 0, front=not self.encoder_decoder)
-            tokens = model.generate(**moved(batch, model), generation_config=config, use_cache=True)
-            new = tokens if self.encoder_decoder else tokens[:, batch["input_ids"].shape[1] :]
-            for index, text in zip(chosen_rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                written[index] = text.strip()
-        return written
 
     def longest_answer(self, rows: Sequence[Row]) -> int | None:
         """Tokens of the longest right answer and its end; None where the answers are known and none is written."""
@@ -277,6 +239,42 @@ class TextToTextFraming(Framing):
         whole = self.max_length - len(self._before) - len(self._after)
         rooms = [whole if self.encoder_decoder else whole - max(answer, self._spare) for answer in answers]
         return [[*self._before, *body, *self._after] for body in self.prompts.encode(rows, rooms)]
+
+
+def next_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """-sum log p(w_t | w_<t) over the tokens of ``labels`` (batch, length) that count."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]  # (batch, length - 1): the token behind each place
+    if keeps_logits(model):
+        places = targets.ne(IGNORED).any(0).nonzero().flatten()
+        return _cross_entropy(model(**inputs, logits_to_keep=places).logits, targets[:, places])
+    return _cross_entropy(model(**inputs).logits[:, :-1], targets)
+
+
+def write(framing: Framing, model: Any, rows: Sequence[Row], batch_size: int = 32, most: int | None = None) -> list[str]:
+    """What a model writes behind each row's input, greedily, up to ``most`` tokens.
+
+    Inputs of unequal length are padded in front for a decoder, so that each answer begins where its prompt ends.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer, front = framing.tokenizer, framing.auto_class != "AutoModelForSeq2SeqLM"
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=min(most or LONGEST_ANSWER, LONGEST_ANSWER),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
+    inputs = framing.encode_inputs(rows)
+    written = [""] * len(inputs)
+    for chosen_rows in framing.in_batches(model, inputs, batch_size):
+        batch = _padded([inputs[index]["input_ids"] for index in chosen_rows], tokenizer.pad_token_id or 0, front=front)
+        tokens = model.generate(**moved(batch, model), generation_config=config, use_cache=True)
+        new = tokens[:, batch["input_ids"].shape[1] :] if front else tokens
+        for index, text in zip(chosen_rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            written[index] = text.strip()
+    return written
 
 
 def keeps_logits(model: nn.Module) -> bool:

@@ -14,12 +14,10 @@ from deltatune.tasks.rows import Row
 def score_rows(framing: Framing, backbone: nn.Module, rows: Sequence[Row], batch_size: int = 64) -> dict[str, float]:
     """Each of the task's metrics, and ``score``, the customary one."""
     task = framing.task
-    said = [answer.value for answer in framing.answers(backbone, rows, batch_size, framing.longest_answer(rows))]
-    values = compute(task.metrics, said, framing.references(rows), rows)
+    values = compute(task.metrics, framing.said(backbone, rows, batch_size), framing.references(rows), rows)
     return {"score": values[task.metric], **values}
 
 
 def measure_rows(framing: Framing, backbone: nn.Module, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Measured]:
     """Each of the task's metrics with its confidence interval, the customary one first."""
-    said = [answer.value for answer in framing.answers(backbone, rows, batch_size, framing.longest_answer(rows))]
-    return measure(framing.task.metrics, said, framing.references(rows), rows)
+    return measure(framing.task.metrics, framing.said(backbone, rows, batch_size), framing.references(rows), rows)

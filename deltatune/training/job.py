@@ -20,7 +20,7 @@ from deltatune.injection.entries import heads_of
 from deltatune.methods.kinds import Method, Spelled
 from deltatune.structure.index import index
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import Framing, framings
+from deltatune.tasks.framing import Framing, How, framings
 from deltatune.tasks.sampling import subset
 from deltatune.training.life import Trained
 from deltatune.training.objective import Objective
@@ -162,9 +162,10 @@ def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTra
     """
     name = settings.framing
     if name == "auto":
-        worded = bool(task.templates) or task.kind.head is None
-        name = "text2text" if kind != "encoder" and task.kind.speaks and worded else "head"
-    return framings[name].make(task, tokenizer, settings.max_length, template=settings.template, manual=settings.manual_template, kind=kind)
+        worded = kind != "encoder" and task.kind.speaks and (bool(task.templates) or task.kind.head is None)
+        name = task.kind.words if worded else "head"
+    how = How(settings.max_length, kind, settings.template, settings.manual_template, settings.packing)
+    return framings[name].make(task, tokenizer, how)
 
 
 def kind_of(backbone: str | nn.Module) -> Kind:

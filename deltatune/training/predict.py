@@ -15,7 +15,7 @@ from deltatune.errors import DataError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import Answer, Framing, check_rows, framings
+from deltatune.tasks.framing import Answer, Framing, How, check_rows, framings
 from deltatune.tasks.rows import Row
 from deltatune.training.evaluation import score_rows
 from deltatune.training.job import kind_of
@@ -69,7 +69,7 @@ class Predictor:
         record = read(delta_folder(folder))
         task, training = task_of(record), training_of(record)
         backbone, tokenizer, delta = open(folder, **options)
-        framing = framings[training["framing"]].make(task, tokenizer, training["max_length"], kind=kind_of(backbone))
+        framing = framings[training["framing"]].make(task, tokenizer, How(training["max_length"], kind_of(backbone)))
         return cls(backbone, tokenizer, delta, framing)
 
     def __call__(self, texts: Text | Sequence[Text], batch_size: int = 64) -> list[Prediction]:

@@ -30,17 +30,17 @@ class DataFile:
         path: a CSV, JSONL or Parquet file.
         text: the text column, or two for pairs.
         label: the label column.
-        type: classification, regression or text2text.
+        type: a task type, such as classification, regression or generation; seen from the columns if left out.
     """
 
     path: str
     text: str | tuple[str, ...] = "text"
     label: str = "label"
-    type: str = "classification"
+    type: str | None = None
 
     def load(self) -> TaskData:
         """Read the file."""
-        return task_from_file(self.path, text=self.text, label=self.label, type=self.type)  # type: ignore[arg-type]
+        return task_from_file(self.path, text=self.text, label=self.label, type=self.type)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class Run:
 
     def _plain(self) -> dict[str, Any]:
         recipes = [method_to_dict(method) for method in self.methods]
-        task = {"task": self.task} if isinstance(self.task, str) else {"data": _lists(dataclasses.asdict(self.task))}
+        task = (
+            {"task": self.task}
+            if isinstance(self.task, str)
+            else {"data": {name: value for name, value in _lists(dataclasses.asdict(self.task)).items() if value is not None}}
+        )
         return {
             "backbone": self.backbone,
             **task,

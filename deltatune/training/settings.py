@@ -45,6 +45,7 @@ class Settings:
         framing: ``head`` (one output per label), ``text2text`` (words), ``cloze`` (a masked word), or ``auto``, by the backbone's kind.
         template: which of the task's templates the text-to-text and the cloze framing use.
         manual_template: with the task's template; without, the columns stand alone, and only the label words are kept.
+        packing: fill each training example with several texts or chats, which do not see each other.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
         seed: of the head's weights, the patches' weights, dropout and the order of rows.
         report_to: experiment trackers of transformers, such as ``("tensorboard",)``.
@@ -75,6 +76,7 @@ class Settings:
     framing: str = "auto"
     template: int = 0
     manual_template: bool = True
+    packing: bool = False
     quantize: Quantize | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()

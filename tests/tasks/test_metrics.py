@@ -16,6 +16,7 @@ PERFECT = {
     "labels": [[0], [], [1, 2]],
     "number": [0.5, 1.0, 3.0],
     "text": ["the cat sat on the big mat 2", "the cat is on the big mat 3"],
+    "likelihood": [(0.0, 3), (0.0, 2)],
     "tags": [Tags(("B-A", "I-A", "O")), Tags(("O",))],
 }
 
@@ -135,7 +136,8 @@ def test_intervals_cover_what_they_should() -> None:
     guess = [label if index % 5 else 1 - label for index, label in enumerate(truth)]
     found = measure(["accuracy", "f1_macro"], guess, truth)
     for name, one in found.items():
-        assert one.low < one.value == pytest.approx(compute(name, guess, truth)[name]) < one.high
+        assert one.value == pytest.approx(compute(name, guess, truth)[name])
+        assert one.low < one.value < one.high
     assert found["accuracy"].high - found["accuracy"].low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 200) ** 0.5, rel=0.15)
     assert found == measure(["accuracy", "f1_macro"], guess, truth)
     perfect = measure("accuracy", truth, truth)["accuracy"]

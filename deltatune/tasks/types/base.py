@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -32,6 +33,7 @@ class TaskType(ABC):
         head: how a head is trained and read; None where no head fits.
         spoken: the answer in words.
         speaks: a model with a decoder is asked in words, unless a head is asked for.
+        words: the framing that asks in words.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class TaskType(ABC):
     head: Head | None = None
     spoken: Spoken
     speaks: ClassVar[bool] = True
+    words: ClassVar[str] = "text2text"
 
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """A row from a user's texts: one a text column, in order.
@@ -199,11 +202,17 @@ def label_index(task: Task, value: Any, names: Sequence[str]) -> int:
     Raises:
         DataError: the task has no such label.
     """
-    if isinstance(value, int) and 0 <= value < len(names) and not (isinstance(value, bool) and str(value) in task.labels):
+    places = _places(task.labels)
+    if isinstance(value, int) and 0 <= value < len(names) and not (isinstance(value, bool) and str(value) in places):
         value = names[value]
-    if str(value) not in task.labels:
+    if str(value) not in places:
         raise DataError(f"The task `{task.name}` has no label {value!r}. {nearest(str(value), task.labels)}")
-    return task.labels.index(str(value))
+    return places[str(value)]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(labels: tuple[str, ...]) -> dict[str, int]:
+    return {label: place for place, label in enumerate(labels)}
 
 
 def _is_nothing(value: Any) -> bool:

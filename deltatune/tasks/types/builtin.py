@@ -7,3 +7,5 @@ from deltatune.tasks.types.multilabel import Multilabel as Multilabel
 from deltatune.tasks.types.regression import Regression as Regression
 from deltatune.tasks.types.span import Span as Span
 from deltatune.tasks.types.tagging import Tagging as Tagging
+from deltatune.tasks.types.whole import Conversation as Conversation
+from deltatune.tasks.types.whole import Plain as Plain

@@ -101,7 +101,7 @@ class SpanHead(Head):
         places = features["places"]
         if not places or not torch.isfinite(scores[0]):
             return ""
-        return str(features["text"][places[int(scores[1])][0] : places[int(scores[2])][1]])
+        return str(features["text"][places[int(scores[1])][0] : places[int(scores[2])][1]]).strip()
 
 
 class Piece(FreeText):
