@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
 from deltatune.registry import Registry
+from deltatune.tasks.metrics import Measured, compute, measure
 from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import Template
@@ -183,6 +184,14 @@ class Framing(ABC):
         """The values that the task's metrics compare with ``references``."""
         return [answer.value for answer in self.answers(model, rows, batch_size, self.longest_answer(rows))]
 
+    def compared(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, float]:
+        """Each of the task's metrics for what was said to the rows."""
+        return compute(self.task.metrics, said, self.references(rows), rows)
+
+    def judged(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, Measured]:
+        """The same with intervals, and whether the predictor is degenerate."""
+        return measure(self.task.metrics, said, self.references(rows), rows)
+
     def in_batches(self, model: nn.Module, inputs: Sequence[Features], batch_size: int) -> Iterator[list[int]]:
         """Indices of the inputs, batch by batch with rows of like length together, while the model is in eval mode."""
         order = sorted(range(len(inputs)), key=lambda index: self.length(inputs[index]))
@@ -210,7 +219,7 @@ class HeadFraming(Framing):
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
         if task.kind.head is None:
-            raise Unsupported(f"The task `{task.name}` generates text, so no head fits it. Use the text2text framing.")
+            raise Unsupported(f"The task `{task.name}` {task.kind.headless}, so no head fits it. Use the {task.kind.words} framing.")
         self.task = task
         self.head = task.kind.head
         self.tokenizer = tokenizer

@@ -169,6 +169,7 @@ class Task:
         hub: rows on the hub or in a mirror.
         mirror: folder in a mirror, for rows that are on no hub in this form.
         split: how the pooled rows are cut; None keeps the source's own splits.
+        parts: of a mixture, the tasks that it mixes.
         language: of the texts.
         description: one line.
         licence: of the data.
@@ -195,6 +196,7 @@ class Task:
     hub: Hub | None = None
     mirror: str = ""
     split: Split | None = None
+    parts: tuple[Task, ...] = ()
     language: str = "en"
     description: str = ""
     licence: str = ""

@@ -133,7 +133,8 @@ def data_of(folder: str | os.PathLike[str]) -> TaskData:
     task, path = task_of(read(delta_folder(folder))), Path(folder).expanduser()
     for place in (path, path.parent) if path.name == DELTA else (path,):
         if (place / RUN_FILE).is_file():
-            return load_data(read_run(place).task)
+            run = read_run(place)
+            return load_data(run.task, run.settings.temperature)
     return load_data(task.name)
 
 

@@ -16,6 +16,7 @@ from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
 from deltatune.tasks.files import task_from_file
+from deltatune.tasks.mixture import load_mixture
 from deltatune.training.entries import DATA, RUN, checked
 from deltatune.training.settings import Settings
 
@@ -162,10 +163,12 @@ def method_from_dict(entries: Mapping[str, Any]) -> Method:
     return make(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
 
 
-def load_data(task: str | Task | TaskData | DataFile) -> TaskData:
-    """The rows of whatever names a task."""
+def load_data(task: str | Task | TaskData | DataFile, temperature: float = 1.0) -> TaskData:
+    """The rows of whatever names a task; of several names with commas between, a mixture with that temperature."""
     if isinstance(task, TaskData):
         return task
+    if isinstance(task, str) and "," in task:
+        return load_mixture([name.strip() for name in task.split(",") if name.strip()], temperature)
     return task.load() if isinstance(task, DataFile) else load_task(task)
 
 

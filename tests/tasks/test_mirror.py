@@ -6,22 +6,8 @@ from pathlib import Path
 import pytest
 
 from deltatune.errors import DataError
-from deltatune.tasks import get_task, load_task, tasks
-from deltatune.tasks.split import overlap
+from deltatune.tasks import get_task, load_task
 from deltatune.tasks.task import Hub, Split
-
-MIRRORED = [name for name in tasks if get_task(name).packaged is None]
-
-
-@pytest.mark.parametrize("name", MIRRORED)
-def test_every_mirrored_task_loads(mirror: Path, name: str) -> None:
-    data = load_task(name)
-    task = data.task
-    assert task.is_runnable and data.source.startswith("mirror of ")
-    assert min(map(len, data.splits.values())) >= 10
-    assert overlap(data.splits, task.kind.inputs(task)) == {"validation": 0, "test": 0}
-    if task.type == "classification":
-        assert set(data.train[task.label]) == set(range(len(task.labels)))
 
 
 def test_label_names_fit_the_numbers(mirror: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
-    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     PreTrainedTokenizerBase,
@@ -216,11 +216,7 @@ class Pointer(nn.Module):
         self.tokens, self.dummy = (first, last), nn.Parameter(torch.zeros(1))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        class Output:
-            start_logits = (input_ids == self.tokens[0]).float()
-            end_logits = (input_ids == self.tokens[1]).float()
-
-        return Output()
+        return SimpleNamespace(logits=torch.stack([(input_ids == token).float() for token in self.tokens], dim=-1))
 
 
 def test_the_best_span_over_all_windows_is_read_from_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,14 +227,14 @@ def test_the_best_span_over_all_windows_is_read_from_the_context(tokenizer: PreT
 
 
 def test_the_loss_of_a_span_head(tokenizer: PreTrainedTokenizerBase) -> None:
-    framing, model = HeadFraming(PIECE, tokenizer), model_of(BertForQuestionAnswering, 2)
+    framing, model = HeadFraming(PIECE, tokenizer), model_of(BertForTokenClassification, 2)
     rows = encode_rows(PIECE, [asked("cast is fine", 25), asked("plot", 3)])
     batch = framing.collate(framing.encode(rows))
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     hidden = ~batch["readable"]
     expected = sum(
         F.cross_entropy(logits.masked_fill(hidden, -torch.inf), batch["labels"][:, side], reduction="sum")
-        for side, logits in enumerate((output.start_logits, output.end_logits))
+        for side, logits in enumerate(output.logits.unbind(-1))
     )
     torch.testing.assert_close(framing.loss(model, batch), expected)
     assert framing.answers(model, rows)[0].value in CONTEXT

@@ -34,6 +34,7 @@ class TaskType(ABC):
         spoken: the answer in words.
         speaks: a model with a decoder is asked in words, unless a head is asked for.
         words: the framing that asks in words.
+        headless: why no head fits, in an error.
     """
 
     name: ClassVar[str]
@@ -44,6 +45,7 @@ class TaskType(ABC):
     spoken: Spoken
     speaks: ClassVar[bool] = True
     words: ClassVar[str] = "text2text"
+    headless: ClassVar[str] = "generates text"
 
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """A row from a user's texts: one a text column, in order.

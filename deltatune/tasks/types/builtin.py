@@ -3,6 +3,7 @@
 from deltatune.tasks.types.choice import Choice as Choice
 from deltatune.tasks.types.classification import Classification as Classification
 from deltatune.tasks.types.generation import Generation as Generation
+from deltatune.tasks.types.mixture import Mixture as Mixture
 from deltatune.tasks.types.multilabel import Multilabel as Multilabel
 from deltatune.tasks.types.regression import Regression as Regression
 from deltatune.tasks.types.span import Span as Span

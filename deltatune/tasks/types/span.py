@@ -25,9 +25,13 @@ LONGEST = 64
 
 
 class SpanHead(Head):
-    """l = -log softmax(start)_s - log softmax(end)_e over the context's tokens; a long context is read in windows."""
+    """l = -log softmax(start)_s - log softmax(end)_e over the context's tokens; a long context is read in windows.
 
-    auto_class = "AutoModelForQuestionAnswering"
+    Two outputs a token, as transformers' question answering heads have them, by the token classification class: that of
+    question answering loses the backbone's weights for Llama, whose prefix differs there.
+    """
+
+    auto_class = "AutoModelForTokenClassification"
 
     def outputs(self, task: Task) -> int:
         """A start and an end."""
@@ -75,8 +79,9 @@ class SpanHead(Head):
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "readable")}
-        output, hidden = model(**inputs), ~batch["readable"]
-        return output.start_logits.float().masked_fill(hidden, -torch.inf), output.end_logits.float().masked_fill(hidden, -torch.inf)
+        logits = model(**inputs).logits.float()  # (windows, length, 2)
+        start, end = logits.masked_fill(~batch["readable"][..., None], -torch.inf).unbind(-1)
+        return start, end
 
     def scores(self, framing: HeadFraming, model: nn.Module, features: Sequence[Features]) -> list[Tensor]:
         """For each row its best span: score, first and last token of the context, (3,)."""

@@ -38,6 +38,7 @@ class Plain(TaskType):
     fields = {}  # noqa: RUF012
     spoken: Spoken = Continued()
     words = "plain"
+    headless = "is learnt token by token"
 
     def encode(self, task: Task, row: Row, names: Sequence[str]) -> Any:
         """The text."""
