@@ -32,7 +32,7 @@ def predict(
 ) -> None:
     """Label new texts with a saved delta.
 
-    The texts of a pair are two arguments, or a line with a tab between them.
+    The texts of a pair are two arguments, or a line with a tab between them; of a choice, the texts and then the options.
 
     deltatune predict runs/bbc "Shares rise as the bank beats forecasts" "Striker out for the season"
     deltatune predict runs/bbc --json < headlines.txt
@@ -43,8 +43,8 @@ def predict(
     lines = [] if texts else standard_input()
     with quiet():
         predictor = Predictor.open(folder)
-    width = len(predictor.framing.task.text)
-    rows = grouped(texts, width) if texts else [line.split("\t") if width > 1 else [line] for line in lines]
+    width = predictor.framing.task.kind.width(predictor.framing.task)
+    rows = grouped(texts, width or len(texts)) if texts else [[line] if width == 1 else line.split("\t") for line in lines]
     said = predictor(rows, batch_size)
     if json:
         shown = [{"text": row[0] if width == 1 else row, **asdict(prediction)} for row, prediction in zip(rows, said, strict=True)]

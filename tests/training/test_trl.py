@@ -28,7 +28,7 @@ COMMON: dict[str, Any] = {
     "bf16": False,
     "disable_tqdm": True,
     "max_length": 32,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 
 

@@ -47,6 +47,10 @@ class TaskType(ABC):
     words: ClassVar[str] = "text2text"
     headless: ClassVar[str] = "generates text"
 
+    def width(self, task: Task) -> int | None:
+        """Texts a row, where each has as many; a user gives them one behind the other."""
+        return len(task.text)
+
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """A row from a user's texts: one a text column, in order.
 

@@ -103,6 +103,9 @@ class Choice(TaskType):
     head = ChoiceHead()
     spoken = OptionWord()
 
+    def width(self, task: Task) -> None:
+        """Rows have as many options as they have."""
+
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """Texts, then options."""
         width = len(task.text)

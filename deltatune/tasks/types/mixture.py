@@ -50,6 +50,9 @@ class Mixture(TaskType):
         """Part and row."""
         return PART, ROW
 
+    def width(self, task: Task) -> None:
+        """Tasks have as many texts as they have."""
+
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """The name of the task, then its texts."""
         return {PART: _number(task, parts[0]), ROW: _part(task, parts[0]).kind.given(_part(task, parts[0]), parts[1:])}

@@ -41,16 +41,16 @@ class TaggingHead(Head):
     auto_class = "AutoModelForTokenClassification"
 
     def encode(self, framing: HeadFraming, rows: Sequence[Row], *, labelled: bool) -> list[Features]:
-        """Token ids, ``firsts``: the place of each word's first token (of words that were cut off: none), and ``labels`` (length,)."""
+        """Token ids, ``firsts``: the place of each word's first token (-1 of words that were cut off), and ``labels`` (length,)."""
         [column] = framing.task.text
         features = framing.tokens(rows, offsets=True)
         for feature, row in zip(features, rows, strict=True):
             feature["firsts"] = _firsts(row[column], feature.pop("offsets"))
-            feature["words"] = len(row[column])
             if labelled:
                 feature["labels"] = [IGNORED] * len(feature["input_ids"])
-                for word, place in feature["firsts"].items():
-                    feature["labels"][place] = row[framing.task.label][word]
+                for place, tag in zip(feature["firsts"], row[framing.task.label], strict=True):
+                    if place >= 0:
+                        feature["labels"][place] = tag
         return features
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
@@ -74,8 +74,8 @@ class TaggingHead(Head):
 
     def value(self, framing: HeadFraming, features: Features, scores: Tensor) -> Tags:
         """Each word's likeliest tag; outside where the word was cut off."""
-        said, firsts = scores.argmax(-1).tolist(), features["firsts"]
-        return Tags(tuple(framing.task.labels[said[firsts[word]]] if word in firsts else OUTSIDE for word in range(features["words"])))
+        said = scores.argmax(-1).tolist()
+        return Tags(tuple(OUTSIDE if place < 0 else framing.task.labels[said[place]] for place in features["firsts"]))
 
 
 class NamedSpans(Spoken):
@@ -198,21 +198,21 @@ def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return spans
 
 
-def _firsts(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """Word -> place of its first token, where the words are joined by blanks; some tokenizers count the blank in front to a token."""
+def _firsts(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """For each word the place of its first token, -1 where it has none; the words are joined by blanks.
+
+    Some tokenizers count the blank in front of a word to its first token, so a token belongs to the word that holds its end.
+    """
     ends, end = [], -1
     for text in words:
         end += len(str(text)) + 1
         ends.append(end)
-    firsts: dict[int, int] = {}
-    word = 0
+    firsts, word = [-1] * len(ends), 0
     for place, (before, behind) in enumerate(offsets):
-        if behind <= before:
-            continue  # a special token
         while word < len(ends) and ends[word] < behind:
             word += 1
-        if word < len(ends):
-            firsts.setdefault(word, place)
+        if behind > before and word < len(ends) and firsts[word] < 0:  # special tokens have no extent
+            firsts[word] = place
     return firsts
 
 

@@ -61,10 +61,9 @@ class Conversation(Plain):
 
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """One turn of the user."""
-        [text] = parts if len(parts) == 1 else [None]
-        if text is None:
+        if len(parts) != 1:
             raise DataError(f"`{task.name}` takes one message of the user a row; {len(parts)} texts were given.")
-        return {task.label: [{"role": "user", "content": text}]}
+        return {task.label: [{"role": "user", "content": str(parts[0])}]}
 
     def asked(self, task: Task, row: Row) -> Row:
         """The turns so far."""
