@@ -43,7 +43,7 @@ def predict(
     lines = [] if texts else standard_input()
     with quiet():
         predictor = Predictor.open(folder)
-    width = predictor.framing.task.kind.width(predictor.framing.task)
+    width = predictor.framing.task.kind.asking.width(predictor.framing.task)
     rows = grouped(texts, width or len(texts)) if texts else [[line] if width == 1 else line.split("\t") for line in lines]
     said = predictor(rows, batch_size)
     if json:

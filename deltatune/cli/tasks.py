@@ -215,7 +215,7 @@ def _source(task: Task) -> str:
 def _words(task: Task, verbalizer: Any) -> Text:
     if verbalizer is None:
         return Text("")
-    names = task.kind.worded(task.labels)
+    names = task.kind.spoken.worded(task.labels)
     return Text(", ".join(f"{name} -> {word}" for name, word in zip(names, verbalizer.words, strict=False)), style="dim")
 
 

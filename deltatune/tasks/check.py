@@ -19,7 +19,7 @@ COMPLETE = ("description", "category", "metrics", "templates", "licence", "citat
 def faults(task: Task) -> Iterator[str]:
     """What a task lacks to be a built-in one; the schema alone asks for less, as a user's own task needs less."""
     for entry in COMPLETE:
-        if not getattr(task, entry) or "TODO" in str(getattr(task, entry)):
+        if not getattr(task, entry):
             yield f"`{entry}` is missing"
     if task.category not in CATEGORIES:
         yield f"the category `{task.category}` is not known. {nearest(task.category, CATEGORIES)}"

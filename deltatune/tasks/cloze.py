@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
-from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, How, framings, moved, padded
+from deltatune.tasks.framing import Answer, Framing, How, framings
 from deltatune.tasks.prompts import Prompts, chosen, distinct, special_tokens
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import Template
+from deltatune.tasks.tensors import IGNORED, Features, batched, in_batches, moved, without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def _has_words(task: Task) -> bool:
+    return bool(task.templates and task.labels) and task.kind.spoken.is_closed(task)
 
 
 class ClozeFraming(Framing):
@@ -35,6 +40,7 @@ class ClozeFraming(Framing):
     """
 
     name = "cloze"
+    fits = staticmethod(_has_words)
     template: Template
 
     def __init__(
@@ -95,22 +101,18 @@ class ClozeFraming(Framing):
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and, where there are any, ``labels``, all (batch, length)."""
-        ids = [feature["input_ids"] for feature in features]
-        batch = {"input_ids": padded(ids, self.tokenizer.pad_token_id), "attention_mask": padded([[1] * len(one) for one in ids], 0)}
-        if "labels" in features[0]:
-            batch["labels"] = padded([feature["labels"] for feature in features], IGNORED)
-        return batch
+        return batched(features, self.tokenizer.pad_token_id)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """Cross-entropy at the masks."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        logits = model(**without(batch)).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> Tensor:
         """Log-probabilities of the label words at the masks: (rows, labels)."""
         inputs = self.encode_inputs(rows)
         scores = torch.empty(len(inputs), len(self.words))
-        for batch in self.in_batches(model, inputs, batch_size):
+        for batch in in_batches(model, inputs, batch_size):
             for size in sorted({len(word) for word in self.words}):  # one forward for each number of masks
                 scored = [index for index, word in enumerate(self.words) if len(word) == size]
                 found = self._fillings(model, [inputs[index]["input_ids"] for index in batch], [self.words[index] for index in scored])
@@ -122,7 +124,7 @@ class ClozeFraming(Framing):
         features = [self._filled(prompt, words[0]) for prompt in prompts]
         batch = moved(self.collate(features), model)
         places = batch["labels"] != IGNORED  # (batch, length), as many in each row
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        logits = model(**without(batch)).logits.float()
         shares = logits[places].view(len(prompts), len(words[0]), -1).log_softmax(-1)
         tokens = torch.tensor(words, device=shares.device).T  # (masks, words)
         return shares[:, torch.arange(len(tokens), device=shares.device)[:, None], tokens].sum(1).cpu()
@@ -131,11 +133,6 @@ class ClozeFraming(Framing):
         """The likeliest label."""
         scored = self.score(model, rows, batch_size)
         return [Answer(int(row.argmax()), dict(zip(self.task.labels, row.softmax(-1).tolist(), strict=True))) for row in scored]
-
-    @classmethod
-    def takes(cls, task: Task) -> bool:
-        """Tasks with label words."""
-        return bool(task.templates and task.labels) and task.kind.spoken.is_closed(task)
 
     @classmethod
     def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:

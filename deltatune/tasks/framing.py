@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,18 +12,16 @@ from torch import Tensor, nn
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
 from deltatune.registry import Registry
-from deltatune.tasks.metrics import Measured, compute, measure
+from deltatune.tasks.inputs import Inputs
+from deltatune.tasks.metrics import compute
 from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import Template
-from deltatune.tasks.truncation import kept
+from deltatune.tasks.tensors import IGNORED as IGNORED
+from deltatune.tasks.tensors import Features, in_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Features = dict[str, Any]
-IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,16 @@ class How:
             )
 
 
+Judge = Callable[[Sequence[str], Sequence[Any], Sequence[Any], Sequence[Row]], dict[str, Any]]
+"""(names of metrics, predictions, references, rows) -> what each metric says."""
+
+
 class Framing(ABC):
     """How rows become a model's input, its output an answer, and the difference to the truth a loss.
 
     Attributes:
         name: as ``--framing`` names it.
+        fits: whether a task can be put this way, by what it is alone.
         task: whose rows.
         tokenizer: of the backbone; it needs a pad token.
         max_length: most tokens of one input, special ones and answer included.
@@ -84,6 +84,7 @@ class Framing(ABC):
     """
 
     name: ClassVar[str]
+    fits: ClassVar[Callable[[Task], bool]]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
@@ -144,21 +145,8 @@ class Framing(ABC):
 
     @classmethod
     @abstractmethod
-    def takes(cls, task: Task) -> bool:
-        """Whether a task can be put this way, by what it is alone."""
-
-    @classmethod
-    @abstractmethod
     def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
         """What a model reads of a row, and what it shall answer, for people: once a template."""
-
-    def length(self, features: Features) -> int:
-        """Tokens of one example, by which batches are made."""
-        return len(features["input_ids"])
-
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Items in a batch."""
-        return batch["labels"].ne(IGNORED).sum()
 
     def class_weights(self, rows: Sequence[Row]) -> Tensor:
         """Weights of the classes by their frequency.
@@ -168,10 +156,6 @@ class Framing(ABC):
         """
         raise InvalidValue(f"`class_weights` was asked for, but `{self.task.name}` is trained by label words. Leave it out, or use a head.")
 
-    def longest_answer(self, rows: Sequence[Row]) -> int | None:
-        """Most tokens that a right answer to the rows has; None where none is written."""
-        return None
-
     def predict(self, scores: Tensor) -> list[Any]:
         """The values of the largest scores (rows, answers)."""
         return [int(index) for index in scores.argmax(dim=1)]
@@ -180,24 +164,10 @@ class Framing(ABC):
         """The truth in the form of the predictions."""
         return [self.task.kind.reference(self.task, row) for row in rows]
 
-    def said(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
-        """The values that the task's metrics compare with ``references``."""
-        return [answer.value for answer in self.answers(model, rows, batch_size, self.longest_answer(rows))]
-
-    def compared(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, float]:
-        """Each of the task's metrics for what was said to the rows."""
-        return compute(self.task.metrics, said, self.references(rows), rows)
-
-    def judged(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, Measured]:
-        """The same with intervals, and whether the predictor is degenerate."""
-        return measure(self.task.metrics, said, self.references(rows), rows)
-
-    def in_batches(self, model: nn.Module, inputs: Sequence[Features], batch_size: int) -> Iterator[list[int]]:
-        """Indices of the inputs, batch by batch with rows of like length together, while the model is in eval mode."""
-        order = sorted(range(len(inputs)), key=lambda index: self.length(inputs[index]))
-        with evaluating(model), torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                yield order[start : start + batch_size]
+    def judged(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, by: Judge = compute) -> dict[str, Any]:
+        """What each of the task's metrics says of the model's answers; ``by`` is ``compute``, or ``measure`` for intervals too."""
+        said = [answer.value for answer in self.answers(model, rows, batch_size)]
+        return by(self.task.metrics, said, self.references(rows), rows)
 
 
 framings: Registry[type[Framing]] = Registry("framing", "framings", builtin="deltatune.tasks.framed")
@@ -205,7 +175,11 @@ framings: Registry[type[Framing]] = Registry("framing", "framings", builtin="del
 
 def framings_of(task: Task) -> list[str]:
     """Names of the framings that take a task."""
-    return [name for name in framings if framings[name].takes(task)]
+    return [name for name in framings if framings[name].fits(task)]
+
+
+def _has_head(task: Task) -> bool:
+    return task.kind.head is not None
 
 
 class HeadFraming(Framing):
@@ -216,6 +190,7 @@ class HeadFraming(Framing):
     """
 
     name = "head"
+    fits = staticmethod(_has_head)
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
         if task.kind.head is None:
@@ -224,6 +199,7 @@ class HeadFraming(Framing):
         self.head = task.kind.head
         self.tokenizer = tokenizer
         self.max_length = min(max_length, tokenizer.model_max_length)
+        self.inputs = Inputs(tokenizer, self.max_length)
 
     @classmethod
     def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> HeadFraming:
@@ -265,10 +241,6 @@ class HeadFraming(Framing):
         """Inputs and, where there are any, ``labels``."""
         return self.head.collate(self, features)
 
-    def length(self, features: Features) -> int:
-        """Tokens of the longest input of one example."""
-        return self.head.length(features)
-
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """That of the task's type, summed over the items."""
         return self.head.loss(model, batch, weights)
@@ -299,15 +271,10 @@ class HeadFraming(Framing):
     def _scored(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[tuple[Features, Tensor]]:
         inputs = self.encode_inputs(rows)
         found: list[Tensor] = [torch.empty(0)] * len(inputs)
-        for batch in self.in_batches(model, inputs, batch_size):
+        for batch in in_batches(model, inputs, batch_size):
             for index, scores in zip(batch, self.head.scores(self, model, [inputs[index] for index in batch]), strict=True):
                 found[index] = scores
         return list(zip(inputs, found, strict=True))
-
-    @classmethod
-    def takes(cls, task: Task) -> bool:
-        """Tasks whose type has a head."""
-        return task.kind.head is not None
 
     @classmethod
     def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
@@ -316,114 +283,6 @@ class HeadFraming(Framing):
         texts = [text_of(row[column]) for column in task.text]
         texts += [f"- {text_of(one)}" for column in kind.inputs(task) if column not in task.text for one in row[column]]
         return [("\n".join(texts), str(kind.named(task, row, kind.perfect(task, row))))]
-
-    # what heads encode with
-
-    def tokens(self, rows: Sequence[Row], columns: Sequence[str] = (), *, offsets: bool = False) -> list[Features]:
-        """Token ids of the rows' texts with special ones, the longest text cut first; the task's columns if none are given."""
-        columns = tuple(columns) or self.task.text
-        if not len(rows):
-            return []
-        texts = [[text_of(row[column]) for row in rows] for column in columns]
-        if len(columns) > 2 or (len(columns) == 2 and not self._between):
-            return self._assembled(texts)
-        encoded = self.tokenizer(*texts, truncation="longest_first", max_length=self.max_length, return_offsets_mapping=offsets)
-        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-        found = [encoded[name] for name in names]
-        features: list[Features] = [dict(zip(names, values, strict=True)) for values in zip(*found, strict=True)]
-        if offsets:
-            for feature, places in zip(features, encoded["offset_mapping"], strict=True):
-                feature["offsets"] = places
-        return features
-
-    def _assembled(self, texts: Sequence[Sequence[str]]) -> list[Features]:
-        """Pieces joined by the tokenizer's separator, or by a line break where it has none."""
-        columns = [self.bare(column) for column in texts]
-        between = self._between or self.bare(["\n"])[0]
-        room = self.room - len(between) * (len(columns) - 2 if self._between else len(columns) - 1)
-        features = []
-        for pieces in zip(*columns, strict=True):
-            cut = [piece[:length] for piece, length in zip(pieces, kept([len(piece) for piece in pieces], room), strict=True)]
-            rest = [token for piece in cut[1:] for token in (*between, *piece)]
-            features.append(self.joined(cut[0], rest[len(between) :] if self._between else rest)[0])
-        return features
-
-    def bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special ones."""
-        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if len(texts) else []
-
-    def joined(self, first: Sequence[int], second: Sequence[int]) -> tuple[Features, int]:
-        """A pair with its special tokens, and the place where the second begins."""
-        before, between, after = (ids for ids, _ in self._pattern)
-        parts = [before, first, between, second, after]
-        feature: Features = {"input_ids": [token for part in parts for token in part]}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            (_, zero), (_, one), (_, two) = self._pattern
-            types = [zero, [0] * len(first), one, [self._second_type] * len(second), two]
-            feature["token_type_ids"] = [number for part in types for number in part]
-        return feature, len(before) + len(first) + len(between)
-
-    @property
-    def room(self) -> int:
-        """Tokens that are left for the texts of a pair."""
-        return self.max_length - sum(len(ids) for ids, _ in self._pattern)
-
-    @property
-    def _between(self) -> list[int]:
-        return self._pattern[1][0]
-
-    @property
-    def _second_type(self) -> int:
-        return self._pattern[2][1][0] if self._pattern[2][1] else 0
-
-    @cached_property
-    def _pattern(self) -> tuple[tuple[list[int], list[int]], ...]:
-        """The special tokens before, between and behind the texts of a pair, each with their types."""
-        [piece] = self.bare(["a"])
-        whole = self.tokenizer("a", "a")
-        ids, types = whole["input_ids"], whole.get("token_type_ids") or [0] * len(whole["input_ids"])
-        size = len(piece)
-        places = [place for place in range(len(ids) - size + 1) if ids[place : place + size] == piece]
-        if len(places) < 2:
-            raise DataError(f"{type(self.tokenizer).__name__} changes a text's tokens in a pair, so texts cannot be cut safely.")
-        cuts = [0, places[0], places[0] + size, places[-1], places[-1] + size, len(ids)]
-        stretches = [(ids[start:end], types[start:end]) for start, end in list(pairwise(cuts))[::2]]
-        return tuple(stretches)
-
-    def padded(self, features: Sequence[Features]) -> dict[str, Tensor]:
-        """Right-padded ``input_ids`` and ``attention_mask``, and ``token_type_ids`` where the tokenizer makes them."""
-        fill: Mapping[str, Any] = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0}
-        batch = {name: padded([feature[name] for feature in features], value) for name, value in fill.items() if name in features[0]}
-        batch["attention_mask"] = padded([[1] * len(feature["input_ids"]) for feature in features], 0)
-        return batch
-
-    def moved(self, batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The batch on the model's device."""
-        return moved(batch, model)
-
-
-def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Sequences of unequal length -> (batch, longest), filled with ``value`` on the right."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
-
-
-def moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The batch on the model's device; where its weights are offloaded, their hooks move it."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return dict(batch) if device.type == "meta" else {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a moment; each module gets back its own mode, since frozen layers may differ from trained ones."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_rows(task: Task, rows: Iterable[Row]) -> None:

@@ -138,7 +138,7 @@ def encode_rows(task: Task, rows: Sequence[Row], names: Sequence[str] = ()) -> l
     """
     kind, order = task.kind, (task.hub.labels if task.hub else ()) or _known(task, names) or task.labels
     withheld = kind.is_withheld(task, rows)
-    return [kind.encoded(task, row, order) for row, hidden in zip(rows, withheld, strict=True) if not hidden]
+    return [kind.encode(task, row, order) for row, hidden in zip(rows, withheld, strict=True) if not hidden]
 
 
 def _known(task: Task, names: Sequence[str]) -> Sequence[str]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.errors import InvalidValue, Unsupported
-from deltatune.tasks.framing import Answer, Features, Framing, How, framings
+from deltatune.tasks.framing import Answer, Framing, How, Judge, framings
 from deltatune.tasks.loading import TaskData, load_task
-from deltatune.tasks.metrics import Measured, compute, measure
+from deltatune.tasks.metrics import Measured, compute
 from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.split import rank, text_key
 from deltatune.tasks.task import Task
+from deltatune.tasks.tensors import Features
 from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.tasks.types.mixture import PART, ROW
 
@@ -98,6 +99,10 @@ def _first(part: TaskData, count: int, seed: int) -> list[Row]:
     return [part.train[order[place % len(order)]] for place in range(count)]
 
 
+def _is_mixture(task: Task) -> bool:
+    return bool(task.parts)
+
+
 class MixtureFraming(Framing):
     """Each row is put as its own task is, in words, so that one model with one head of its own learns all.
 
@@ -106,6 +111,7 @@ class MixtureFraming(Framing):
     """
 
     name = "mixture"
+    fits = staticmethod(_is_mixture)
 
     def __init__(self, task: Task, parts: Sequence[TextToTextFraming]) -> None:
         self.parts = list(parts)
@@ -118,11 +124,6 @@ class MixtureFraming(Framing):
     def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> MixtureFraming:
         """Every part in words."""
         return cls(task, [TextToTextFraming.make(part, tokenizer, how) for part in task.parts])
-
-    @classmethod
-    def takes(cls, task: Task) -> bool:
-        """Mixtures."""
-        return bool(task.parts)
 
     @classmethod
     def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
@@ -167,33 +168,28 @@ class MixtureFraming(Framing):
         """What each row's own framing answers."""
         return self._each(rows, lambda framing, own: framing.answers(model, own, batch_size, most))
 
-    def said(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
-        """The values of each row's own task."""
-        return self._each(rows, lambda framing, own: framing.said(model, own, batch_size))
+    def judged(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, by: Judge = compute) -> dict[str, Any]:
+        """``mean``, of the customary metrics of all tasks that have rows here, and each task's own metrics as ``task.metric``.
 
-    def compared(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, float]:
-        """``mean``, of the customary metrics of all tasks that have rows here, and each task's own metrics as ``task.metric``."""
-        values = [(part, compute(part.metrics, *own)) for part, own in self._parts(said, rows)]
-        found = {f"{part.name}.{name}": value for part, known in values for name, value in known.items()}
-        return {"mean": sum(known[part.metric] for part, known in values) / len(values), **found}
-
-    def judged(self, said: Sequence[Any], rows: Sequence[Row]) -> dict[str, Measured]:
-        """The same with intervals; that of ``mean`` is as wide as the tasks' intervals are on average."""
-        values = [(part, measure(part.metrics, *own)) for part, own in self._parts(said, rows)]
-        found = {f"{part.name}.{name}": value for part, known in values for name, value in known.items()}
-        whole = [known[part.metric] for part, known in values]
-        value, low, high = (sum(numbers) / len(whole) for numbers in zip(*((one.value, one.low, one.high) for one in whole), strict=True))
-        return {"mean": Measured(value, low, high, any(one.degenerate for one in whole)), **found}
-
-    def _parts(self, said: Sequence[Any], rows: Sequence[Row]) -> list[tuple[Task, tuple[list[Any], list[Any], list[Row]]]]:
-        """For each task that has rows here: what was said, what is right, and the rows."""
-        found = []
-        for number, part in enumerate(self.task.parts):
-            own = [index for index, row in enumerate(rows) if row[PART] == number]
+        The interval of ``mean`` is as wide as the tasks' intervals are on average.
+        """
+        judged: list[tuple[Task, dict[str, Any]]] = []
+        for number, framing in enumerate(self.parts):
+            own = [row[ROW] for row in rows if row[PART] == number]
             if own:
-                asked = [rows[index][ROW] for index in own]
-                found.append((part, ([said[index] for index in own], [part.kind.reference(part, row) for row in asked], asked)))
-        return found
+                judged.append((framing.task, framing.judged(model, own, batch_size, by)))
+        found = {f"{part.name}.{name}": value for part, known in judged for name, value in known.items()}
+        return {"mean": _mean([known[part.metric] for part, known in judged]), **found}
+
+
+def _mean(values: Sequence[float | Measured]) -> float | Measured:
+    """The mean of values, and where they have intervals, of these too."""
+    known = [one for one in values if isinstance(one, Measured)]
+    value = sum(map(float, values)) / len(values)
+    if not known:
+        return value
+    low, high = (sum(ends) / len(known) for ends in zip(*((one.low, one.high) for one in known), strict=True))
+    return Measured(value, low, high, any(one.degenerate for one in known))
 
 
 framings.register("mixture")(MixtureFraming)

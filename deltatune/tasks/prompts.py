@@ -113,7 +113,7 @@ def chosen(task: Task, template: int | Template, *, manual: bool = True) -> Temp
         InvalidValue: it has none of that number, or one that names other columns.
     """
     if isinstance(template, Template):
-        template.check_columns(task.kind.prompted(task))
+        template.check_columns(task.kind.spoken.prompted(task))
         found = template
     elif not task.templates:
         raise Unsupported(f"The task `{task.name}` has no template. Give one, or use the head framing.")

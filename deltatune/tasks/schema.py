@@ -147,7 +147,7 @@ def label_words(words: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         InvalidValue: not one word for each.
     """
-    labels = task_types[fields["type"]].worded(tuple(fields.get("labels", ())))
+    labels = task_types[fields["type"]].spoken.worded(tuple(fields.get("labels", ())))
     if words is None:
         return labels
     if words == SPACED:

@@ -205,7 +205,7 @@ class Task:
     def __post_init__(self) -> None:
         self.kind.check(self)
         for template in self.templates:
-            template.check_columns(self.kind.prompted(self))
+            template.check_columns(self.kind.spoken.prompted(self))
 
     @property
     def kind(self) -> TaskType:

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
-from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, How, framings, moved, padded
+from deltatune.tasks.framing import Answer, Framing, How, Judge, framings
+from deltatune.tasks.metrics import compute
 from deltatune.tasks.prompts import Prompts, chosen, distinct, special_tokens
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import Template
+from deltatune.tasks.tensors import IGNORED, Features, batched, in_batches, moved, padded, without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_ANSWER = 128
 """Most tokens of a written answer."""
+
+
+def _has_template(task: Task) -> bool:
+    return bool(task.templates)
 
 
 class TextToTextFraming(Framing):
@@ -45,6 +51,7 @@ class TextToTextFraming(Framing):
     """
 
     name = "text2text"
+    fits = staticmethod(_has_template)
     template: Template
 
     def __init__(
@@ -138,11 +145,7 @@ class TextToTextFraming(Framing):
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (batch, length) and, where there are any, ``labels`` (batch, length or answer)."""
-        ids = [feature["input_ids"] for feature in features]
-        batch = {"input_ids": padded(ids, self.tokenizer.pad_token_id), "attention_mask": padded([[1] * len(one) for one in ids], 0)}
-        if "labels" in features[0]:
-            batch["labels"] = padded([feature["labels"] for feature in features], IGNORED)
-        return batch
+        return batched(features, self.tokenizer.pad_token_id)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """-sum_t log p(w_t | prompt, w_<t) over the answers' tokens."""
@@ -156,7 +159,7 @@ class TextToTextFraming(Framing):
             raise Unsupported(f"The task `{self.task.name}` has no label words to score. Generate its answers instead.")
         inputs = self.encode_inputs(rows)
         found: list[Tensor] = [torch.empty(0)] * len(inputs)
-        for batch in self.in_batches(model, inputs, batch_size):
+        for batch in in_batches(model, inputs, batch_size):
             for index, scores in zip(batch, self._scores(model, [inputs[index] for index in batch]), strict=True):
                 found[index] = scores.float().cpu()
         return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-torch.inf) if found else torch.empty(0, self.task.outputs)
@@ -174,17 +177,17 @@ class TextToTextFraming(Framing):
         texts = write(self, model, rows, batch_size, most)
         return [Answer(task.kind.spoken.understand(task, self.template, row, text), {}) for row, text in zip(rows, texts, strict=True)]
 
-    def longest_answer(self, rows: Sequence[Row]) -> int | None:
+    def judged(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, by: Judge = compute) -> dict[str, Any]:
+        """As every framing; answers are written as long as the longest right one, and no longer."""
+        said = self.answers(model, rows, batch_size, self._longest(rows))
+        return by(self.task.metrics, [answer.value for answer in said], self.references(rows), rows)
+
+    def _longest(self, rows: Sequence[Row]) -> int | None:
         """Tokens of the longest right answer and its end; None where the answers are known and none is written."""
         if self.is_closed:
             return None
         said = self._tokens_of([self.task.kind.spoken.say(self.task, self.template, row) for row in rows])
         return max(map(len, said), default=0) + 2
-
-    @classmethod
-    def takes(cls, task: Task) -> bool:
-        """Tasks with a template."""
-        return bool(task.templates)
 
     @classmethod
     def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
@@ -243,7 +246,7 @@ class TextToTextFraming(Framing):
 
 def next_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """-sum log p(w_t | w_<t) over the tokens of ``labels`` (batch, length) that count."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = without(batch)
     targets = batch["labels"][:, 1:]  # (batch, length - 1): the token behind each place
     if keeps_logits(model):
         places = targets.ne(IGNORED).any(0).nonzero().flatten()
@@ -268,7 +271,7 @@ def write(framing: Framing, model: Any, rows: Sequence[Row], batch_size: int = 3
     )
     inputs = framing.encode_inputs(rows)
     written = [""] * len(inputs)
-    for chosen_rows in framing.in_batches(model, inputs, batch_size):
+    for chosen_rows in in_batches(model, inputs, batch_size):
         batch = _padded([inputs[index]["input_ids"] for index in chosen_rows], tokenizer.pad_token_id or 0, front=front)
         tokens = model.generate(**moved(batch, model), generation_config=config, use_cache=True)
         new = tokens[:, batch["input_ids"].shape[1] :] if front else tokens

@@ -16,9 +16,11 @@ def kept(lengths: Sequence[int], room: int) -> list[int]:
     """
     if sum(lengths) <= room:
         return list(lengths)
+    if room <= 0:
+        return [0] * len(lengths)
     level = bisect.bisect_right(range(max(lengths) + 1), room, key=lambda level: _within(lengths, level)) - 1
-    spare = max(room - _within(lengths, level), 0)
-    found = [min(length, max(level, 0)) for length in lengths]
+    spare = room - _within(lengths, level)
+    found = [min(length, level) for length in lengths]
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if spare and found[index] < lengths[index]:
             found[index] += 1

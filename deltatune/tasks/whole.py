@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
-from deltatune.tasks.framing import IGNORED, Answer, Features, Framing, How, framings, moved, padded
+from deltatune.tasks.framing import Answer, Framing, How, Judge, framings
+from deltatune.tasks.metrics import compute
 from deltatune.tasks.rows import Row
 from deltatune.tasks.task import Task
+from deltatune.tasks.tensors import IGNORED, Features, batched, in_batches, moved, padded
 from deltatune.tasks.text2text import next_tokens, write
 from deltatune.tasks.types.whole import ASSISTANT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def _is_plain(task: Task) -> bool:
+    return task.kind.words == "plain"
+
+
+def _is_chat(task: Task) -> bool:
+    return task.kind.words == "chat"
 
 
 class WholeFraming(Framing):
@@ -48,11 +58,6 @@ class WholeFraming(Framing):
             raise Unsupported(f"`{task.name}` is learnt token by token, which a decoder can; the backbone is an {how.kind}.")
         return cls(task, tokenizer, how.max_length, packing=how.packing)
 
-    @classmethod
-    def takes(cls, task: Task) -> bool:
-        """Tasks whose type is put this way."""
-        return task.kind.words == cls.name
-
     @property
     def auto_class(self) -> str:
         """A causal LM."""
@@ -79,13 +84,10 @@ class WholeFraming(Framing):
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         """``input_ids``, ``labels`` and ``attention_mask``, or of packed examples ``position_ids``, all (batch, length)."""
-        batch = {"input_ids": padded([feature["input_ids"] for feature in features], int(self.tokenizer.pad_token_id or 0))}
-        if "labels" in features[0]:
-            batch["labels"] = padded([feature["labels"] for feature in features], IGNORED)
-        if "position_ids" in features[0]:
-            batch["position_ids"] = padded([feature["position_ids"] for feature in features], 0)  # each pad token is a text of its own
-        else:
-            batch["attention_mask"] = padded([[1] * len(feature["input_ids"]) for feature in features], 0)
+        batch = batched(features, self.tokenizer.pad_token_id)
+        if "position_ids" in features[0]:  # each pad token is a text of its own
+            del batch["attention_mask"]
+            batch["position_ids"] = padded([feature["position_ids"] for feature in features], 0)
         return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
@@ -96,12 +98,16 @@ class WholeFraming(Framing):
         """Nothing is listed that could be scored."""
         raise Unsupported(f"The task `{self.task.name}` has no answers to choose among. Let the model write.")
 
-    def said(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
+    def judged(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, by: Judge = compute) -> dict[str, Any]:
+        """The likelihood of what is learnt."""
+        return by(self.task.metrics, self.likelihoods(model, rows, batch_size), self.references(rows), rows)
+
+    def likelihoods(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32) -> list[tuple[float, int]]:
         """For each row the log-probability of what is learnt, and its tokens."""
         pieces = [(place, *piece) for place, row in enumerate(rows) for piece in self.sequences(row)]
         features: list[Features] = [{"input_ids": ids, "labels": labels} for _, ids, labels in pieces]
         sums = [[0.0, 0] for _ in rows]
-        for batch in self.in_batches(model, features, batch_size):
+        for batch in in_batches(model, features, batch_size):
             inputs = moved(self.collate([features[index] for index in batch]), model)
             labels = inputs.pop("labels")[:, 1:]
             shares = model(**inputs).logits[:, :-1].float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
@@ -120,6 +126,7 @@ class PlainFraming(WholeFraming):
     """A text is learnt from its first token to its end; a long one in pieces."""
 
     name = "plain"
+    fits = staticmethod(_is_plain)
 
     def sequences(self, row: Row) -> list[tuple[list[int], list[int]]]:
         """Pieces of the text, the last with the end's token."""
@@ -149,6 +156,7 @@ class ChatFraming(WholeFraming):
     """
 
     name = "chat"
+    fits = staticmethod(_is_chat)
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256, *, packing: bool = False) -> None:
         super().__init__(task, tokenizer, max_length, packing=packing)

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from torch import nn
 
 from deltatune.tasks.framing import Framing
-from deltatune.tasks.metrics import Measured
+from deltatune.tasks.metrics import Measured, measure
 from deltatune.tasks.rows import Row
 
 
 def score_rows(framing: Framing, backbone: nn.Module, rows: Sequence[Row], batch_size: int = 64) -> dict[str, float]:
     """Each of the task's metrics, and ``score``, the customary one."""
-    values = framing.compared(framing.said(backbone, rows, batch_size), rows)
+    values = framing.judged(backbone, rows, batch_size)
     return {"score": values[framing.task.metric], **values}
 
 
 def measure_rows(framing: Framing, backbone: nn.Module, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Measured]:
     """Each of the task's metrics with its confidence interval, the customary one first."""
-    return framing.judged(framing.said(backbone, rows, batch_size), rows)
+    return framing.judged(backbone, rows, batch_size, by=measure)

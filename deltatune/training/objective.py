@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from deltatune.tasks.framing import Framing
+from deltatune.tasks.tensors import items
 
 
 class Objective:
@@ -26,4 +27,4 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], count: Tensor | int | None = None) -> Tensor:
         """The loss of one batch; ``count`` items are in all batches of the optimiser step (this one's if left out)."""
         total = self.framing.loss(model, batch, self.class_weights)
-        return total / (self.framing.count(batch) if count is None else count)
+        return total / (items(batch) if count is None else count)

@@ -140,8 +140,8 @@ def data_of(folder: str | os.PathLike[str]) -> TaskData:
 
 def _row(task: Task, text: Text) -> Row:
     if isinstance(text, Mapping):
-        return task.kind.asked(task, text)
-    return task.kind.given(task, [text] if isinstance(text, str) else [str(part) for part in text])
+        return task.kind.asking.asked(task, text)
+    return task.kind.asking.given(task, [text] if isinstance(text, str) else [str(part) for part in text])
 
 
 def _prediction(task: Task, row: Row, answer: Answer) -> Prediction:

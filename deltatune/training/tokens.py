@@ -11,7 +11,8 @@ from typing import Any
 
 from deltatune.backbones.gguf import cache_folder
 from deltatune.tasks import TaskData
-from deltatune.tasks.framing import Features, Framing
+from deltatune.tasks.framing import Framing
+from deltatune.tasks.tensors import Features
 
 FEWEST = 1000
 """Rows from which on keeping pays."""

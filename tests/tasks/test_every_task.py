@@ -16,6 +16,7 @@ from deltatune.tasks.metrics import is_degenerate, measure, metrics
 from deltatune.tasks.prompts import chosen
 from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.split import overlap
+from deltatune.tasks.tensors import items, length_of
 from deltatune.tasks.text2text import TextToTextFraming
 
 NAMES = list(tasks)
@@ -78,8 +79,8 @@ def test_tokens_of_two_backbones(name: str, data: TaskData) -> None:
         if task.kind.head is not None:
             head = HeadFraming(task, tokenizer(backbone), 128)
             features = head.encode(rows)
-            assert all(0 < head.length(feature) <= 128 for feature in features)
-            assert head.count(head.collate(features)) > 0
+            assert all(0 < length_of(feature) <= 128 for feature in features)
+            assert items(head.collate(features)) > 0
         for number in range(len(task.templates)):
             framing = TextToTextFraming(task, tokenizer(backbone), LENGTH, template=number)
             for feature, row in zip(framing.encode(rows), rows, strict=True):

@@ -22,6 +22,7 @@ from deltatune.tasks import Rows, Task, Template, Verbalizer
 from deltatune.tasks.framing import HeadFraming
 from deltatune.tasks.loading import build, encode_rows
 from deltatune.tasks.task import Choices
+from deltatune.tasks.tensors import items
 from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.tasks.types import task_types
 from deltatune.tasks.types.tagging import Tags
@@ -136,7 +137,7 @@ def test_a_choice_head_scores_each_option_with_its_texts(tokenizer: PreTrainedTo
     batch = framing.collate(framing.encode(rows))
     expected = F.cross_entropy(scores, torch.tensor([row["label"] for row in rows]), reduction="sum")
     assert framing.loss(model, batch).item() == pytest.approx(expected.item(), abs=1e-4)
-    assert framing.count(batch) == 4
+    assert items(batch) == 4
     answer = framing.answers(model, rows)[3]
     assert answer.value == int(scores[3].argmax()) and set(answer.shares) == {"bad", "good", "it is"}
 
@@ -163,7 +164,7 @@ def test_a_tagging_head_reads_each_word_at_its_first_token(tokenizer: PreTrained
     assert all(text.startswith(" ".join(WORDS["tokens"][word:])) for word, text in begins.items()) and len(begins) == 6
     assert [feature["labels"][place] for place in feature["firsts"]] == WORDS["tags"]
     batch = framing.collate(framing.encode([WORDS, {"tokens": ["Rome"], "tags": [3]}]))
-    assert framing.count(batch) == 7
+    assert items(batch) == 7
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     assert framing.loss(model, batch).item() == pytest.approx(expected.item(), abs=1e-4)
@@ -204,8 +205,8 @@ def test_a_span_head_finds_a_piece_wherever_it_is(tokenizer: PreTrainedTokenizer
         start, end = feature["labels"]
         assert tokenizer.decode(feature["input_ids"][start : end + 1]).strip() in ("cast is fine", "plot")
     features = framing.encode_inputs(rows)
-    assert len(features[0]["windows"]) == 1 < len(features[2]["windows"])
-    seen = {place for window in features[2]["windows"] for place in range(window["first"], window["first"] + window["count"])}
+    assert len(features[0]["several"]) == 1 < len(features[2]["several"])
+    seen = {place for window in features[2]["several"] for place in range(window["first"], window["first"] + window["count"])}
     assert seen == set(range(len(features[2]["places"])))
 
 

@@ -16,6 +16,7 @@ from deltatune.tasks import Task, task_from_file
 from deltatune.tasks.framing import IGNORED, How, framings
 from deltatune.tasks.loading import encode_rows
 from deltatune.tasks.metrics import compute
+from deltatune.tasks.tensors import items
 from deltatune.tasks.whole import ChatFraming, PlainFraming
 from tests.tasks.conftest import bytes_tokenizer
 
@@ -81,7 +82,7 @@ def test_packed_texts_do_not_see_each_other() -> None:
     assert 1 < len(features) < 4 and all(len(feature["input_ids"]) <= 20 for feature in features)
     single, packed = alone.collate(alone.encode(rows)), together.collate(features)
     assert "attention_mask" not in packed
-    assert alone.count(single) == together.count(packed)
+    assert items(single) == items(packed)
     with torch.no_grad():
         assert together.loss(model, packed).item() == pytest.approx(alone.loss(model, single).item(), abs=1e-3)
 
@@ -98,10 +99,10 @@ def test_likelihoods_are_those_of_the_model() -> None:
     tokenizer, model = bytes_tokenizer(), llama()
     framing = PlainFraming(PLAIN, tokenizer, 40)
     rows = [{"text": "a fine film"}, {"text": "boring"}]
-    said = framing.said(model, rows)
+    said = framing.likelihoods(model, rows)
     batch = framing.collate(framing.encode(rows))
     with torch.no_grad():
-        mean = framing.loss(model, batch).item() / int(framing.count(batch))
+        mean = framing.loss(model, batch).item() / int(items(batch))
     assert compute("log_likelihood", said, framing.references(rows))["log_likelihood"] == pytest.approx(-mean, abs=1e-4)
     assert compute("perplexity", said, framing.references(rows))["perplexity"] == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-3)
     assert isinstance(framing.answers(model, rows, most=3)[0].value, str)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from deltatune.errors import DataError, InvalidValue, nearest
 from deltatune.registry import Registry
 from deltatune.tasks.rows import Row
+from deltatune.tasks.tensors import Features
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
@@ -32,6 +33,7 @@ class TaskType(ABC):
         fields: the fields of a YAML that are this type's own, each with whether it has to be there.
         head: how a head is trained and read; None where no head fits.
         spoken: the answer in words.
+        asking: rows that users give, without an answer.
         speaks: a model with a decoder is asked in words, unless a head is asked for.
         words: the framing that asks in words.
         headless: why no head fits, in an error.
@@ -43,27 +45,10 @@ class TaskType(ABC):
     fields: ClassVar[Mapping[str, bool]]
     head: Head | None = None
     spoken: Spoken
+    asking: Asking
     speaks: ClassVar[bool] = True
     words: ClassVar[str] = "text2text"
     headless: ClassVar[str] = "generates text"
-
-    def width(self, task: Task) -> int | None:
-        """Texts a row, where each has as many; a user gives them one behind the other."""
-        return len(task.text)
-
-    def given(self, task: Task, parts: Sequence[str]) -> Row:
-        """A row from a user's texts: one a text column, in order.
-
-        Raises:
-            DataError: there are more or fewer.
-        """
-        if len(parts) != len(task.text):
-            raise DataError(f"`{task.name}` takes {len(task.text)} text(s) a row ({', '.join(task.text)}); {len(parts)} were given.")
-        return dict(zip(task.text, map(str, parts), strict=True))
-
-    def asked(self, task: Task, row: Row) -> Row:
-        """The input columns of a user's row, each as encoded rows have it."""
-        return {column: str(row.get(column, "")) for column in task.text}
 
     def check(self, task: Task) -> None:
         """Make sure that the task's fields fit together.
@@ -71,10 +56,6 @@ class TaskType(ABC):
         Raises:
             InvalidValue: they do not.
         """
-
-    def worded(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """What a verbalizer has words for."""
-        return labels
 
     def read(self, task: Task) -> tuple[str, ...]:
         """The columns that a source has to have; dots lead into structs."""
@@ -88,25 +69,17 @@ class TaskType(ABC):
         """The columns that make two rows the same question."""
         return task.text
 
-    def prompted(self, task: Task) -> tuple[str, ...]:
-        """The columns that a prompt may name."""
-        return task.text
-
     def is_withheld(self, task: Task, rows: Sequence[Row]) -> list[bool]:
         """For each row, whether the source keeps the label back: hubs mark that by nothing at all, or by nan."""
         return [_is_nothing(row[task.label]) for row in rows]
 
     @abstractmethod
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Any:
-        """The value, or what it is made from, in the label's column; ``names`` say what a file's integers mean.
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """A source's row as the rest of the library reads it; ``names`` say what a file's integers mean.
 
         Raises:
             DataError: the row does not hold what the task says.
         """
-
-    def encoded(self, task: Task, row: Row, names: Sequence[str]) -> Row:
-        """The whole row as the rest of the library reads it."""
-        return {**{column: row[column] for column in task.text}, task.label: self.encode(task, row, names)}
 
     def stratum(self, task: Task, row: Row) -> Hashable:
         """What splits and few-shot samples keep the shares of; None where there is nothing."""
@@ -154,10 +127,6 @@ class Head(ABC):
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """One batch, padded."""
 
-    def length(self, features: Features) -> int:
-        """Tokens of one example, by which batches are made."""
-        return len(features["input_ids"])
-
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """The sum of the items' losses; an item is what ``labels`` of the batch holds and is not -100."""
@@ -194,12 +163,48 @@ class Spoken(ABC):
     def understand(self, task: Task, template: Template, row: Row, text: str) -> Any:
         """The value that an answer in words stands for; for one that makes no sense, the value of saying nothing."""
 
+    def worded(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """What a verbalizer has words for."""
+        return labels
+
+    def prompted(self, task: Task) -> tuple[str, ...]:
+        """The columns that a prompt may name."""
+        return task.text
+
     def is_closed(self, task: Task) -> bool:
         """Whether the answers can be listed, so that they are scored instead of generated."""
         return False
 
 
+class Asking:
+    """How a user's texts become a row to be answered; most types take one text a column."""
+
+    def width(self, task: Task) -> int | None:
+        """Texts a row, where each has as many; a user gives them one behind the other."""
+        return len(task.text)
+
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """A row from a user's texts: one a text column, in order.
+
+        Raises:
+            DataError: there are more or fewer.
+        """
+        if len(parts) != len(task.text):
+            raise DataError(f"`{task.name}` takes {len(task.text)} text(s) a row ({', '.join(task.text)}); {len(parts)} were given.")
+        return dict(zip(task.text, map(str, parts), strict=True))
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """The input columns of a user's row, each as encoded rows have it."""
+        return {column: str(row.get(column, "")) for column in task.text}
+
+
+TaskType.asking = Asking()
 task_types: Registry[TaskType] = Registry("task type", "task_types", builtin="deltatune.tasks.types.builtin")
+
+
+def answered(task: Task, row: Row, value: Any) -> Row:
+    """The texts of a row, and its answer."""
+    return {**{column: row[column] for column in task.text}, task.label: value}
 
 
 def label_index(task: Task, value: Any, names: Sequence[str]) -> int:

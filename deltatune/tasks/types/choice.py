@@ -13,10 +13,11 @@ from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks.rows import Row, inside
 from deltatune.tasks.split import rank
 from deltatune.tasks.template import LETTERS, OPTION, OPTIONS
-from deltatune.tasks.types.base import Head, Spoken, TaskType, task_types
+from deltatune.tasks.tensors import SEVERAL, Features, moved, without
+from deltatune.tasks.types.base import Asking, Head, Spoken, TaskType, task_types
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
@@ -29,23 +30,19 @@ class ChoiceHead(Head):
         return 1
 
     def encode(self, framing: HeadFraming, rows: Sequence[Row], *, labelled: bool) -> list[Features]:
-        """``options``: the token ids of the texts with each option."""
+        """``several``: the token ids of the texts with each option."""
         pairs = [{**row, OPTIONS: option} for row in rows for option in row[OPTIONS]]
-        encoded = iter(framing.tokens(pairs, (*framing.task.text, OPTIONS)))
-        features: list[Features] = [{OPTIONS: [next(encoded) for _ in row[OPTIONS]]} for row in rows]
+        encoded = iter(framing.inputs.tokens(pairs, (*framing.task.text, OPTIONS)))
+        features: list[Features] = [{SEVERAL: [next(encoded) for _ in row[OPTIONS]]} for row in rows]
         if labelled:
             for feature, row in zip(features, rows, strict=True):
                 feature["labels"] = row[framing.task.label]
         return features
 
-    def length(self, features: Features) -> int:
-        """Tokens of the longest option's sequence."""
-        return max(len(option["input_ids"]) for option in features[OPTIONS])
-
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """All options of all rows (sum of options, length), ``counts`` of options (batch,) and, if there are any, ``labels`` (batch,)."""
-        batch = framing.padded([option for feature in features for option in feature[OPTIONS]])
-        batch["counts"] = torch.tensor([len(feature[OPTIONS]) for feature in features])
+        batch = framing.inputs.padded([option for feature in features for option in feature[SEVERAL]])
+        batch["counts"] = torch.tensor([len(feature[SEVERAL]) for feature in features])
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([feature["labels"] for feature in features])
         return batch
@@ -56,13 +53,12 @@ class ChoiceHead(Head):
 
     def scores(self, framing: HeadFraming, model: nn.Module, features: Sequence[Features]) -> list[Tensor]:
         """The scores (options,) of each row."""
-        table = self._table(model, framing.moved(self.collate(framing, features), model)).cpu()
-        return [row[: len(feature[OPTIONS])] for row, feature in zip(table, features, strict=True)]
+        table = self._table(model, moved(self.collate(framing, features), model)).cpu()
+        return [row[: len(feature[SEVERAL])] for row, feature in zip(table, features, strict=True)]
 
     def _table(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(batch, most options), minus infinity where a row has fewer."""
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "counts")}
-        logits = model(**inputs).logits.float()[:, 0]  # (sum of options,)
+        logits = model(**without(batch, "counts")).logits.float()[:, 0]  # (sum of options,)
         counts = batch["counts"]
         there = torch.arange(int(counts.max()), device=logits.device) < counts[:, None]  # (batch, most options)
         return logits.new_full(there.shape, -torch.inf).masked_scatter(there, logits)
@@ -74,6 +70,10 @@ class ChoiceHead(Head):
 
 class OptionWord(Spoken):
     """The option's letter where the prompt lists the options, else its text; both are known, so they are scored."""
+
+    def prompted(self, task: Task) -> tuple[str, ...]:
+        """Texts, ``options``, and ``option1``, ``option2``, ..."""
+        return (*task.text, OPTIONS, *(f"{OPTION}{number}" for number in range(1, len(LETTERS) + 1)))
 
     def is_closed(self, task: Task) -> bool:
         """Always."""
@@ -93,15 +93,8 @@ class OptionWord(Spoken):
         return next((index for index, option in enumerate(self.options(task, template, row)) if option.lower().strip("().:") == said), -1)
 
 
-class Choice(TaskType):
-    """A value is the index of an option; an encoded row lists its options in the column ``options``."""
-
-    name = "choice"
-    answers = "label"
-    metrics = ("accuracy",)
-    fields = {"choices": True}  # noqa: RUF012
-    head = ChoiceHead()
-    spoken = OptionWord()
+class WithOptions(Asking):
+    """Texts and two options or more."""
 
     def width(self, task: Task) -> None:
         """Rows have as many options as they have."""
@@ -114,6 +107,18 @@ class Choice(TaskType):
     def asked(self, task: Task, row: Row) -> Row:
         """Texts and ``options``."""
         return {**super().asked(task, row), OPTIONS: _several(task, [str(option) for option in row.get(OPTIONS, ())])}
+
+
+class Choice(TaskType):
+    """A value is the index of an option; an encoded row lists its options in the column ``options``."""
+
+    name = "choice"
+    answers = "label"
+    metrics = ("accuracy",)
+    fields = {"choices": True}  # noqa: RUF012
+    head = ChoiceHead()
+    spoken = OptionWord()
+    asking = WithOptions()
 
     def read(self, task: Task) -> tuple[str, ...]:
         """Texts, options, and the label where there is one."""
@@ -129,21 +134,13 @@ class Choice(TaskType):
         """Questions with other options are other questions."""
         return (*task.text, OPTIONS)
 
-    def prompted(self, task: Task) -> tuple[str, ...]:
-        """Texts, ``options``, and ``option1``, ``option2``, ..."""
-        return (*task.text, OPTIONS, *(f"{OPTION}{number}" for number in range(1, len(LETTERS) + 1)))
-
     def is_withheld(self, task: Task, rows: Sequence[Row]) -> list[bool]:
         """Hubs mark a label that is kept back by -1 or by an empty text too; a minimal pair says its own."""
         if task.choices is not None and task.choices.right:
             return [False] * len(rows)
         return [empty or row[task.label] in (-1, "-1", "") for empty, row in zip(super().is_withheld(task, rows), rows, strict=True)]
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> int:
-        """The right option's index."""
-        return int(self.encoded(task, row, names)[task.label])
-
-    def encoded(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
         """Texts, options without letters of their own, and the index of the right one."""
         where = task.choices
         if where is None:

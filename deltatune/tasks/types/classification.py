@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from deltatune.errors import InvalidValue
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Spoken, TaskType, label_index, task_types
+from deltatune.tasks.tensors import Features
+from deltatune.tasks.types.base import Spoken, TaskType, answered, label_index, task_types
 from deltatune.tasks.types.sequence import SequenceHead
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
@@ -82,9 +83,9 @@ class Classification(TaskType):
         """Hubs mark a label that is kept back by -1 too."""
         return [empty or row[task.label] == -1 for empty, row in zip(super().is_withheld(task, rows), rows, strict=True)]
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> int:
-        """The label's index."""
-        return label_index(task, row[task.label], names)
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the label's index."""
+        return answered(task, row, label_index(task, row[task.label], names))
 
     def stratum(self, task: Task, row: Row) -> Hashable:
         """The class."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltatune.tasks.rows import Row, text_of
-from deltatune.tasks.types.base import Spoken, TaskType, task_types
+from deltatune.tasks.types.base import Spoken, TaskType, answered, task_types
 
 if TYPE_CHECKING:
     from deltatune.tasks.task import Task
@@ -43,13 +43,9 @@ class Generation(TaskType):
         """As they are read."""
         return tuple(dict.fromkeys(self.read(task)))
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> str:
-        """The text."""
-        return text_of(row[task.label])
-
-    def encoded(self, task: Task, row: Row, names: Sequence[str]) -> Row:
-        """With the further right answers as a list."""
-        whole = {**super().encoded(task, row, names)}
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the text, and the further right ones as a list."""
+        whole = {**answered(task, row, text_of(row[task.label]))}
         if task.references and task.references != task.label:
             whole[task.references] = [str(one) for one in row[task.references]]
         return whole

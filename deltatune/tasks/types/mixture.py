@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import DataError, nearest
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Spoken, TaskType, task_types
+from deltatune.tasks.types.base import Asking, Spoken, TaskType, task_types
 
 if TYPE_CHECKING:
     from deltatune.tasks.task import Task
@@ -31,6 +31,22 @@ class AsItsPart(Spoken):
         return part.kind.spoken.understand(part, part.templates[0], row[ROW], text)
 
 
+class OneOfThem(Asking):
+    """The name of a task, and what that task asks for."""
+
+    def width(self, task: Task) -> None:
+        """Tasks have as many texts as they have."""
+
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """The name of the task, then its texts."""
+        return {PART: _number(task, parts[0]), ROW: _part(task, parts[0]).kind.asking.given(_part(task, parts[0]), parts[1:])}
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """The columns of the task that ``task`` names."""
+        name = str(row.get("task", ""))
+        return {PART: _number(task, name), ROW: _part(task, name).kind.asking.asked(_part(task, name), row)}
+
+
 class Mixture(TaskType):
     """A value is that of the row's own task."""
 
@@ -40,6 +56,7 @@ class Mixture(TaskType):
     fields = {}  # noqa: RUF012
     headless = "mixes tasks whose answers differ"
     spoken = AsItsPart()
+    asking = OneOfThem()
     words = "mixture"
 
     def columns(self, task: Task) -> tuple[str, ...]:
@@ -50,21 +67,9 @@ class Mixture(TaskType):
         """Part and row."""
         return PART, ROW
 
-    def width(self, task: Task) -> None:
-        """Tasks have as many texts as they have."""
-
-    def given(self, task: Task, parts: Sequence[str]) -> Row:
-        """The name of the task, then its texts."""
-        return {PART: _number(task, parts[0]), ROW: _part(task, parts[0]).kind.given(_part(task, parts[0]), parts[1:])}
-
-    def asked(self, task: Task, row: Row) -> Row:
-        """The columns of the task that ``task`` names."""
-        name = str(row.get("task", ""))
-        return {PART: _number(task, name), ROW: _part(task, name).kind.asked(_part(task, name), row)}
-
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Any:
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
         """Rows come encoded by their own tasks."""
-        return row[ROW]
+        return row
 
     def reference(self, task: Task, row: Row) -> Any:
         """That of the row's own task."""

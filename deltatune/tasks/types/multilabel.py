@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from deltatune.errors import DataError
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Spoken, TaskType, label_index, task_types
+from deltatune.tasks.tensors import Features
+from deltatune.tasks.types.base import Spoken, TaskType, answered, label_index, task_types
 from deltatune.tasks.types.classification import check_labels, words_of
 from deltatune.tasks.types.sequence import SequenceHead
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
@@ -69,12 +70,12 @@ class Multilabel(TaskType):
         """At least two labels, and words for all of them."""
         check_labels(task)
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> list[int]:
-        """The labels' indices, in order; the column lists indices or names."""
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the labels' indices, in order; the column lists indices or names."""
         value = row[task.label]
         if not isinstance(value, list | tuple):
             raise DataError(f"`{task.name}` has several labels a row, but its column `{task.label}` holds {value!r}, which is no list.")
-        return sorted({label_index(task, one, names) for one in value})
+        return answered(task, row, sorted({label_index(task, one, names) for one in value}))
 
     def stratum(self, task: Task, row: Row) -> Hashable:
         """The whole set of labels."""

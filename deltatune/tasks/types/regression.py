@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Spoken, TaskType, task_types
+from deltatune.tasks.tensors import Features
+from deltatune.tasks.types.base import Spoken, TaskType, answered, task_types
 from deltatune.tasks.types.sequence import SequenceHead
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
@@ -75,10 +76,10 @@ class Regression(TaskType):
         whole = all(row[task.label] == -1 for row in rows)
         return [whole or empty for empty in super().is_withheld(task, rows)]
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> float:
-        """The number."""
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the number."""
         try:
-            return float(row[task.label])
+            return answered(task, row, float(row[task.label]))
         except (TypeError, ValueError):
             raise DataError(
                 f"The task `{task.name}` is a regression, but its column `{task.label}` holds {row[task.label]!r}, which is not a number."

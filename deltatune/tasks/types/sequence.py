@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.tasks.rows import Row
+from deltatune.tasks.tensors import Features, moved, without
 from deltatune.tasks.types.base import Head
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
 
 
@@ -24,7 +25,7 @@ class SequenceHead(Head):
 
     def encode(self, framing: HeadFraming, rows: Sequence[Row], *, labelled: bool) -> list[Features]:
         """Token ids (length,), with ``labels`` an index, a row of zeros and ones, or a number."""
-        features = framing.tokens(rows)
+        features = framing.inputs.tokens(rows, framing.task.text)
         if labelled:
             for feature, row in zip(features, rows, strict=True):
                 feature["labels"] = self.target(framing.task, row)
@@ -36,15 +37,14 @@ class SequenceHead(Head):
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (batch, length) and, where there are any, ``labels``."""
-        batch = framing.padded(features)
+        batch = framing.inputs.padded(features)
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=self.dtype)
         return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """The sum of the rows' losses."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self.compare(model(**inputs).logits.float(), batch["labels"], weights)
+        return self.compare(model(**without(batch)).logits.float(), batch["labels"], weights)
 
     @abstractmethod
     def compare(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -52,5 +52,5 @@ class SequenceHead(Head):
 
     def scores(self, framing: HeadFraming, model: nn.Module, features: Sequence[Features]) -> list[Tensor]:
         """The head's logits (outputs,) of each row."""
-        logits: Tensor = model(**framing.moved(self.collate(framing, features), model)).logits
+        logits: Tensor = model(**moved(self.collate(framing, features), model)).logits
         return list(logits.float().cpu())

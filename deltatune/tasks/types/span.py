@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from deltatune.errors import InvalidValue
 from deltatune.tasks.rows import Row, text_of
-from deltatune.tasks.types.base import Head, TaskType, task_types
+from deltatune.tasks.tensors import SEVERAL, Features, moved, without
+from deltatune.tasks.types.base import Head, TaskType, answered, task_types
 from deltatune.tasks.types.generation import FreeText
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
-WINDOWS = "windows"
 LONGEST = 64
 """Most tokens of a span that a head can name."""
 
@@ -42,29 +42,25 @@ class SpanHead(Head):
         task = framing.task
         asked = [" ".join(text_of(row[column]).strip() for column in task.text if column != task.context) for row in rows]
         texts = [text_of(row[task.context]) for row in rows]
-        questions = [ids[: framing.room // 2] for ids in framing.bare(asked)]
+        questions = [ids[: framing.inputs.room // 2] for ids in framing.inputs.bare(asked)]
         contexts = framing.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
         features = []
         for index, row in enumerate(rows):
             ids, places = contexts["input_ids"][index], contexts["offset_mapping"][index]
-            room = framing.room - len(questions[index])
+            room = framing.inputs.room - len(questions[index])
             if labelled:
                 features.append(_around(framing, questions[index], ids, places, room, *_answer(task, row)))
             else:
                 starts = range(0, max(len(ids) - room, 0) + 1, max(room // 2, 1)) if len(ids) > room else [0]
                 last = max(len(ids) - room, 0)
                 windows = [_window(framing, questions[index], ids, start, room) for start in dict.fromkeys([*starts, last])]
-                features.append({WINDOWS: windows, "places": places, "text": texts[index]})
+                features.append({SEVERAL: windows, "places": places, "text": texts[index]})
         return features
-
-    def length(self, features: Features) -> int:
-        """Tokens of a window."""
-        return max(len(one["input_ids"]) for one in features.get(WINDOWS, [features]))
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """All windows (windows, length), ``readable`` where the context is, and, where there are any, ``labels`` (windows, 2)."""
-        windows = [window for feature in features for window in feature.get(WINDOWS, [feature])]
-        batch = framing.padded(windows)
+        windows = [window for feature in features for window in feature.get(SEVERAL, [feature])]
+        batch = framing.inputs.padded(windows)
         length = batch["input_ids"].shape[1]
         place = torch.arange(length)
         batch["readable"] = torch.stack([(place >= one["begin"]) & (place < one["begin"] + one["count"]) for one in windows])
@@ -78,14 +74,13 @@ class SpanHead(Head):
         return F.cross_entropy(start, batch["labels"][:, 0], reduction="sum") + F.cross_entropy(end, batch["labels"][:, 1], reduction="sum")
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "readable")}
-        logits = model(**inputs).logits.float()  # (windows, length, 2)
+        logits = model(**without(batch, "readable")).logits.float()  # (windows, length, 2)
         start, end = logits.masked_fill(~batch["readable"][..., None], -torch.inf).unbind(-1)
         return start, end
 
     def scores(self, framing: HeadFraming, model: nn.Module, features: Sequence[Features]) -> list[Tensor]:
         """For each row its best span: score, first and last token of the context, (3,)."""
-        start, end = self._logits(model, framing.moved(self.collate(framing, features), model))
+        start, end = self._logits(model, moved(self.collate(framing, features), model))
         length = start.shape[1]
         place = torch.arange(length, device=start.device)
         allowed = (place[None] >= place[:, None]) & (place[None] < place[:, None] + LONGEST)
@@ -94,7 +89,7 @@ class SpanHead(Head):
         found, row = [], 0
         for feature in features:
             spans = []
-            for window in feature[WINDOWS]:
+            for window in feature[SEVERAL]:
                 shift = window["first"] - window["begin"]
                 spans.append([float(best[row]), int(where[row]) // length + shift, int(where[row]) % length + shift])
                 row += 1
@@ -136,11 +131,11 @@ class Span(TaskType):
         """Rows without an answer: kept back, or impossible."""
         return [empty or not row[task.label]["text"] for empty, row in zip(super().is_withheld(task, rows), rows, strict=True)]
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> dict[str, list[Any]]:
-        """The answers, each with the place where the context has it nearest to what the source says."""
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the answers, each with the place where the context has it nearest to what the source says."""
         context, answers = text_of(row[task.context]), row[task.label]
         starts = [_place(context, str(text), int(start)) for text, start in zip(answers["text"], answers["answer_start"], strict=True)]
-        return {"text": [str(text) for text in answers["text"]], "answer_start": starts}
+        return answered(task, row, {"text": [str(text) for text in answers["text"]], "answer_start": starts})
 
     def reference(self, task: Task, row: Row) -> list[str]:
         """All right pieces."""
@@ -187,7 +182,7 @@ def _around(
 def _window(framing: HeadFraming, question: list[int], ids: list[int], first: int, room: int) -> Features:
     """Question and a stretch of the context, and where the latter lies."""
     stretch = ids[first : first + room]
-    feature, begin = framing.joined(question, stretch)
+    feature, begin = framing.inputs.joined(question, stretch)
     return {**feature, "begin": begin, "count": len(stretch), "first": first}
 
 

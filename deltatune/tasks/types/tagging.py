@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from deltatune.errors import DataError, InvalidValue, nearest
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Head, Spoken, TaskType, label_index, task_types
+from deltatune.tasks.tensors import IGNORED, Features, moved, without
+from deltatune.tasks.types.base import Asking, Head, Spoken, TaskType, answered, label_index, task_types
 from deltatune.tasks.types.multilabel import NOTHING
 
 if TYPE_CHECKING:
-    from deltatune.tasks.framing import Features, HeadFraming
+    from deltatune.tasks.framing import HeadFraming
     from deltatune.tasks.task import Task
     from deltatune.tasks.template import Template
 
 OUTSIDE = "O"
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TaggingHead(Head):
     def encode(self, framing: HeadFraming, rows: Sequence[Row], *, labelled: bool) -> list[Features]:
         """Token ids, ``firsts``: the place of each word's first token (-1 of words that were cut off), and ``labels`` (length,)."""
         [column] = framing.task.text
-        features = framing.tokens(rows, offsets=True)
+        features = framing.inputs.tokens(rows, framing.task.text, offsets=True)
         for feature, row in zip(features, rows, strict=True):
             feature["firsts"] = _firsts(row[column], feature.pop("offsets"))
             if labelled:
@@ -55,7 +55,7 @@ class TaggingHead(Head):
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and, where there are any, ``labels``, all (batch, length)."""
-        batch = framing.padded(features)
+        batch = framing.inputs.padded(features)
         if "labels" in features[0]:
             length = batch["input_ids"].shape[1]
             batch["labels"] = torch.tensor([[*one["labels"], *[IGNORED] * (length - len(one["labels"]))] for one in features])
@@ -63,13 +63,12 @@ class TaggingHead(Head):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
         """Cross-entropy of the words' first tokens."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs).logits.float()  # (batch, length, tags)
+        logits = model(**without(batch)).logits.float()  # (batch, length, tags)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
 
     def scores(self, framing: HeadFraming, model: nn.Module, features: Sequence[Features]) -> list[Tensor]:
         """Logits (length, tags) of each row."""
-        logits = model(**framing.moved(self.collate(framing, features), model)).logits.float().cpu()
+        logits = model(**moved(self.collate(framing, features), model)).logits.float().cpu()
         return [row[: len(feature["input_ids"])] for row, feature in zip(logits, features, strict=True)]
 
     def value(self, framing: HeadFraming, features: Features, scores: Tensor) -> Tags:
@@ -80,6 +79,10 @@ class TaggingHead(Head):
 
 class NamedSpans(Spoken):
     """``kind: span; kind: span``, in the order of the text, or ``none``."""
+
+    def worded(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The kinds of span."""
+        return span_kinds(labels)
 
     def say(self, task: Task, template: Template, row: Row) -> str:
         """The spans with their kinds."""
@@ -108,6 +111,19 @@ class NamedSpans(Spoken):
         return Tags((*tags, *beyond))
 
 
+class Words(Asking):
+    """The words of a text: as a list, or with blanks between them."""
+
+    def given(self, task: Task, parts: Sequence[str]) -> Row:
+        """A text's words."""
+        return self.asked(task, super().given(task, parts))
+
+    def asked(self, task: Task, row: Row) -> Row:
+        """The list of words."""
+        words = row.get(task.text[0], "")
+        return {task.text[0]: words.split() if isinstance(words, str) else [str(word) for word in words]}
+
+
 class Tagging(TaskType):
     """A value is a row's tags; ``text`` is the one column that lists the words, ``labels`` the tags: O, B-KIND, I-KIND."""
 
@@ -117,11 +133,8 @@ class Tagging(TaskType):
     fields = {"labels": True, "words": False}  # noqa: RUF012
     head = TaggingHead()
     spoken = NamedSpans()
+    asking = Words()
     speaks = False
-
-    def worded(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The kinds of span."""
-        return span_kinds(labels)
 
     def check(self, task: Task) -> None:
         """One column of words, tags of the B-I-O kind."""
@@ -132,21 +145,12 @@ class Tagging(TaskType):
             named = f"the tag `{odd[0]}`" if odd else "no tag `O`"
             raise InvalidValue(f"The task `{task.name}` has {named}. Tags are `O`, and `B-KIND` and `I-KIND` for each kind of span.")
 
-    def given(self, task: Task, parts: Sequence[str]) -> Row:
-        """A text, whose words have blanks between them."""
-        return self.asked(task, super().given(task, parts))
-
-    def asked(self, task: Task, row: Row) -> Row:
-        """The list of words."""
-        words = row.get(task.text[0], "")
-        return {task.text[0]: words.split() if isinstance(words, str) else [str(word) for word in words]}
-
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> list[int]:
-        """The tags' indices, as many as there are words."""
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
+        """With the tags' indices, as many as there are words."""
         words, tags = row[task.text[0]], row[task.label]
         if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
             raise DataError(f"A row of `{task.name}` has no list of words in `{task.text[0]}` with as many tags in `{task.label}`.")
-        return [label_index(task, tag, names) for tag in tags]
+        return answered(task, row, [label_index(task, tag, names) for tag in tags])
 
     def reference(self, task: Task, row: Row) -> Tags:
         """The tags by name."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import DataError
 from deltatune.tasks.rows import Row
-from deltatune.tasks.types.base import Spoken, TaskType, task_types
+from deltatune.tasks.types.base import Asking, Spoken, TaskType, task_types
 
 if TYPE_CHECKING:
     from deltatune.tasks.task import Task
@@ -40,9 +40,9 @@ class Plain(TaskType):
     words = "plain"
     headless = "is learnt token by token"
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Any:
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
         """The text."""
-        return str(row[task.label])
+        return {task.label: str(row[task.label])}
 
     def perfect(self, task: Task, row: Row) -> Any:
         """Certain of every token."""
@@ -53,11 +53,8 @@ class Plain(TaskType):
         return (float("-inf"), 1)
 
 
-class Conversation(Plain):
-    """Rows are lists of ``{role, content}``; the assistant's turns are what is learnt."""
-
-    name = "conversation"
-    words = "chat"
+class Turns(Asking):
+    """A message of the user, or the turns so far."""
 
     def given(self, task: Task, parts: Sequence[str]) -> Row:
         """One turn of the user."""
@@ -69,12 +66,20 @@ class Conversation(Plain):
         """The turns so far."""
         return {task.label: turns_of(task, row.get(task.label))}
 
-    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Any:
+
+class Conversation(Plain):
+    """Rows are lists of ``{role, content}``; the assistant's turns are what is learnt."""
+
+    name = "conversation"
+    words = "chat"
+    asking = Turns()
+
+    def encode(self, task: Task, row: Row, names: Sequence[str]) -> Row:
         """The turns, of which one at least is the assistant's."""
         turns = turns_of(task, row[task.label])
         if all(turn["role"] != ASSISTANT for turn in turns):
             raise DataError(f"A chat of `{task.name}` has no turn of the assistant, so nothing could be learnt from it. Take it out.")
-        return turns
+        return {task.label: turns}
 
 
 def turns_of(task: Task, value: Any) -> list[dict[str, str]]:
