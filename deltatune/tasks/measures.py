@@ -240,7 +240,7 @@ enter("chrf", "text", chrf)
 enter("rouge1", "text", each=rouge("rouge1"))
 enter("rouge2", "text", each=rouge("rouge2"))
 enter("rougeL", "text", each=rouge("rougeL"))
-enter("sari", "text", each=_sari, reads=True, alone=False)
+enter("sari", "text", each=_sari, reads=True, alone=False, exact=False)
 enter("gleu", "text", _gleu, reads=True, alone=False)
 
 __all__ = ["bleu", "chrf", "exact_match", "final_answer", "mean_of", "piece_f1", "slot_error", "span_f1", "squad_f1"]

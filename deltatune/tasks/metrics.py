@@ -31,7 +31,7 @@ class Metric:
         each: (prediction, reference) -> the row's own value, where the metric is their mean; intervals are then quick.
         reads: it needs the rows too, and gets each reference as (reference, row).
         alone: of several right answers each one is perfect; false where they are weighed together.
-        exact: a right answer has the best value; false where the metric looks at something else.
+        exact: a right answer has the best value; false where the metric does not promise that.
     """
 
     name: str

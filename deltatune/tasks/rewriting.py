@@ -31,9 +31,8 @@ def sari(source: str, prediction: str, references: Sequence[str]) -> float:
         prediction: the sentence behind.
         references: sentences that people wrote.
     """
-    texts = [text.lower().split() for text in (source, prediction)]
-    right = [reference.lower().split() for reference in references]
-    parts = [_sari_parts(*(ngrams(text, size) for text in texts), [ngrams(one, size) for one in right]) for size in range(1, ORDER + 1)]
+    before, behind, *right = (text.lower().split() for text in (source, prediction, *references))
+    parts = [_sari_parts(ngrams(before, size), ngrams(behind, size), [ngrams(one, size) for one in right]) for size in range(1, ORDER + 1)]
     return sum(sum(part) for part in zip(*parts, strict=True)) / (3 * ORDER)
 
 

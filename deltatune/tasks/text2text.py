@@ -246,7 +246,9 @@ class TextToTextFraming(Framing):
 
 def next_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """-sum log p(w_t | w_<t) over the tokens of ``labels`` (batch, length) that count."""
-    inputs = without(batch)
+    inputs: dict[str, Any] = without(batch)
+    if "position_ids" in inputs:  # with a cache, transformers does not look for packed texts
+        inputs["use_cache"] = False
     targets = batch["labels"][:, 1:]  # (batch, length - 1): the token behind each place
     if keeps_logits(model):
         places = targets.ne(IGNORED).any(0).nonzero().flatten()

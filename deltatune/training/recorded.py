@@ -102,7 +102,7 @@ def _own(record: Record, told: Mapping[str, Any]) -> dict[str, Any]:
     limits, context, parts = told.get("range"), told.get("context", ""), told.get("parts", [])
     if limits is not None and not (isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_number, limits))):
         raise _edited(record, f"{limits!r} for the range of its numbers")
-    if not isinstance(context, str) or not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+    if not isinstance(context, str) or not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
         raise _edited(record, f"{context!r} for its context, or {parts!r} for its parts")
     return {
         "range": None if limits is None else (float(limits[0]), float(limits[1])),
@@ -116,7 +116,7 @@ def _part(record: Record, told: Mapping[str, Any]) -> Task:
         if not isinstance(told.get(name), str):
             raise _edited(record, f"{told.get(name)!r} for `{name}` of a part")
     for name in ("text", "labels", "metrics"):
-        if not isinstance(told.get(name), list) or not all(isinstance(one, str) for one in told[name]):
+        if not isinstance(told.get(name), list | tuple) or not all(isinstance(one, str) for one in told[name]):
             raise _edited(record, f"{told.get(name)!r} for `{name}` of a part")
     return Task(
         name=told["name"],

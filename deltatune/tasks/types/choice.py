@@ -89,8 +89,11 @@ class OptionWord(Spoken):
 
     def understand(self, task: Task, template: Template, row: Row, text: str) -> int:
         """The option of that letter or text; -1, which is never right, where there is none."""
-        said = text.strip().strip("().:").lower()
-        return next((index for index, option in enumerate(self.options(task, template, row)) if option.lower().strip("().:") == said), -1)
+        options, said = self.options(task, template, row), text.strip()
+        if said in options:
+            return options.index(said)
+        plain = [option.strip("().:").lower() for option in options]
+        return plain.index(said.strip("().:").lower()) if said.strip("().:").lower() in plain else -1
 
 
 class WithOptions(Asking):

@@ -93,22 +93,30 @@ class NamedSpans(Spoken):
     def understand(self, task: Task, template: Template, row: Row, text: str) -> Tags:
         """Each span goes to the first place where its words stand and are free; what stands nowhere counts as named wrongly."""
         kinds = {word.lower(): kind for kind, word in kinds_of(task, template).items()}
-        words = [str(word).lower() for word in row[task.text[0]]]
+        words = [str(word) for word in row[task.text[0]]]
         tags, beyond = [OUTSIDE] * len(words), []
         for part in text.split(";"):
             said, _, span = part.partition(":")
-            kind, wanted = kinds.get(" ".join(said.lower().split())), span.lower().split()
+            kind, wanted = kinds.get(" ".join(said.lower().split())), span.split()
             if kind is None or not wanted:
                 continue
-            size = len(wanted)
-            places = (place for place in range(len(words) - size + 1) if words[place : place + size] == wanted)
-            place = next((one for one in places if set(tags[one : one + size]) == {OUTSIDE}), None)
-            named = [f"B-{kind}", *[f"I-{kind}"] * (size - 1)]
+            place, named = _free_place(words, wanted, tags), [f"B-{kind}", *[f"I-{kind}"] * (len(wanted) - 1)]
             if place is None:
                 beyond.extend(named)
             else:
-                tags[place : place + size] = named
+                tags[place : place + len(wanted)] = named
         return Tags((*tags, *beyond))
+
+
+def _free_place(words: Sequence[str], wanted: Sequence[str], tags: Sequence[str]) -> int | None:
+    """The first place where the wanted words stand untagged, in this spelling or else in any case."""
+    size = len(wanted)
+    for spelling in (str, str.lower):
+        there, sought = [spelling(word) for word in words], [spelling(word) for word in wanted]
+        for place in range(len(words) - size + 1):
+            if there[place : place + size] == sought and set(tags[place : place + size]) == {OUTSIDE}:
+                return place
+    return None
 
 
 class Words(Asking):
