@@ -150,7 +150,7 @@ def _worded(text: Any) -> str:
 
 def bleu(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Corpus BLEU of sacrebleu (13a tokens, exponential smoothing), from 0 to 1."""
-    return _sacrebleu("corpus_bleu", predictions, references)
+    return _sacrebleu("corpus_bleu", predictions, references, force=True)  # some references are tokenised: no need to warn
 
 
 def chrf(predictions: Sequence[Any], references: Sequence[Any]) -> float:
@@ -158,7 +158,7 @@ def chrf(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     return _sacrebleu("corpus_chrf", predictions, references)
 
 
-def _sacrebleu(function: str, predictions: Sequence[Any], references: Sequence[Any]) -> float:
+def _sacrebleu(function: str, predictions: Sequence[Any], references: Sequence[Any], **options: Any) -> float:
     try:
         import sacrebleu
     except ImportError as cause:
@@ -166,7 +166,7 @@ def _sacrebleu(function: str, predictions: Sequence[Any], references: Sequence[A
     right = [right_ones(reference) for reference in references]
     most = max(map(len, right))
     columns = [[row[k] if k < len(row) else None for row in right] for k in range(most)]  # sacrebleu leaves None out
-    return float(getattr(sacrebleu, function)([str(one) for one in predictions], columns).score) / 100
+    return float(getattr(sacrebleu, function)([str(one) for one in predictions], columns, **options).score) / 100
 
 
 def rouge(kind: str) -> Any:
