@@ -48,7 +48,7 @@ def listing(category: Category = None, metric: Metric = None, runnable: Runnable
     if json:
         show_json([described(task) for task in chosen])
         return
-    drawn = table("task", "category", "type", "labels", "metric", "runnable", "about", right=("labels",), whole=("task", "metric"))
+    drawn = table("task", "category", "type", "labels", "metric", "runnable", "about", right=("labels",), whole=("task",))
     for task in chosen:
         runs = Text("yes", style="green") if task.is_runnable else Text("no", style="dim")
         labels = str(len(task.labels) or "-")

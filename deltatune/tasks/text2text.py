@@ -120,7 +120,8 @@ class TextToTextFraming(Framing):
         """Decoder: prompt + answer + end, ``labels`` -100 on the prompt. Encoder-decoder: the prompt; ``labels`` the answer."""
         spoken = self.task.kind.spoken
         said = self._tokens_of([spoken.say(self.task, self.template, row) for row in rows])
-        answers = [[*ids, *self._end()] for ids in said]
+        end = self._end()
+        answers = [[*ids, *end] for ids in said]
         prompts = self._prompts(rows, [len(answer) for answer in answers])
         if self.encoder_decoder:
             return [{"input_ids": prompt, "labels": answer} for prompt, answer in zip(prompts, answers, strict=True)]
