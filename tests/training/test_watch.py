@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import deltatune as dt
-from deltatune.tasks.framing import HeadFraming, by_length
+from deltatune.tasks.framing import HeadFraming
+from deltatune.tasks.tensors import by_length
 from deltatune.training import watch
 from deltatune.training.evaluation import score_rows
 from deltatune.training.watch import Show, watching
