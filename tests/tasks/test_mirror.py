@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from deltatune.errors import DataError
-from deltatune.tasks import get_task, load_task
+from deltatune.tasks import get_task, load_task, tasks
+from deltatune.tasks.sources import mirror_index
 from deltatune.tasks.task import Hub, Split
 
 
@@ -84,3 +85,8 @@ def test_a_file_of_a_mirror_that_is_broken_or_empty(tmp_path: Path, monkeypatch:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"], "label": [0, 1]}), folder / "train.parquet")
     with pytest.raises(DataError, match=r"has no column `text`.* Found: `body`, `label`"):
         load_task(task)
+
+
+def test_every_dataset_of_the_mirror_is_a_task(mirror: Path) -> None:
+    paths = {path for name in tasks for task in [get_task(name)] for path in (task.hub.paths if task.hub else [task.mirror])}
+    assert [path for path in mirror_index(mirror) if path not in paths] == []
