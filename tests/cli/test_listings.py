@@ -61,6 +61,16 @@ def test_no_task_is_a_sentence(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Task, "is_runnable", False)
     shown = call("tasks", "--category", "topic", "--runnable").out
     assert shown.startswith("No task of the category topic is runnable here. deltatune tasks show NAME says")
+    assert call("tasks", "--category", "topic", "--metric", "pearson").out == "No task of the category topic scored by pearson is known.\n"
+
+
+def test_tasks_say_what_they_ask_for_and_whether_they_are_here(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "is_runnable", property(lambda task: task.name == "bbc-news"))
+    lines = call("tasks", "--category", "topic").out.splitlines()
+    found = {words[1] if words[0] == "*" else words[0]: words for words in map(str.split, lines) if words}
+    assert found["bbc-news"] == ["*", "bbc-news", "one", "of", "5", "accuracy"]
+    assert found["ag-news"] == ["ag-news", "one", "of", "4", "accuracy"]
+    assert lines[0] == "topic" and ", 1 runnable here (*)." in lines[-1]
 
 
 def test_one_task(call: Call) -> None:

@@ -51,7 +51,7 @@ class Mixture(TaskType):
     """A value is that of the row's own task."""
 
     name = "mixture"
-    asks = "its parts'"
+    asks = "several"
     answers = "mixed"
     metrics = ("mean",)
     fields = {}  # noqa: RUF012
