@@ -78,8 +78,7 @@ def test_names_given_by_themselves_are_the_methods() -> None:
     for cell in ON_BERT:
         backbone, _ = cell.fresh()
         names = [cell.attach(backbone).name for _ in range(3)]
-        stem = cell.method.replace("-", "_")
-        assert names == [stem, f"{stem}_2", f"{stem}_3"]
+        assert names == [cell.method, f"{cell.method}-2", f"{cell.method}-3"]
 
 
 class Spare(nn.Module):
