@@ -124,7 +124,7 @@ class ClozeFraming(Framing):
         features = [self._filled(prompt, words[0]) for prompt in prompts]
         batch = moved(self.collate(features), model)
         places = batch["labels"] != IGNORED  # (batch, length), as many in each row
-        logits = model(**without(batch)).logits.float()
+        logits: Tensor = model(**without(batch)).logits.float()
         shares = logits[places].view(len(prompts), len(words[0]), -1).log_softmax(-1)
         tokens = torch.tensor(words, device=shares.device).T  # (masks, words)
         return shares[:, torch.arange(len(tokens), device=shares.device)[:, None], tokens].sum(1).cpu()

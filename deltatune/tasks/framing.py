@@ -84,7 +84,7 @@ class Framing(ABC):
     """
 
     name: ClassVar[str]
-    fits: ClassVar[Callable[[Task], bool]]
+    fits: ClassVar[staticmethod[[Task], bool]]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int

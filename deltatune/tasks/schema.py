@@ -167,5 +167,5 @@ def _difference(labels: Iterable[str], words: Any) -> tuple[str, str]:
 
 
 def _said(wanted: type | tuple[type, ...]) -> str:
-    names = {str: "a text", list: "a list", dict: "fields with values"}
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "fields with values"}
     return " or ".join(names[one] for one in (wanted if isinstance(wanted, tuple) else (wanted,)))

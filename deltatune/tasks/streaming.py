@@ -63,7 +63,8 @@ def shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     >>> sorted(shuffled(range(10), 4, 0)) == list(range(10)) != list(shuffled(range(10), 4, 0))
     True
     """
-    draw, held = random.Random(seed), []
+    draw = random.Random(seed)
+    held: list[Any] = []
     for row in rows:
         if len(held) < size:
             held.append(row)

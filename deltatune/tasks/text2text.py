@@ -205,7 +205,7 @@ class TextToTextFraming(Framing):
             return self._score_first(model, inputs)
         pairs = [(feature["input_ids"], word) for feature in inputs for word in feature["options"]]
         scores = (self._score_answers if self.encoder_decoder else self._score_joined)(model, pairs)
-        return list(scores.split([len(feature["options"]) for feature in inputs]))
+        return list(torch.split(scores, [len(feature["options"]) for feature in inputs]))  # type: ignore[no-untyped-call]
 
     def _score_first(self, model: nn.Module, inputs: Sequence[Features]) -> list[Tensor]:
         """One forward per prompt: the distribution after its last token holds every answer of one token."""

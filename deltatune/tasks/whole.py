@@ -194,7 +194,7 @@ class ChatFraming(WholeFraming):
         return len(before), len(behind.rstrip())
 
     def _text(self, turns: Sequence[Mapping[str, str]], *, begun: bool = False) -> str:
-        return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=begun))
+        return str(self.tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=begun))
 
     def begun(self, row: Row) -> list[int]:
         """The turns so far, and the beginning of the assistant's."""

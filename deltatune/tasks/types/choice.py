@@ -58,7 +58,7 @@ class ChoiceHead(Head):
 
     def _table(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(batch, most options), minus infinity where a row has fewer."""
-        logits = model(**without(batch, "counts")).logits.float()[:, 0]  # (sum of options,)
+        logits: Tensor = model(**without(batch, "counts")).logits.float()[:, 0]  # (sum of options,)
         counts = batch["counts"]
         there = torch.arange(int(counts.max()), device=logits.device) < counts[:, None]  # (batch, most options)
         return logits.new_full(there.shape, -torch.inf).masked_scatter(there, logits)
@@ -175,7 +175,7 @@ class Choice(TaskType):
 
     def constant(self, task: Task, rows: Sequence[Row]) -> int:
         """The commonest place of the right option."""
-        places = [row[task.label] for row in rows]
+        places = [int(row[task.label]) for row in rows]
         return max(sorted(set(places)), key=places.count)
 
     def named(self, task: Task, row: Row, value: Any) -> str:

@@ -94,12 +94,12 @@ class Classification(TaskType):
 
     def constant(self, task: Task, rows: Sequence[Row]) -> int:
         """The commonest class; the smallest index where several are."""
-        counts = Counter(row[task.label] for row in rows)
+        counts = Counter(int(row[task.label]) for row in rows)
         return min(counts, key=lambda label: (-counts[label], label))
 
     def named(self, task: Task, row: Row, value: Any) -> str:
         """The label's name."""
-        return task.labels[value]
+        return task.labels[int(value)]
 
     def shares(self, task: Task, row: Row, scores: Tensor) -> dict[str, float]:
         """softmax(scores), by label."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltatune.tasks.rows import Row, text_of
@@ -32,9 +32,9 @@ class Generation(TaskType):
     name = "generation"
     asks = "a text"
     answers = "text"
-    metrics: tuple[str, ...] = ("exact_match",)
-    fields: Mapping[str, bool] = {"references": False}
-    spoken: Spoken = FreeText()
+    metrics = ("exact_match",)
+    fields = {"references": False}  # noqa: RUF012
+    spoken = FreeText()
 
     def read(self, task: Task) -> tuple[str, ...]:
         """Texts, label, and the further right answers where there are any."""

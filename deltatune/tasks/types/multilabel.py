@@ -84,8 +84,9 @@ class Multilabel(TaskType):
 
     def constant(self, task: Task, rows: Sequence[Row]) -> list[int]:
         """The commonest set of labels."""
-        counts = Counter(tuple(row[task.label]) for row in rows)
-        return list(min(counts, key=lambda labels: (-counts[labels], labels)))
+        counts: Counter[tuple[int, ...]] = Counter(tuple(row[task.label]) for row in rows)
+        commonest = min(counts, key=lambda labels: (-counts[labels], labels))
+        return list(commonest)
 
     def named(self, task: Task, row: Row, value: Any) -> list[str]:
         """The labels' names."""
