@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,7 +206,8 @@ class TextToTextFraming(Framing):
             return self._score_first(model, inputs)
         pairs = [(feature["input_ids"], word) for feature in inputs for word in feature["options"]]
         scores = (self._score_answers if self.encoder_decoder else self._score_joined)(model, pairs)
-        return list(torch.split(scores, [len(feature["options"]) for feature in inputs]))  # type: ignore[no-untyped-call]
+        counts = [len(feature["options"]) for feature in inputs]
+        return [scores[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
     def _score_first(self, model: nn.Module, inputs: Sequence[Features]) -> list[Tensor]:
         """One forward per prompt: the distribution after its last token holds every answer of one token."""
