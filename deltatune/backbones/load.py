@@ -14,7 +14,7 @@ from deltatune.backbones.gguf import converted
 from deltatune.backbones.quantize import quantize_in_place
 from deltatune.backbones.quiet import quiet
 from deltatune.backbones.resolve import Resolved, hub_answers, resolve, unreachable
-from deltatune.errors import CheckpointError, InvalidValue, UnknownName, nearest
+from deltatune.errors import CheckpointError, InvalidValue, UnknownName, Unsupported, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ def load_backbone(
     label_names: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     new_head: bool = False,
+    trained_head: bool = False,
     quantize: Quantize | None = None,
     device_map: str | dict[str, Any] | None = None,
     **options: Any,
@@ -45,6 +46,7 @@ def load_backbone(
         label_names: written into the config as ``id2label``; sets ``num_labels``.
         dtype: of the parameters.
         new_head: drop a head that the file holds in another size than the labels need, and make a new one.
+        trained_head: refuse a backbone whose file lacks a part of the head, as of a masked language model.
         quantize: ``int8`` (torchao, weights only) or ``nf4`` (bitsandbytes) for the linear layers of the file; new heads stay as they are.
         device_map: as in transformers.
         options: further arguments of ``from_pretrained``, such as ``attn_implementation`` or fields of the config.
@@ -53,6 +55,7 @@ def load_backbone(
         UnknownName: nobody knows the name, the auto class, or the hub id.
         MissingExtra: the package of the backbone or of the quantiser is not installed.
         CheckpointError: the files cannot be read, or lack weights of the backbone itself.
+        Unsupported: a trained head was asked for, and the file has none.
         InvalidValue: unknown ``quantize``, labels that contradict each other, or a head of another size in the file.
     """
     if quantize not in (None, "int8", "nf4"):
@@ -69,6 +72,11 @@ def load_backbone(
         loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at below
         model, report = _call(resolved, factory, source, config=config, dtype=dtype, **loading, **options)
         new = _new_parameters(resolved, model, report)
+        if trained_head and new:
+            raise Unsupported(
+                f"The file of `{resolved.name}` has no pretrained head for {type(model).__name__} ({len(new)} of its weights would be new, "
+                f"such as {min(new)}). Choose a backbone that was saved with it, or another framing."
+            )
         if not new_head:
             _check_head(resolved, report)
         if quantize is not None:

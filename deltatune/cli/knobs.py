@@ -20,11 +20,21 @@ from deltatune.training.settings import Settings
 PANELS: dict[str, tuple[str, ...]] = {
     "Scoring and stopping": ("early_stopping", "evaluations", "eval_rows", "eval_batch_size", "test_rows", "save_steps"),
     "Memory and speed": ("bf16", "gradient_checkpointing", "quantize", "max_length"),
-    "How the task is put": ("framing", "template", "new_head", "class_weights"),
+    "How the task is put": (
+        "framing",
+        "template",
+        "manual_template",
+        "packing",
+        "temperature",
+        "shots",
+        "shots_seed",
+        "new_head",
+        "class_weights",
+    ),
 }
 """Where the help shows them; what is not listed is ``Training``."""
 
-CHOICES = {"framing": "auto|head|text2text", "quantize": "int8|nf4"}
+CHOICES = {"framing": "auto|head|text2text|cloze", "quantize": "int8|nf4"}
 """What the help shows for fields with few values; the dataclass checks them."""
 
 TOLD = {

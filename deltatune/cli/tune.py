@@ -38,7 +38,10 @@ def tune(
         str | None,
         typer.Option(metavar="NAME", help="Alias, installed package, folder, or hub id; see deltatune backbones.", rich_help_panel=WHAT),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="A task by name; see deltatune tasks.", rich_help_panel=WHAT)] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A task by name, or several with commas between; see deltatune tasks.", rich_help_panel=WHAT),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help="A method by name; see deltatune methods.", rich_help_panel=WHAT)
     ] = None,
@@ -55,7 +58,12 @@ def tune(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The label column. Left out: label.", rich_help_panel=DATA)] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", metavar="TYPE", help="What the label is: classification, regression or text2text.", rich_help_panel=DATA),
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     where: Where = None,
     layers: Layers = None,
@@ -122,7 +130,7 @@ def _own_data(data: str | None, task: str | None, text: list[str] | None, label:
     if task is not None:
         raise InvalidValue(f"Both `--task {task}` and `--data {data}` were given. A run has one of them.")
     columns = text or ["text"]
-    return DataFile(data, columns[0] if len(columns) == 1 else tuple(columns), label or "label", type_ or "classification")
+    return DataFile(data, columns[0] if len(columns) == 1 else tuple(columns), label or "label", type_)
 
 
 def _run(
@@ -207,6 +215,8 @@ def show_result(run: Run, result: Result) -> None:
         ),
         ("peak memory", size(result.peak_memory_bytes)),
     ]
+    if result.degenerate:
+        note("The model says the same to every test row: it has learnt nothing that tells them apart.")
     show(
         "",
         facts(

@@ -15,14 +15,9 @@ from deltatune.errors import DataError, missing_extra, near, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.rows import Row
 from deltatune.tasks.split import LEAST
-from deltatune.tasks.task import Split, Task, TaskType
-from deltatune.tasks.template import plain_template
-
-_METRICS: dict[TaskType, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1_macro"),
-    "regression": ("pearson", "spearman"),
-    "text2text": ("exact_match",),
-}
+from deltatune.tasks.task import Split, Task
+from deltatune.tasks.template import Template, plain_template
+from deltatune.tasks.types import task_types
 
 
 def task_from_file(
@@ -30,20 +25,22 @@ def task_from_file(
     *,
     text: str | Sequence[str] = "text",
     label: str = "label",
-    type: TaskType = "classification",
+    type: str | None = None,
     validation: float = 0.1,
     test: float = 0.2,
 ) -> TaskData:
     """A task from a file with a header (CSV), one JSON object a line (JSONL), or Parquet.
 
     Duplicates are left out and the rest is cut by the texts' hashes, class by class, as for built-in tasks. The labels
-    are the distinct values of the label column in alphabetical order, numbers in theirs.
+    are the distinct values of the label column in alphabetical order, numbers in theirs. Where the type is left out, it is
+    seen from the columns: with a label a classification, ``messages`` are chats, ``prompt`` and ``completion`` a generation,
+    and texts alone are plain texts.
 
     Args:
         path: the file; its ending says the format.
         text: the text column, or two columns for pairs.
         label: the label column.
-        type: what the label is: a class, a number (regression) or a text to generate (text2text).
+        type: what the label is: a class, a number (regression), a text to generate (generation), ...
         validation: share of the rows to choose by.
         test: share of the rows to report on.
 
@@ -51,28 +48,51 @@ def task_from_file(
         DataError: the file is missing, empty, not UTF-8, or lacks a column; a row lacks text or label; there is one class only.
     """
     file = Path(path).expanduser()
-    columns = (text,) if isinstance(text, str) else tuple(text)
     rows = read_rows(file)
+    columns = (text,) if isinstance(text, str) else tuple(text)
+    name, columns, label = _form(rows[0], type, columns, label)
     for column, keyword in (*((column, "text") for column in columns), (label, "label")):
         if column not in rows[0]:
             raise _no_column(file, column, keyword, list(rows[0]))
-    _check_texts(file, rows, columns)
+    kind = task_types[name]
+    _check_texts(file, rows, [column for column in columns if column != label or name == "plain"])
     rows = _with_labels(file, rows, label)
-    labels = _label_names(file, rows, label) if type == "classification" else ()
-    if type == "classification":
+    labels = _label_names(file, rows, label) if "labels" in kind.fields else ()
+    if labels:
         rows = [{**row, label: str(row[label])} for row in rows]
     task = Task(
         name=file.stem,
-        type=type,
+        type=name,
         text=columns,
         label=label,
         labels=labels,
-        metrics=_METRICS.get(type, ("accuracy",)),
-        templates=(plain_template(columns, label, labels),),
+        metrics=kind.metrics,
+        templates=_templates(name, columns, label, labels),
         split=Split(validation, test),
         description=f"Own data from {file.name}",
     )
     return build(task, {"train": rows}, f"file {file.name}")
+
+
+def _form(row: Row, type: str | None, text: tuple[str, ...], label: str) -> tuple[str, tuple[str, ...], str]:
+    """Type, text columns and label column; seen from the columns where nothing was said."""
+    if type in ("plain", "conversation"):
+        column = text[0] if type == "plain" or text != ("text",) else "messages"
+        return type, (column,), column
+    if type is not None or label in row or text != ("text",) or label != "label":
+        return type or "classification", text, label
+    if "messages" in row:
+        return "conversation", ("messages",), "messages"
+    if {"prompt", "completion"} <= row.keys():
+        return "generation", ("prompt",), "completion"
+    return ("plain", ("text",), "text") if row.keys() == {"text"} else ("classification", text, label)
+
+
+def _templates(name: str, columns: tuple[str, ...], label: str, labels: tuple[str, ...]) -> tuple[Template, ...]:
+    """Prompts as they stand where the data brings its own, and the columns' names elsewhere."""
+    if task_types[name].words != "text2text":
+        return ()
+    return (Template("{prompt}"),) if (columns, label) == (("prompt",), "completion") else (plain_template(columns, label, labels),)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -193,7 +213,7 @@ def _label_names(file: Path, rows: Sequence[Row], label: str) -> tuple[str, ...]
     if len(counts) > max(len(rows) // 2, 2):
         raise DataError(
             f"`{file.name}` has {len(counts)} different values in column `{label}` for {len(rows)} rows, so they are hardly classes. "
-            "Name another column, or say `type='regression'` or `type='text2text'`."
+            "Name another column, or say `type='regression'` or `type='generation'`."
         )
     return tuple(sorted(counts, key=_numbers_first))
 

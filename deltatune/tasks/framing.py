@@ -1,182 +1,294 @@
-"""Two ways to put a task to a model: a head over the labels, or a prompt answered by label words."""
+"""Ways to put a task to a model. A head over the answers is here; prompts are in ``text2text`` and ``cloze``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import DataError, Unsupported
-from deltatune.tasks.rows import Row, Rows
+from deltatune.errors import DataError, InvalidValue, Unsupported
+from deltatune.registry import Registry
+from deltatune.tasks.inputs import Inputs
+from deltatune.tasks.metrics import compute
+from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Task
+from deltatune.tasks.template import Template
+from deltatune.tasks.tensors import IGNORED as IGNORED
+from deltatune.tasks.tensors import Features, Watch, in_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Features = dict[str, Any]
-Watch = Callable[[Sequence[list[int]]], Iterable[list[int]]]
-"""Passes batches of row numbers on, one by one, and may show how far it is."""
-IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to one row.
+
+    Attributes:
+        value: in the form of the task's type.
+        shares: probability by name, where the answers can be listed.
+    """
+
+    value: Any
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class How:
+    """What a run asks of a framing.
+
+    Attributes:
+        max_length: most tokens of one input.
+        kind: of the backbone: ``encoder``, ``decoder`` or ``encoder-decoder``.
+        template: one of the task's templates by its number, or another one.
+        manual: with the template; without, the columns stand alone.
+        packing: fill each training example with several texts.
+    """
+
+    max_length: int = 256
+    kind: str = "encoder"
+    template: int | Template = 0
+    manual: bool = True
+    packing: bool = False
+
+    def refuse_packing(self, framing: str) -> None:
+        """For framings in which an example is one row.
+
+        Raises:
+            InvalidValue: packing was asked for.
+        """
+        if self.packing:
+            raise InvalidValue(
+                f"`packing` was asked for, but the {framing} framing takes one row an example. It is for plain texts and chats."
+            )
+
+
+Judge = Callable[[Sequence[str], Sequence[Any], Sequence[Any], Sequence[Row]], dict[str, Any]]
+"""(names of metrics, predictions, references, rows) -> what each metric says."""
 
 
 class Framing(ABC):
-    """How rows become a model's input, and its output becomes predictions.
+    """How rows become a model's input, its output an answer, and the difference to the truth a loss.
 
     Attributes:
+        name: as ``--framing`` names it.
+        fits: whether a task can be put this way, by what it is alone.
         task: whose rows.
         tokenizer: of the backbone; it needs a pad token.
         max_length: most tokens of one input, special ones and answer included.
+        template: the prompt, where there is one.
     """
 
+    name: ClassVar[str]
+    fits: ClassVar[staticmethod[[Task], bool]]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    template: Template | None = None
+
+    @classmethod
+    @abstractmethod
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> Framing:
+        """The framing as a run asks for it.
+
+        Raises:
+            Unsupported: the task or the backbone does not take this framing.
+            InvalidValue: a template was asked for where none is used, or is not there.
+        """
 
     @property
     @abstractmethod
     def auto_class(self) -> str:
         """Name of the transformers auto class that gives a fitting model."""
 
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        """What ``load_backbone`` needs to know to give a fitting model."""
+        return {}
+
+    @property
+    def outputs(self) -> int | None:
+        """Numbers that the model's task head has to give; None where it has none."""
+        return None
+
     @abstractmethod
-    def encode(self, rows: Rows) -> list[Features]:
+    def encode(self, rows: Sequence[Row]) -> list[Features]:
         """Training examples: token ids with labels, not padded yet."""
 
     @abstractmethod
     def encode_inputs(self, rows: Sequence[Row]) -> list[Features]:
-        """The same without labels; rows need the text columns only."""
+        """The same without labels; rows need no label column."""
 
     @abstractmethod
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         """One batch: padded on the right to its longest example."""
 
     @abstractmethod
-    def score_batch(self, model: nn.Module, inputs: Sequence[Features]) -> Tensor:
-        """Scores (batch, outputs) of encoded inputs: logits of a head, or log-probabilities of the label words."""
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
+        """The sum of the losses of a batch's items, which ``count`` counts; ``weights`` by class."""
 
+    @abstractmethod
     def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, watch: Watch = iter) -> Tensor:
-        """Scores (rows, outputs) in fp32 on the CPU, in the order of the rows; the model is in eval mode meanwhile.
+        """Scores (rows, most answers) in fp32 on the CPU, minus infinity where a row has fewer answers; ``watch`` is given the batches.
 
-        Rows of like length share a batch, which changes nothing but the time; ``watch`` is given the batches.
+        Raises:
+            Unsupported: the answers cannot be listed.
         """
-        inputs = self.encode_inputs(rows)
-        scores = torch.empty(len(inputs), self.task.outputs)
-        with _evaluating(model), torch.no_grad():
-            for batch in watch(by_length(inputs, batch_size)):
-                scores[batch] = self.score_batch(model, [inputs[index] for index in batch]).float().cpu()
-        return scores
+
+    @abstractmethod
+    def answers(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, most: int | None = None, watch: Watch = iter
+    ) -> list[Answer]:
+        """What the model answers to each row; written ones have at most ``most`` tokens; ``watch`` is given the batches."""
+
+    @classmethod
+    @abstractmethod
+    def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
+        """What a model reads of a row, and what it shall answer, for people: once a template."""
+
+    def class_weights(self, rows: Sequence[Row]) -> Tensor:
+        """Weights of the classes by their frequency.
+
+        Raises:
+            InvalidValue: there are no classes to weigh.
+        """
+        raise InvalidValue(f"`class_weights` was asked for, but `{self.task.name}` is trained by label words. Leave it out, or use a head.")
 
     def predict(self, scores: Tensor) -> list[Any]:
-        """What the scores (rows, outputs) say: a label index, the indices above zero (multilabel), or a number."""
-        if self.task.type == "regression":
-            return scores[:, 0].tolist()
-        if self.task.type == "multilabel":
-            return [row.nonzero().flatten().tolist() for row in scores > 0]
-        return scores.argmax(dim=1).tolist()
+        """The values of the largest scores (rows, answers)."""
+        return [int(index) for index in scores.argmax(dim=1)]
 
-    def references(self, rows: Rows) -> list[Any]:
-        """The truth in the form of ``predict``."""
-        return list(rows[self.task.label])
+    def references(self, rows: Sequence[Row]) -> list[Any]:
+        """The truth in the form of the predictions."""
+        return [self.task.kind.reference(self.task, row) for row in rows]
+
+    def judged(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, by: Judge = compute, watch: Watch = iter
+    ) -> dict[str, Any]:
+        """What each of the task's metrics says of the model's answers; ``by`` is ``compute``, or ``measure`` for intervals too."""
+        said = [answer.value for answer in self.answers(model, rows, batch_size, watch=watch)]
+        return by(self.task.metrics, said, self.references(rows), rows)
+
+
+framings: Registry[type[Framing]] = Registry("framing", "framings", builtin="deltatune.tasks.framed")
+
+
+def framings_of(task: Task) -> list[str]:
+    """Names of the framings that take a task."""
+    return [name for name in framings if framings[name].fits(task)]
+
+
+def _has_head(task: Task) -> bool:
+    return task.kind.head is not None
 
 
 class HeadFraming(Framing):
-    """text (pair) -> tokens -> a head with one output per label.
+    """texts -> tokens -> a head; what the head gives and how it is trained is the task type's.
 
     Raises:
-        Unsupported: the task has no labels and is no regression, or has more than two text columns.
+        Unsupported: no head fits the task's type.
     """
 
+    name = "head"
+    fits = staticmethod(_has_head)
+
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
-        if task.type == "text2text":
-            raise Unsupported(f"The task `{task.name}` generates text, so no head fits it. Use the text2text framing.")
-        if len(task.text) > 2:
-            raise Unsupported(
-                f"The task `{task.name}` has {len(task.text)} text columns; tokenizers take one or two. Use the text2text framing."
-            )
+        if task.kind.head is None:
+            raise Unsupported(f"The task `{task.name}` {task.kind.headless}, so no head fits it. Use the {task.kind.words} framing.")
         self.task = task
+        self.head = task.kind.head
         self.tokenizer = tokenizer
         self.max_length = min(max_length, tokenizer.model_max_length)
+        self.inputs = Inputs(tokenizer, self.max_length)
+
+    @classmethod
+    def make(cls, task: Task, tokenizer: PreTrainedTokenizerBase, how: How) -> HeadFraming:
+        """The head framing, which takes no template."""
+        if how.template or not how.manual:
+            asked = f"template={how.template}" if how.template else "manual_template=False"
+            raise InvalidValue(
+                f"`{asked}` was asked for, but `{task.name}` is put to a head here, which takes no template. "
+                "Leave it out, or choose the text2text framing (`framing=text2text`), for models with a decoder."
+            )
+        how.refuse_packing(cls.name)
+        return cls(task, tokenizer, how.max_length)
 
     @property
     def auto_class(self) -> str:
-        """Sequence classification, for every task with a head."""
-        return "AutoModelForSequenceClassification"
+        """That of the task's type; sequence classification, for most."""
+        return self.head.auto_class
 
-    def encode(self, rows: Rows) -> list[Features]:
-        """Token ids (length,), with ``labels`` an index, a row of zeros and ones, or a number."""
-        features = self.encode_inputs(rows)
-        for feature, label in zip(features, rows[self.task.label], strict=True):
-            feature["labels"] = self._target(label)
-        return features
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        """Names of the outputs where the labels are that, else their number."""
+        named = len(self.task.labels) == self.outputs
+        return {"label_names": self.task.labels} if named else {"num_labels": self.outputs}
+
+    @property
+    def outputs(self) -> int:
+        """Numbers of the head."""
+        return self.task.outputs
+
+    def encode(self, rows: Sequence[Row]) -> list[Features]:
+        """Token ids with ``labels``."""
+        return self.head.encode(self, rows, labelled=True)
 
     def encode_inputs(self, rows: Sequence[Row]) -> list[Features]:
-        """Token ids (length,); of a pair, the longer text is cut first."""
-        if not len(rows):
-            return []
-        texts = [[str(row[column]) for row in rows] for column in self.task.text]
-        encoded = self.tokenizer(*texts, truncation="longest_first", max_length=self.max_length)
-        names = [name for name in encoded if name in ("input_ids", "token_type_ids")]
-        return [{name: encoded[name][index] for name in names} for index in range(len(rows))]
+        """Token ids; of several texts, the longest is cut first."""
+        return self.head.encode(self, rows, labelled=False)
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` (batch, length) and, where there are any, ``labels``."""
-        batch = _padded(features, self.tokenizer)
-        if "labels" in features[0]:
-            kind = torch.long if self.task.type == "classification" else torch.float
-            batch["labels"] = torch.tensor([feature["labels"] for feature in features], dtype=kind)
-        return batch
+        """Inputs and, where there are any, ``labels``."""
+        return self.head.collate(self, features)
 
-    def score_batch(self, model: nn.Module, inputs: Sequence[Features]) -> Tensor:
-        """The head's logits (batch, outputs)."""
-        logits: Tensor = model(**moved(self.collate(inputs), model)).logits
-        return logits
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], weights: Tensor | None = None) -> Tensor:
+        """That of the task's type, summed over the items."""
+        return self.head.loss(model, batch, weights)
 
-    def _target(self, label: Any) -> Any:
-        if self.task.type == "multilabel":
-            return [float(index in label) for index in range(self.task.outputs)]
-        return label
+    def class_weights(self, rows: Sequence[Row]) -> Tensor:
+        """w_c = N / (K N_c) for K classes with N_c of N rows."""
+        return self.head.weights(self.task, rows)
 
+    def score(self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, watch: Watch = iter) -> Tensor:
+        """The head's numbers for each row, in the order of the rows; the model is in eval mode meanwhile."""
+        found = [scores for _, scores in self._scored(model, rows, batch_size, watch)]
+        if not found:
+            return torch.empty(0, self.outputs)
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-torch.inf)
 
-def _padded(features: Sequence[Features], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Right-padded ``input_ids`` and ``attention_mask``, and ``token_type_ids`` where the tokenizer makes them."""
-    fill: Mapping[str, Any] = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0}
-    batch = {name: padded([feature[name] for feature in features], value) for name, value in fill.items() if name in features[0]}
-    batch["attention_mask"] = padded([[1] * len(feature["input_ids"]) for feature in features], 0)
-    return batch
+    def predict(self, scores: Tensor) -> list[Any]:
+        """What each row's scores say: a label index, the indices above zero (multilabel), a number, an option."""
+        return [self.head.value(self, {}, row) for row in scores]
 
+    def answers(
+        self, model: nn.Module, rows: Sequence[Row], batch_size: int = 32, most: int | None = None, watch: Watch = iter
+    ) -> list[Answer]:
+        """The values and probabilities that the head's numbers say."""
+        task, scored = self.task, self._scored(model, rows, batch_size, watch)
+        return [
+            Answer(self.head.value(self, features, scores), task.kind.shares(task, row, scores))
+            for row, (features, scores) in zip(rows, scored, strict=True)
+        ]
 
-def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Sequences of unequal length -> (batch, longest), filled with ``value`` on the right."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
+    def _scored(self, model: nn.Module, rows: Sequence[Row], batch_size: int, watch: Watch) -> list[tuple[Features, Tensor]]:
+        inputs = self.encode_inputs(rows)
+        found: list[Tensor] = [torch.empty(0)] * len(inputs)
+        for batch in in_batches(model, inputs, batch_size, watch):
+            for index, scores in zip(batch, self.head.scores(self, model, [inputs[index] for index in batch]), strict=True):
+                found[index] = scores
+        return list(zip(inputs, found, strict=True))
 
-
-def by_length(inputs: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """The numbers of encoded inputs in batches, the shortest first, so that those of like length share one."""
-    order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]["input_ids"]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The batch on the model's device; where its weights are offloaded, their hooks move it."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return dict(batch) if device.type == "meta" else {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a moment; each module gets back its own mode, since frozen layers may differ from trained ones."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    @classmethod
+    def shown(cls, task: Task, row: Row) -> list[tuple[str, str]]:
+        """The texts one under the other, and the answer by name."""
+        kind = task.kind
+        texts = [text_of(row[column]) for column in task.text]
+        texts += [f"- {text_of(one)}" for column in kind.inputs(task) if column not in task.text for one in row[column]]
+        return [("\n".join(texts), str(kind.named(task, row, kind.perfect(task, row))))]
 
 
 def check_rows(task: Task, rows: Iterable[Row]) -> None:
@@ -187,7 +299,10 @@ def check_rows(task: Task, rows: Iterable[Row]) -> None:
     """
     for number, row in enumerate(rows, 1):
         for column in task.text:
-            if column not in row or not str(row[column]).strip():
+            if column not in row or not text_of(row[column]).strip():
                 raise DataError(
                     f"Row {number} has no text in `{column}`. `{task.name}` needs {', '.join(f'`{name}`' for name in task.text)}."
                 )
+
+
+framings.register("head")(HeadFraming)

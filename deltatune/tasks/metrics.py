@@ -1,4 +1,4 @@
-"""Metrics by name, computed by scikit-learn and scipy, which load at the first use."""
+"""Metrics by name: a number for predictions against references, its bootstrap interval, and whether the predictor is degenerate."""
 
 from __future__ import annotations
 
@@ -7,31 +7,70 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from deltatune.errors import DataError, missing_extra
 from deltatune.registry import Registry
+from deltatune.tasks.rows import Row
 
 Score = Callable[[Sequence[Any], Sequence[Any]], float]
+RESAMPLES = 1000
+"""Bootstrap samples of a metric that is a mean over rows; of others, a tenth."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for predictions against references; larger is better.
+    """A number for predictions against references.
 
     Attributes:
         name: as tasks name it.
         score: (predictions, references) -> value.
         best: the value of a perfect predictor.
+        of: the kinds of values it compares, as ``TaskType.answers`` names them.
+        higher: larger is better.
+        each: (prediction, reference) -> the row's own value, where the metric is their mean; intervals are then quick.
+        reads: it needs the rows too, and gets each reference as (reference, row).
+        alone: of several right answers each one is perfect; false where they are weighed together.
+        exact: a right answer has the best value; false where the metric does not promise that.
     """
 
     name: str
     score: Score
     best: float = 1.0
+    of: frozenset[str] = frozenset({"label"})
+    higher: bool = True
+    each: Callable[[Any, Any], float] | None = None
+    reads: bool = False
+    alone: bool = True
+    exact: bool = True
 
 
-metrics: Registry[Metric] = Registry("metric", "metrics")
+metrics: Registry[Metric] = Registry("metric", "metrics", builtin="deltatune.tasks.measures")
 
 
-def compute(names: str | Iterable[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value with what is known of its certainty.
+
+    Attributes:
+        value: on the whole.
+        low: 2.5th percentile over bootstrap samples of the rows.
+        high: 97.5th percentile.
+        degenerate: the predictor said the same to every row, though the truth differs.
+    """
+
+    value: float
+    low: float
+    high: float
+    degenerate: bool = False
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def compute(
+    names: str | Iterable[str], predictions: Sequence[Any], references: Sequence[Any], rows: Sequence[Row] | None = None
+) -> dict[str, float]:
     """Each metric's value, by name.
 
     >>> compute("accuracy", [0, 1, 1], [0, 1, 0])
@@ -40,19 +79,96 @@ def compute(names: str | Iterable[str], predictions: Sequence[Any], references: 
     Args:
         names: one metric or several.
         predictions: one per row: a label index, a list of them, a number or a text.
-        references: the same for the truth.
+        references: the same for the truth, or several that are right.
+        rows: what was asked, for metrics that look at it too.
 
     Raises:
         UnknownName: no metric has one of the names.
-        DataError: unequal lengths, or nothing to score.
+        DataError: unequal lengths, nothing to score, or a metric that needs the rows.
     """
+    found = _metrics(names, predictions, references)
+    return {metric.name: metric.score(predictions, _seen(metric, references, rows)) for metric in found}
+
+
+def measure(
+    names: str | Iterable[str],
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    rows: Sequence[Row] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """The same with percentile bootstrap intervals of 95 % over the rows, and whether the predictor is degenerate.
+
+    >>> measure("accuracy", [1, 1, 1, 1], [0, 1, 1, 1])["accuracy"].degenerate
+    True
+
+    Args:
+        names: one metric or several.
+        predictions: as in ``compute``.
+        references: as in ``compute``.
+        rows: as in ``compute``.
+        resamples: bootstrap samples; a tenth of them for metrics that are no mean over rows.
+        seed: of the samples.
+
+    Raises:
+        UnknownName: no metric has one of the names.
+        DataError: unequal lengths, nothing to score, or a metric that needs the rows.
+    """
+    flag = is_degenerate(predictions, references)
+    found = {}
+    for metric in _metrics(names, predictions, references):
+        seen = _seen(metric, references, rows)
+        low, high = _interval(metric, predictions, seen, resamples, seed)
+        value = metric.score(predictions, seen)
+        found[metric.name] = Measured(value, min(low, value), max(high, value), flag)
+    return found
+
+
+def is_degenerate(predictions: Sequence[Any], references: Sequence[Any]) -> bool:
+    """Whether all predictions are the same although the references are not.
+
+    >>> is_degenerate([1, 1], [0, 1]), is_degenerate([1, 1], [1, 1])
+    (True, False)
+    """
+    return len({_plain(one) for one in predictions}) == 1 and len({_plain(one) for one in references}) > 1
+
+
+def _metrics(names: str | Iterable[str], predictions: Sequence[Any], references: Sequence[Any]) -> list[Metric]:
     if len(predictions) != len(references) or not len(references):
         raise DataError(f"There are {len(predictions)} predictions for {len(references)} references. Score equally many, at least one.")
-    asked = [names] if isinstance(names, str) else list(names)
-    return {name: metrics[name].score(predictions, references) for name in asked}
+    return [metrics[name] for name in ([names] if isinstance(names, str) else names)]
 
 
-def _sklearn(function: str, **options: Any) -> Score:
+def _seen(metric: Metric, references: Sequence[Any], rows: Sequence[Row] | None) -> Sequence[Any]:
+    if not metric.reads:
+        return references
+    if rows is None:
+        raise DataError(f"The metric `{metric.name}` looks at what was asked too. Pass the rows: compute(..., rows=rows).")
+    return list(zip(references, rows, strict=True))
+
+
+def _interval(metric: Metric, predictions: Sequence[Any], references: Sequence[Any], resamples: int, seed: int) -> tuple[float, float]:
+    draw, count = np.random.default_rng(seed), len(references)
+    if metric.each is not None:
+        each = np.array([metric.each(one, other) for one, other in zip(predictions, references, strict=True)], dtype=float)
+        values = [float(each[draw.integers(count, size=count)].mean()) for _ in range(resamples)]
+    else:
+        samples = (draw.integers(count, size=count) for _ in range(max(resamples // 10, 1)))
+        values = [metric.score([predictions[k] for k in sample], [references[k] for k in sample]) for sample in samples]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _plain(value: Any) -> Any:
+    """A value as something sets can hold."""
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+def sklearn_score(function: str, **options: Any) -> Score:
+    """A function of ``sklearn.metrics`` as a score."""
+
     def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
         try:
             import sklearn.metrics
@@ -73,45 +189,38 @@ def _indicators(references: Sequence[Any], predictions: Sequence[Any]) -> tuple[
     return binarizer.transform(references), binarizer.transform(predictions)
 
 
-def _correlation(function: str) -> Score:
+def correlation(function: str) -> Score:
+    """A correlation of ``scipy.stats`` as a score; with a constant there is none, which scipy calls nan and we call zero."""
+
     def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
         try:
             import scipy.stats
         except ImportError as cause:
             raise missing_extra("scipy", "train") from cause
         if min(len(set(predictions)), len(set(references))) < 2:
-            return 0.0  # no correlation with a constant; scipy says nan
+            return 0.0
         value = float(getattr(scipy.stats, function)(predictions, references).statistic)
         return 0.0 if math.isnan(value) else value
 
     return score
 
 
-def exact_match(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Share of predictions equal to their reference (or to one of several), blanks around and case aside."""
+def mean_of(each: Callable[[Any, Any], float]) -> Score:
+    """The mean over rows of a value each row has by itself."""
 
-    def plain(text: Any) -> str:
-        return " ".join(str(text).lower().split())
+    def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        return sum(each(one, other) for one, other in zip(predictions, references, strict=True)) / len(references)
 
-    hits = 0
-    for prediction, reference in zip(predictions, references, strict=True):
-        allowed = reference if isinstance(reference, list | tuple) else [reference]
-        hits += plain(prediction) in {plain(one) for one in allowed}
-    return hits / len(references)
+    return score
 
 
-_BUILT_IN: dict[str, Score] = {
-    "accuracy": _sklearn("accuracy_score"),
-    "f1": _sklearn("f1_score", average="binary", zero_division=0.0),
-    "f1_macro": _sklearn("f1_score", average="macro", zero_division=0.0),
-    "f1_micro": _sklearn("f1_score", average="micro", zero_division=0.0),
-    "f1_weighted": _sklearn("f1_score", average="weighted", zero_division=0.0),
-    "recall_macro": _sklearn("recall_score", average="macro", zero_division=0.0),
-    "matthews": _sklearn("matthews_corrcoef"),
-    "pearson": _correlation("pearsonr"),
-    "spearman": _correlation("spearmanr"),
-    "exact_match": exact_match,
-}
+def enter(name: str, of: str, score: Score | None = None, *, each: Callable[[Any, Any], float] | None = None, **options: Any) -> None:
+    """Register a metric: by its score, or by the value each row has by itself."""
+    made = score or (mean_of(each) if each else None)
+    assert made is not None
+    metrics.register(name)(Metric(name, made, of=frozenset(of.split()), each=each, **options))
 
-for _name, _score in _BUILT_IN.items():
-    metrics.register(_name)(Metric(_name, _score))
+
+def right_ones(reference: Any) -> list[str]:
+    """All right answers of a row as texts."""
+    return [str(one) for one in reference] if isinstance(reference, list | tuple) else [str(reference)]

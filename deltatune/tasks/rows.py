@@ -53,3 +53,24 @@ class Rows(Sequence[Row]):
         import datasets
 
         return datasets.Dataset.from_dict(self.columns)
+
+
+def text_of(value: Any) -> str:
+    """A column's value as text; a list of words has a blank between them.
+
+    >>> text_of(["two", "words"])
+    'two words'
+    """
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def inside(row: Row, path: str) -> Any:
+    """A column, or with dots a field of the struct in it.
+
+    >>> inside({"choices": {"text": ["a", "b"]}}, "choices.text")
+    ['a', 'b']
+    """
+    if path in row:
+        return row[path]
+    name, _, rest = path.partition(".")
+    return inside(row[name], rest) if rest else row[name]

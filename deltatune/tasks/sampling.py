@@ -13,34 +13,40 @@ from deltatune.tasks.task import Task
 
 SEEDS = (13, 21, 42, 87, 100)
 """The seeds under which few-shot results are customarily averaged."""
+PER_CLASS, UNCLASSED = 16, 32
+"""Shots for each class, and in all where there are no classes."""
 
 
-def k_shot(data: TaskData, shots: int = 16, seed: int = 13) -> TaskData:
+def k_shot(data: TaskData, shots: int | None = None, seed: int = 13) -> TaskData:
     """``shots`` training rows per class, and as many other ones for validation; test stays whole.
 
-    Both are drawn from train. Tasks without classes give ``shots`` rows in all.
+    Both are drawn from train. Tasks without classes give ``shots`` rows in all. Left out, it is 16 per class, and 32
+    where there are none, as few-shot studies have it.
 
     Raises:
         InvalidValue: fewer than one shot.
         DataError: a class has fewer than ``2 * shots`` rows in train.
     """
-    if shots < 1:
-        raise InvalidValue(f"`shots` is {shots}; it has to be at least 1.")
     task = data.task
     strata: dict[Any, list[int]] = defaultdict(list)
-    for index in _order(task, data.train, seed):
-        strata[data.train[task.label][index] if task.type == "classification" else None].append(index)
+    order = _order(task, data.train, seed)
+    for index in order:
+        strata[task.kind.stratum(task, data.train[index])].append(index)
+    wanted = shots if shots is not None else UNCLASSED if set(strata) == {None} else PER_CLASS
+    if wanted < 1:
+        raise InvalidValue(f"`shots` is {wanted}; it has to be at least 1.")
     for value, members in strata.items():
-        if len(members) < 2 * shots:
-            what = f"The class `{task.labels[value]}`" if task.type == "classification" else "The training split"
+        if len(members) < 2 * wanted:
+            named = "" if value is None else task.kind.named(task, data.train[members[0]], task.kind.perfect(task, data.train[members[0]]))
+            what = "The training split" if value is None else f"The class `{named}`"
             raise DataError(
-                f"{what} of `{task.name}` has {len(members)} training rows; {shots} shots and as many for validation need {2 * shots}."
+                f"{what} of `{task.name}` has {len(members)} training rows; {wanted} shots and as many for validation need {2 * wanted}."
             )
-    train = [index for members in strata.values() for index in members[:shots]]
-    validation = [index for members in strata.values() for index in members[shots : 2 * shots]]
-    place = {index: position for position, index in enumerate(_order(task, data.train, seed))}
+    train = [index for members in strata.values() for index in members[:wanted]]
+    validation = [index for members in strata.values() for index in members[wanted : 2 * wanted]]
+    place = {index: position for position, index in enumerate(order)}
     chosen = [data.train.select(sorted(indices, key=place.__getitem__)) for indices in (train, validation)]
-    return TaskData(task, chosen[0], chosen[1], data.test, data.source, (*data.notes, f"{shots} shots, seed {seed}"))
+    return TaskData(task, chosen[0], chosen[1], data.test, data.source, (*data.notes, f"{wanted} shots, seed {seed}"))
 
 
 def subset(task: Task, rows: Rows, most: int, seed: int = 0) -> Rows:
@@ -55,5 +61,6 @@ def subset(task: Task, rows: Rows, most: int, seed: int = 0) -> Rows:
 
 
 def _order(task: Task, rows: Rows, seed: int) -> list[int]:
-    keys = [rank(f"{seed}\x1e{text_key(row, task.text)}") for row in rows]
+    inputs = task.kind.inputs(task)
+    keys = [rank(f"{seed}\x1e{text_key(row, inputs)}") for row in rows]
     return sorted(range(len(rows)), key=keys.__getitem__)

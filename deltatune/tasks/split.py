@@ -6,10 +6,10 @@ import bisect
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from deltatune.tasks.rows import Row
+from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Split
 
 LEAST = 3
@@ -22,7 +22,7 @@ def text_key(row: Row, columns: Sequence[str]) -> str:
     >>> text_key({"text": "Two  Words\n"}, ["text"])
     'two words'
     """
-    return "\x1f".join(" ".join(str(row[column]).lower().split()) for column in columns)
+    return "\x1f".join(" ".join(text_of(row[column]).lower().split()) for column in columns)
 
 
 def rank(key: str) -> str:
@@ -31,7 +31,9 @@ def rank(key: str) -> str:
 
 
 def without_duplicates(rows: Iterable[Row], text: Sequence[str], label: str) -> tuple[list[Row], dict[str, int]]:
-    """Each text once; texts that come with different labels not at all.
+    """Each text once, in its first spelling; texts that come with different labels not at all.
+
+    Texts that differ in case or blanks only are one text, so what a source does to blanks does not change the rows.
 
     Returns:
         the rows in their order, and how many were left out: ``duplicates``, ``contradictions``.
@@ -46,12 +48,16 @@ def without_duplicates(rows: Iterable[Row], text: Sequence[str], label: str) -> 
     for group in groups.values():
         if len({_hashable(row[label]) for row in group}) > 1:
             contradictions += len(group)
-        else:  # texts that differ in case or blanks only are kept, and later put into one split
-            kept.extend({tuple(str(row[column]) for column in text): row for row in reversed(group)}.values())
+        else:
+            kept.append(group[0])
     return kept, {"duplicates": total - len(kept) - contradictions, "contradictions": contradictions}
 
 
-def cut(rows: Sequence[Row], text: Sequence[str], label: str | None, split: Split) -> dict[str, list[Row]]:
+Stratum = str | Callable[[Row], Hashable] | None
+"""A column, or a function of the row, in whose values a split keeps the shares; None for nothing."""
+
+
+def cut(rows: Sequence[Row], text: Sequence[str], label: Stratum, split: Split) -> dict[str, list[Row]]:
     """Train, validation and test, class by class in the split's shares; each in the order of the keys' hashes.
 
     Rows whose texts have one key count once and stay together, so no text of test is in train in another spelling.
@@ -59,7 +65,7 @@ def cut(rows: Sequence[Row], text: Sequence[str], label: str | None, split: Spli
     Args:
         rows: the rows, in any order.
         text: the text columns.
-        label: column to stratify by; None for a target that is not a class.
+        label: what to stratify by; None for a target that is not a class.
         split: the shares, and the most rows to keep.
     """
     groups: dict[str, list[Row]] = defaultdict(list)
@@ -70,12 +76,16 @@ def cut(rows: Sequence[Row], text: Sequence[str], label: str | None, split: Spli
         ranked = _first(ranked, groups, split.cap)
     strata: dict[Any, list[str]] = defaultdict(list)
     for key in ranked:
-        strata[None if label is None else _hashable(groups[key][0][label])].append(key)
+        strata[_stratum(groups[key][0], label)].append(key)
     place = {key: name for keys in strata.values() for key, name in zip(keys, _names(len(keys), split), strict=True)}
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for key in ranked:
         parts[place[key]].extend(sorted(groups[key], key=lambda row: [str(row[column]) for column in text]))
     return parts
+
+
+def _stratum(row: Row, label: Stratum) -> Hashable:
+    return label(row) if callable(label) else None if label is None else _hashable(row[label])
 
 
 def _first(ranked: Sequence[str], groups: Mapping[str, Sequence[Row]], cap: int) -> list[str]:
@@ -97,7 +107,10 @@ def _share(count: int, share: float) -> int:
 
 
 def _hashable(value: Any) -> Hashable:
-    return tuple(value) if isinstance(value, list) else value
+    """A label of any kind as something sets can hold."""
+    if isinstance(value, Mapping):
+        return tuple((name, _hashable(entry)) for name, entry in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def overlap(splits: Mapping[str, Sequence[Row]], text: Sequence[str]) -> dict[str, int]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from deltatune.errors import InvalidValue, nearest
+from deltatune.errors import InvalidValue
 from deltatune.registry import Registry
+from deltatune.tasks.schema import checked, label_words
 from deltatune.tasks.template import Template, Verbalizer
-
-TaskType = Literal["classification", "multilabel", "regression", "text2text"]
+from deltatune.tasks.types.base import TaskType, task_types
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Hub:
         id: the dataset's hub id.
         config: its configuration.
         mirror: folder in the mirror where that is not ``<id>/<config>``.
-        labels: label names in the order of the file's integers, where that is not the task's order.
-        splits: our split -> the file's, where the names differ.
+        labels: label names in the order of the file's integers, where neither the mirror's index nor the hub's features say it.
+        splits: our split -> the hub's, where the names differ.
+        columns: our column -> the hub's, where the names differ; dots lead into structs.
     """
 
     id: str
@@ -62,14 +63,68 @@ class Hub:
     mirror: str = ""
     labels: tuple[str, ...] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def location(self) -> Path | None:
         """The folder in the mirror; None without a mirror, or if it lacks this task."""
-        root = os.environ.get("DELTATUNE_MIRROR")
-        folders = [self.mirror] if self.mirror else [f"{self.id}/{self.config}", self.id]
-        found = (Path(root).expanduser() / folder for folder in folders) if root else iter(())
-        return next((folder for folder in found if (folder / "train.parquet").is_file()), None)
+        return next((folder for path in self.paths if (folder := mirrored(path)) is not None), None)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where a mirror would have it."""
+        return (self.mirror,) if self.mirror else (f"{self.id}/{self.config}", self.id)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where a row of a choice task keeps its options, in one of three forms.
+
+    Attributes:
+        columns: one column an option.
+        list: one column, or a field of a struct, that lists them.
+        keys: with ``list``, what the label calls each of them.
+        right: of a minimal pair, the column of the right option.
+        wrong: of a minimal pair, the column of the other.
+        first: what the label says for the first option; a digit or a letter.
+
+    Raises:
+        InvalidValue: none of the forms, or a mixture.
+    """
+
+    columns: tuple[str, ...] = ()
+    list: str = ""
+    keys: str = ""
+    right: str = ""
+    wrong: str = ""
+    first: str = "0"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first", str(self.first))
+        forms = [len(self.columns) > 1, bool(self.list), bool(self.right and self.wrong)]
+        if sum(forms) != 1 or (self.keys and not self.list) or len(self.first) != 1 or not self.first.isalnum():
+            raise InvalidValue(
+                "`choices` has one of the forms {columns: [a, b]}, {list: column}, {list: column, keys: column} and {right: a, wrong: b}, "
+                "and `first` is what the label says for the first option, such as 0, 1 or A."
+            )
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that the options come from."""
+        return tuple(column for column in (*self.columns, self.list, self.keys, self.right, self.wrong) if column)
+
+
+def mirror_root() -> Path | None:
+    """The mirror's folder, from ``DELTATUNE_MIRROR``; None without one."""
+    root = os.environ.get("DELTATUNE_MIRROR")
+    return Path(root).expanduser() if root else None
+
+
+def mirrored(path: str) -> Path | None:
+    """A folder of the mirror; None without a mirror, or if it lacks the folder."""
+    root = mirror_root()
+    folder = root / path if root and path else None
+    return folder if folder is not None and (folder / "train.parquet").is_file() else None
 
 
 @dataclass(frozen=True)
@@ -99,47 +154,63 @@ class Task:
 
     Attributes:
         name: as in ``--task bbc-news``.
-        type: classification, multilabel, regression or text2text.
-        category: for listings, after the paper's ontology.
-        text: the text columns, in order; two of them are a pair.
+        type: a name of the registry ``task_types``: classification, multilabel, regression, choice, tagging, span, generation.
+        text: the text columns, in order; two of them are a pair. Of tagging, the one column that lists the words.
         label: the label column.
-        labels: the label names; row labels are indices into them.
+        category: for listings, after the paper's ontology.
+        labels: the label names, which row labels are indices into; of tagging, the tags.
+        range: the least and the largest number of a regression.
+        choices: where a choice task's rows keep their options.
+        context: the text column that holds the answers of a span task.
+        references: the column that lists all right texts of a generation task.
         metrics: names of the metrics, the customary one first.
         templates: prompts with verbalizers, for the text-to-text framing.
         packaged: rows in a package, read first where it is installed.
         hub: rows on the hub or in a mirror.
+        mirror: folder in a mirror, for rows that are on no hub in this form.
         split: how the pooled rows are cut; None keeps the source's own splits.
+        parts: of a mixture, the tasks that it mixes.
+        language: of the texts.
         description: one line.
         licence: of the data.
         citation: whom to cite.
+
+    Raises:
+        UnknownName: nobody knows the type.
+        InvalidValue: fields that contradict each other.
     """
 
     name: str
-    type: TaskType
+    type: str
     text: tuple[str, ...]
-    label: str
+    label: str = "label"
     category: str = "own data"
     labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
+    choices: Choices | None = None
+    context: str = ""
+    references: str = ""
     metrics: tuple[str, ...] = ("accuracy",)
     templates: tuple[Template, ...] = ()
     packaged: Packaged | None = None
     hub: Hub | None = None
+    mirror: str = ""
     split: Split | None = None
+    parts: tuple[Task, ...] = ()
+    language: str = "en"
     description: str = ""
     licence: str = ""
     citation: str = ""
 
     def __post_init__(self) -> None:
-        if self.type not in get_args(TaskType):
-            raise InvalidValue(f"The task `{self.name}` has the type `{self.type}`. {nearest(self.type, get_args(TaskType))}")
-        if self.type in ("classification", "multilabel") and len(self.labels) < 2:
-            raise InvalidValue(f"The task `{self.name}` has {len(self.labels)} labels; {self.type} needs at least two.")
+        self.kind.check(self)
         for template in self.templates:
-            template.check_columns(self.text)
-            if self.labels and template.verbalizer is not None and len(template.verbalizer.words) != len(self.labels):
-                raise InvalidValue(
-                    f"A template of `{self.name}` has {len(template.verbalizer.words)} label words for {len(self.labels)} labels."
-                )
+            template.check_columns(self.kind.spoken.prompted(self))
+
+    @property
+    def kind(self) -> TaskType:
+        """What the task's type says about its answers."""
+        return task_types[self.type]
 
     @property
     def metric(self) -> str:
@@ -148,13 +219,14 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Numbers a head gives per row: one per label, or one for regression."""
-        return len(self.labels) or 1
+        """Numbers a head gives: one a label, or one for a regression; 0 where no head fits."""
+        return self.kind.head.outputs(self) if self.kind.head else 0
 
     @property
     def is_runnable(self) -> bool:
         """Whether the rows are at hand without a network: package installed, or in the mirror."""
-        return any(source is not None and source.location is not None for source in (self.packaged, self.hub))
+        found = any(source is not None and source.location is not None for source in (self.packaged, self.hub))
+        return found or mirrored(self.mirror) is not None
 
 
 tasks: Registry[Callable[[], Task]] = Registry("task", "tasks")
@@ -176,35 +248,24 @@ def read_task(file: Path) -> Task:
     """The task in a YAML file; its name is the file's.
 
     Raises:
-        InvalidValue: not YAML, or unknown, missing or contradicting fields.
+        InvalidValue: not YAML, or unknown, missing or contradicting fields; the message names the file and the field.
     """
-    import yaml
-
+    fields = checked(file)
     try:
-        fields = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as cause:
-        raise InvalidValue(f"The task file `{file.name}` is not YAML: {cause}") from cause
-    known = set(Task.__dataclass_fields__) - {"name"}
-    for entry in fields:
-        if entry not in known:
-            raise InvalidValue(f"The task file `{file.name}` has the field `{entry}`, which tasks do not have. {nearest(entry, known)}")
-    labels = tuple(str(label) for label in fields.pop("labels", ()))
-    templates = tuple(_template(entry, labels, file) for entry in fields.pop("templates", ()))
-    for entry, kind in (("packaged", Packaged), ("hub", Hub), ("split", Split)):
-        if entry in fields:
-            fields[entry] = kind(**_frozen(fields[entry]))
-    return Task(name=file.stem, labels=labels, templates=templates, **_frozen(fields))
+        words, labels = fields.pop("words", None), tuple(fields.get("labels", ()))
+        templates = tuple(_template(entry, words, fields) for entry in fields.pop("templates", ()))
+        for entry, kind in (("packaged", Packaged), ("hub", Hub), ("split", Split), ("choices", Choices)):
+            if entry in fields:
+                fields[entry] = kind(**_frozen(fields[entry]))
+        return Task(**_frozen({"name": file.stem, **fields, "labels": labels, "templates": templates}))
+    except InvalidValue as cause:
+        raise InvalidValue(f"The task file `{file.name}`: {cause}") from cause
 
 
-def _template(entry: Mapping[str, Any], labels: tuple[str, ...], file: Path) -> Template:
-    words = entry.get("words")
-    if words is None:
-        return Template(entry["prompt"], Verbalizer(labels) if labels else None)
-    if set(words) != set(labels):
-        raise InvalidValue(
-            f"A template of `{file.name}` has words for {sorted(words)}, but the labels are {sorted(labels)}. Give each label one word."
-        )
-    return Template(entry["prompt"], Verbalizer(tuple(str(words[label]) for label in labels)))
+def _template(entry: str | Mapping[str, Any], words: Any, fields: Mapping[str, Any]) -> Template:
+    written = {"prompt": entry} if isinstance(entry, str) else entry
+    said = label_words(written.get("words", words), fields)
+    return Template(written["prompt"], Verbalizer(said) if said else None)
 
 
 def _frozen(fields: Mapping[str, Any]) -> dict[str, Any]:

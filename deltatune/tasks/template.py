@@ -1,13 +1,19 @@
-"""Templates and verbalizers: how a classification example becomes a prompt, and a label becomes a word."""
+"""Templates and verbalizers: how an example becomes a prompt, and a label becomes a word."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from deltatune.errors import InvalidValue, nearest
+from deltatune.tasks.rows import text_of
+
+OPTIONS, OPTION = "options", "option"
+"""The columns by which a prompt names the options of a choice: all, or one by its number from 1."""
+LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
@@ -53,23 +59,33 @@ class Template:
     verbalizer: Verbalizer | None = None
 
     def __post_init__(self) -> None:
-        try:
-            pieces = list(string.Formatter().parse(self.prompt))
-        except ValueError as cause:
-            raise InvalidValue(
-                f"The template {self.prompt!r} cannot be read: {cause}. Write columns as {{name}} and a brace as {{{{."
-            ) from cause
-        if not any(column for _, column, _, _ in pieces):
+        if not self.columns:
             raise InvalidValue(
                 f"The template {self.prompt!r} names no column, so every prompt would be the same. Write columns as {{name}}."
             )
         if self.prompt != self.prompt.rstrip():
             raise InvalidValue(f"The template {self.prompt!r} ends with a blank. Leave it out: the answer brings its own.")
 
+    @cached_property
+    def pieces(self) -> tuple[tuple[str, str, str], ...]:
+        """(text, column behind it, word that joins the column's entries), in order; the last column may be empty."""
+        try:
+            parsed = list(string.Formatter().parse(self.prompt))
+        except ValueError as cause:
+            raise InvalidValue(
+                f"The template {self.prompt!r} cannot be read: {cause}. Write columns as {{name}} and a brace as {{{{."
+            ) from cause
+        return tuple((text, column or "", joined or "") for text, column, joined, _ in parsed)
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns the prompt names, each once, in order."""
-        return tuple(dict.fromkeys(column for _, column, _, _ in string.Formatter().parse(self.prompt) if column))
+        return tuple(dict.fromkeys(column for _, column, _ in self.pieces if column))
+
+    @property
+    def lists_options(self) -> bool:
+        """The prompt lists a choice's options in lines with letters, so that the answer is a letter."""
+        return any(column == OPTIONS and not joined for _, column, joined in self.pieces)
 
     def check_columns(self, known: Iterable[str]) -> None:
         """Make sure that every column of the prompt exists.
@@ -85,12 +101,34 @@ class Template:
                 )
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """The prompt of one example; blanks around a value are left out.
+        r"""The prompt of one example; blanks around a value are left out.
 
         >>> Template("{text} Sentiment:").render({"text": "a {fine} film", "label": 1})
         'a {fine} film Sentiment:'
+        >>> Template("It is {options:or}.\n{options}").render({"options": ["hot", "cold"]})
+        'It is hot or cold.\nA. hot\nB. cold'
         """
-        return "".join(text + (str(row[column]).strip() if column else "") for text, column, _, _ in string.Formatter().parse(self.prompt))
+        return "".join([text + (_value(row, column, joined) if column else "") for text, column, joined in self.pieces])
+
+
+def _value(row: Mapping[str, Any], column: str, joined: str) -> str:
+    """What stands for a column: its text, or of a choice its options, or one of them."""
+    if column not in row and column.startswith(OPTION):
+        return text_of(row[OPTIONS][int(column.removeprefix(OPTION)) - 1]).strip()
+    value = row[column]
+    return listed(value, joined) if column == OPTIONS and isinstance(value, list | tuple) else text_of(value).strip()
+
+
+def listed(options: Sequence[Any], joined: str = "") -> str:
+    r"""Options for a prompt: in lines with letters, or in a sentence with a word before the last.
+
+    >>> listed(["yes", "no"]), listed(["a", "b", "c"], "or")
+    ('A. yes\nB. no', 'a, b or c')
+    """
+    texts = [text_of(option).strip() for option in options]
+    if not joined:
+        return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return f"{', '.join(texts[:-1])} {joined} {texts[-1]}" if len(texts) > 1 else texts[0]
 
 
 def plain_template(text: Sequence[str], label: str, words: Sequence[str]) -> Template:

@@ -12,7 +12,7 @@ from torch import nn
 
 from deltatune.backbones import backbone_id, load_backbone, load_config, load_tokenizer
 from deltatune.backbones.catalogue import catalogued
-from deltatune.errors import DeltaError, InvalidValue, Unsupported
+from deltatune.errors import DeltaError, InvalidValue
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
@@ -20,12 +20,12 @@ from deltatune.injection.entries import heads_of
 from deltatune.methods.kinds import Method, Spelled
 from deltatune.structure.index import index
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import Framing, HeadFraming
+from deltatune.tasks.framing import Framing, How, framings
 from deltatune.tasks.sampling import subset
-from deltatune.tasks.text2text import TextToTextFraming
 from deltatune.training.life import Trained
-from deltatune.training.objective import Objective, balanced_weights
+from deltatune.training.objective import Objective
 from deltatune.training.settings import Settings
+from deltatune.training.tokens import encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,12 +79,10 @@ class Job:
         """Encoded training rows, validation rows and the loss."""
         from deltatune.training.trainer import Material
 
-        task, head = self.data.task, isinstance(self.framing, HeadFraming)
-        weights = balanced_weights(task, self.data.train) if settings.class_weights else None
-        decoder = isinstance(self.framing, TextToTextFraming) and not self.framing.encoder_decoder
-        objective = Objective(task, head=head, decoder=decoder, class_weights=weights)
-        validation = subset(task, self.data.validation, settings.eval_rows) if settings.eval_rows else self.data.validation
-        return Material(self.framing, objective, self.framing.encode(self.data.train), validation)
+        weights = self.framing.class_weights(self.data.train) if settings.class_weights else None
+        objective = Objective(self.framing, weights)
+        validation = subset(self.data.task, self.data.validation, settings.eval_rows) if settings.eval_rows else self.data.validation
+        return Material(self.framing, objective, encoded(self.framing, self.data), validation)
 
     def dissolve(self) -> None:
         """Detach what was attached."""
@@ -110,9 +108,7 @@ def make_job(
     if isinstance(backbone, str):
         tokenizer = tokenizer or load_tokenizer(backbone)
         framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
-        labels = {"label_names": data.task.labels} if data.task.labels else {"num_labels": 1}
-        options: dict[str, Any] = labels if isinstance(framing, HeadFraming) else {}
-        options |= {"quantize": settings.quantize, "new_head": settings.new_head}
+        options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
         module = load_backbone(backbone, auto_class=framing.auto_class, **options)
     else:
         module = backbone
@@ -131,7 +127,7 @@ def spelled(methods: Sequence[Method], tokenizer: PreTrainedTokenizerBase, frami
 
     The labels go by their words where the framing has words for them, else by their names.
     """
-    verbalizer = framing.template.verbalizer if isinstance(framing, TextToTextFraming) else None
+    verbalizer = framing.template.verbalizer if framing.template is not None else None
     labels = verbalizer.words if verbalizer is not None else framing.task.labels
     return [method.spell(tokenizer, labels) if isinstance(method, Spelled) else method for method in methods]
 
@@ -159,26 +155,18 @@ def attached_job(trained: Delta | Composition, data: TaskData, settings: Setting
 
 
 def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Framing:
-    """The framing that was asked for; left to us, a head for encoders and label words for models with a decoder.
+    """The framing that was asked for; left to us, a head for encoders, and for models with a decoder what the task's type prefers.
 
     Raises:
-        Unsupported: label words were asked of an encoder.
+        Unsupported: the task or the model does not take the framing.
         InvalidValue: a template was asked for with a head.
     """
     name = settings.framing
     if name == "auto":
-        speaks = kind != "encoder" and (task.type == "text2text" or (task.type == "classification" and bool(task.templates)))
-        name = "text2text" if speaks else "head"
-    if name == "head" and settings.template:
-        raise InvalidValue(
-            f"`template={settings.template}` was asked for, but `{task.name}` is put to a head here, which takes no template. "
-            "Leave it out, or choose the text2text framing (`framing=text2text`), for models with a decoder."
-        )
-    if name == "head":
-        return HeadFraming(task, tokenizer, settings.max_length)
-    if kind == "encoder":
-        raise Unsupported("The text2text framing was asked for, but an encoder writes no words. Use the head framing.")
-    return TextToTextFraming(task, tokenizer, settings.max_length, template=settings.template, encoder_decoder=kind == "encoder-decoder")
+        worded = kind != "encoder" and task.kind.speaks and (bool(task.templates) or task.kind.head is None)
+        name = task.kind.words if worded else "head"
+    how = How(settings.max_length, kind, settings.template, settings.manual_template, settings.packing)
+    return framings[name].make(task, tokenizer, how)
 
 
 def kind_of(backbone: str | nn.Module) -> Kind:
@@ -216,9 +204,9 @@ def _name_of(module: nn.Module) -> str:
 def _check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
     if settings.quantize is not None:
         raise InvalidValue(f"`quantize={settings.quantize}` needs a backbone by name, but a model was given. Quantise it yourself.")
-    if not isinstance(framing, HeadFraming):
+    if framing.outputs is None:
         return
-    wanted, said, made = framing.task.outputs, getattr(getattr(module, "config", None), "num_labels", None), _head_size(module)
+    wanted, said, made = framing.outputs, getattr(getattr(module, "config", None), "num_labels", None), _head_size(module)
     if not {said, made} <= {wanted, None}:
         found = f"{said if made is None else made} outputs" + (f", and its config says {said}" if said != made is not None else "")
         raise InvalidValue(

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.checkpoint.format import read
 from deltatune.errors import DataError
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import Framing, HeadFraming, Watch, check_rows
-from deltatune.tasks.text2text import TextToTextFraming
-from deltatune.training.evaluation import answers, score_rows
+from deltatune.tasks.framing import Answer, Framing, How, check_rows, framings
+from deltatune.tasks.rows import Row
+from deltatune.tasks.tensors import Watch
+from deltatune.training.evaluation import score_rows
+from deltatune.training.job import kind_of
 from deltatune.training.opening import delta_folder, open
 from deltatune.training.place import DELTA
 from deltatune.training.recorded import task_of, training_of
@@ -34,7 +36,7 @@ class Prediction:
     """What a delta says about one text.
 
     Attributes:
-        label: the label's name, a list of names (multilabel), a number (regression), or a text (text2text).
+        label: the label's name, a list of names (multilabel, tagging), a number (regression), or a text.
         score: the label's probability; of several the least; None for a number or a text.
         scores: probability by label name.
     """
@@ -68,12 +70,7 @@ class Predictor:
         record = read(delta_folder(folder))
         task, training = task_of(record), training_of(record)
         backbone, tokenizer, delta = open(folder, **options)
-        framing: Framing
-        if training["framing"] == "head":
-            framing = HeadFraming(task, tokenizer, training["max_length"])
-        else:
-            both = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
-            framing = TextToTextFraming(task, tokenizer, training["max_length"], encoder_decoder=both)
+        framing = framings[training["framing"]].make(task, tokenizer, How(training["max_length"], kind_of(backbone)))
         return cls(backbone, tokenizer, delta, framing)
 
     def __call__(self, texts: Text | Sequence[Text], batch_size: int = 64, watch: Watch = iter) -> list[Prediction]:
@@ -87,13 +84,9 @@ class Predictor:
         Raises:
             DataError: an empty text, or a pair where the task has one column.
         """
-        several = [texts] if isinstance(texts, str | Mapping) else list(texts)
-        rows = [_row(self.framing.task, text) for text in several]
-        check_rows(self.framing.task, rows)
-        if isinstance(self.framing, TextToTextFraming) and not self.framing.words:
-            return [Prediction(text, None, {}) for text in answers(self.framing, self.backbone, rows, batch_size, watch=watch)]
-        scores = self.framing.score(self.backbone, rows, batch_size, watch)
-        return [_prediction(self.framing, row, said) for row, said in zip(scores, self.framing.predict(scores), strict=True)]
+        rows = asked(self.framing.task, texts)
+        answers = self.framing.answers(self.backbone, rows, batch_size, watch=watch)
+        return [_prediction(self.framing.task, row, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def predict(source: str | os.PathLike[str] | Predictor, texts: Text | Sequence[Text], batch_size: int = 64) -> list[Prediction]:
@@ -143,26 +136,30 @@ def data_of(folder: str | os.PathLike[str]) -> TaskData:
     task, path = task_of(read(delta_folder(folder))), Path(folder).expanduser()
     for place in (path, path.parent) if path.name == DELTA else (path,):
         if (place / RUN_FILE).is_file():
-            return load_data(read_run(place).task)
+            run = read_run(place)
+            return load_data(run.task, run.settings.temperature)
     return load_data(task.name)
 
 
-def _row(task: Task, text: Text) -> dict[str, str]:
+def asked(task: Task, texts: Text | Sequence[Text]) -> list[Row]:
+    """A user's texts as rows of the task, to be answered.
+
+    Raises:
+        DataError: an empty text, or more or fewer texts in a row than the task has columns.
+    """
+    rows = [_row(task, text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
+    check_rows(task, rows)
+    return rows
+
+
+def _row(task: Task, text: Text) -> Row:
     if isinstance(text, Mapping):
-        return {column: str(text.get(column, "")) for column in task.text}
-    parts = [text] if isinstance(text, str) else list(text)
-    if len(parts) != len(task.text):
-        raise DataError(f"`{task.name}` takes {len(task.text)} text(s) a row ({', '.join(task.text)}); {len(parts)} were given.")
-    return dict(zip(task.text, map(str, parts), strict=True))
+        return task.kind.asking.asked(task, text)
+    return task.kind.asking.given(task, [text] if isinstance(text, str) else [str(part) for part in text])
 
 
-def _prediction(framing: Framing, scores: Tensor, said: Any) -> Prediction:
-    task = framing.task
-    if task.type == "regression":
-        return Prediction(float(said), None, {})
-    shares = scores.sigmoid() if task.type == "multilabel" else scores.softmax(-1)
-    by_name = dict(zip(task.labels, shares.tolist(), strict=True))
-    if task.type == "multilabel":
-        names = [task.labels[index] for index in said]
-        return Prediction(names, min((by_name[name] for name in names), default=None), by_name)
-    return Prediction(task.labels[said], by_name[task.labels[said]], by_name)
+def _prediction(task: Task, row: Row, answer: Answer) -> Prediction:
+    named = task.kind.named(task, row, answer.value)
+    names = named if isinstance(named, list) else [named]
+    known = [answer.shares[name] for name in names if name in answer.shares] if answer.shares else []
+    return Prediction(named, min(known, default=None), dict(answer.shares))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deltatune.checkpoint.record import Record
 from deltatune.errors import CheckpointError, DeltaError
 from deltatune.tasks import Task, Template, Verbalizer
+from deltatune.tasks.framing import framings
 
 TOLD: dict[str, Callable[[Any], bool]] = {
-    "framing": lambda value: value in ("head", "text2text"),
+    "framing": lambda value: isinstance(value, str) and value in framings,
     "max_length": lambda value: isinstance(value, int) and value > 0,
     "type": lambda value: isinstance(value, str),
-    "text": lambda value: _are_names(value),
+    "text": lambda value: isinstance(value, list | tuple) and all(isinstance(name, str) for name in value),
     "label": lambda value: isinstance(value, str),
     "metrics": lambda value: _are_names(value),
 }
@@ -54,7 +55,8 @@ def task_of(record: Record) -> Task:
             label=training["label"],
             labels=tuple(about.labels or ()),
             metrics=tuple(training["metrics"]),
-            templates=() if about.template is None else (_template(record),),
+            templates=() if about.template is None else (_template(record, about.template),),
+            **_own(record, training),
         )
     except CheckpointError:
         raise
@@ -65,8 +67,74 @@ def task_of(record: Record) -> Task:
     return task
 
 
-def _template(record: Record) -> Template:
-    written = record.about.template
+def of_type(task: Task) -> dict[str, Any]:
+    """What a task's type needs to know again, as plain values; the inverse is read with the record."""
+    told: dict[str, Any] = {}
+    if task.range is not None:
+        told["range"] = list(task.range)
+    if task.context:
+        told["context"] = task.context
+    if task.parts:
+        told["parts"] = [_told(part) for part in task.parts]
+    return told
+
+
+def _told(task: Task) -> dict[str, Any]:
+    template = task.templates[0] if task.templates else None
+    return {
+        "name": task.name,
+        "type": task.type,
+        "text": list(task.text),
+        "label": task.label,
+        "labels": list(task.labels),
+        "metrics": list(task.metrics),
+        "template": None if template is None else {"prompt": template.prompt, "words": _words(template)},
+        **of_type(task),
+    }
+
+
+def _words(template: Template) -> list[str] | None:
+    return list(template.verbalizer.words) if template.verbalizer else None
+
+
+def _own(record: Record, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that belong to the task's type."""
+    limits, context, parts = told.get("range"), told.get("context", ""), told.get("parts", [])
+    if limits is not None and not (isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_number, limits))):
+        raise _edited(record, f"{limits!r} for the range of its numbers")
+    if not isinstance(context, str) or not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+        raise _edited(record, f"{context!r} for its context, or {parts!r} for its parts")
+    return {
+        "range": None if limits is None else (float(limits[0]), float(limits[1])),
+        "context": context,
+        "parts": tuple(_part(record, part) for part in parts),
+    }
+
+
+def _part(record: Record, told: Mapping[str, Any]) -> Task:
+    for name in ("name", "type", "label"):
+        if not isinstance(told.get(name), str):
+            raise _edited(record, f"{told.get(name)!r} for `{name}` of a part")
+    for name in ("text", "labels", "metrics"):
+        if not isinstance(told.get(name), list | tuple) or not all(isinstance(one, str) for one in told[name]):
+            raise _edited(record, f"{told.get(name)!r} for `{name}` of a part")
+    return Task(
+        name=told["name"],
+        type=told["type"],
+        text=tuple(told["text"]),
+        label=told["label"],
+        labels=tuple(told["labels"]),
+        metrics=tuple(told["metrics"]),
+        templates=() if told.get("template") is None else (_template(record, told["template"]),),
+        **_own(record, told),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _template(record: Record, written: Any) -> Template:
     if not isinstance(written, dict) or not isinstance(written.get("prompt"), str):
         raise _edited(record, f"{written!r} for its template")
     words = written.get("words")

@@ -26,6 +26,8 @@ class Result:
         score: the metric on the test rows.
         metric: its name.
         metrics: all of the task's metrics on the test rows.
+        intervals: 95 % bootstrap intervals of these metrics over the test rows.
+        degenerate: the model says the same to every test row, though the truth differs.
         trainable_parameters: how many numbers were trained.
         total_parameters: of the backbone.
         seconds: the training took, evaluations and checkpoints included.
@@ -43,6 +45,8 @@ class Result:
     score: float
     metric: str
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    degenerate: bool
     trainable_parameters: int
     total_parameters: int
     seconds: float

@@ -16,6 +16,7 @@ from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
 from deltatune.tasks.files import task_from_file
+from deltatune.tasks.mixture import load_mixture
 from deltatune.training.entries import DATA, RUN, checked
 from deltatune.training.settings import Settings
 
@@ -30,17 +31,17 @@ class DataFile:
         path: a CSV, JSONL or Parquet file.
         text: the text column, or two for pairs.
         label: the label column.
-        type: classification, regression or text2text.
+        type: a task type, such as classification, regression or generation; seen from the columns if left out.
     """
 
     path: str
     text: str | tuple[str, ...] = "text"
     label: str = "label"
-    type: str = "classification"
+    type: str | None = None
 
     def load(self) -> TaskData:
         """Read the file."""
-        return task_from_file(self.path, text=self.text, label=self.label, type=self.type)  # type: ignore[arg-type]
+        return task_from_file(self.path, text=self.text, label=self.label, type=self.type)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class Run:
 
     def _plain(self) -> dict[str, Any]:
         recipes = [method_to_dict(method) for method in self.methods]
-        task = {"task": self.task} if isinstance(self.task, str) else {"data": _lists(dataclasses.asdict(self.task))}
+        task = (
+            {"task": self.task}
+            if isinstance(self.task, str)
+            else {"data": {name: value for name, value in _lists(dataclasses.asdict(self.task)).items() if value is not None}}
+        )
         return {
             "backbone": self.backbone,
             **task,
@@ -158,10 +163,12 @@ def method_from_dict(entries: Mapping[str, Any]) -> Method:
     return make(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
 
 
-def load_data(task: str | Task | TaskData | DataFile) -> TaskData:
-    """The rows of whatever names a task."""
+def load_data(task: str | Task | TaskData | DataFile, temperature: float = 1.0) -> TaskData:
+    """The rows of whatever names a task; of several names with commas between, a mixture with that temperature."""
     if isinstance(task, TaskData):
         return task
+    if isinstance(task, str) and "," in task:
+        return load_mixture([name.strip() for name in task.split(",") if name.strip()], temperature)
     return task.load() if isinstance(task, DataFile) else load_task(task)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from deltatune.errors import InvalidValue, UnknownName, nearest
+from deltatune.tasks.framing import framings
 
-FramingName = Literal["auto", "head", "text2text"]
 Quantize = Literal["int8", "nf4"]
 Precision = Literal["fp32", "bf16"]
 
@@ -42,8 +42,13 @@ class Settings:
         save_steps: steps between two checkpoints; None saves when validation rows are scored.
         class_weights: weigh classes by 1 / frequency in the loss, so that rare ones count as much.
         new_head: give the task a fresh head where the backbone's file holds one with another number of outputs.
-        framing: ``head`` (one output per label), ``text2text`` (label words), or ``auto``, by the backbone's kind.
-        template: which of the task's templates the text-to-text framing uses.
+        framing: ``head`` (one output per label), ``text2text`` (words), ``cloze`` (a masked word), or ``auto``, by the backbone's kind.
+        template: which of the task's templates the text-to-text and the cloze framing use.
+        manual_template: with the task's template; without, the columns stand alone, and only the label words are kept.
+        temperature: of a mixture of tasks; 1 takes each row once, more lets small tasks give more rows.
+        shots: train on so many rows of each class (or in all, where there are no classes), and validate on as many; None takes all.
+        shots_seed: of the draw of these rows.
+        packing: fill each training example with several texts or chats, which do not see each other.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
         seed: of the head's weights, the patches' weights, dropout and the order of rows.
         report_to: experiment trackers of transformers, such as ``("tensorboard",)``.
@@ -71,8 +76,13 @@ class Settings:
     save_steps: int | None = None
     class_weights: bool = False
     new_head: bool = False
-    framing: FramingName = "auto"
+    framing: str = "auto"
     template: int = 0
+    manual_template: bool = True
+    packing: bool = False
+    temperature: float = 1.0
+    shots: int | None = None
+    shots_seed: int = 13
     quantize: Quantize | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()
@@ -83,14 +93,15 @@ class Settings:
             self._check_size(field.name, getattr(self, field.name))
         for name in ("epochs", "batch_size", "grad_accumulation", "max_length", "eval_batch_size"):
             self._check(name, getattr(self, name) > 0, "greater than 0")
-        for name in ("weight_decay", "max_grad_norm", "evaluations", "eval_rows", "test_rows", "template", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "evaluations", "eval_rows", "test_rows", "template", "seed", "shots_seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("warmup", 0 <= self.warmup < 1, "a share of all steps, at least 0 and less than 1")
-        for name in ("max_steps", "lr", "early_stopping", "save_steps"):
+        for name in ("max_steps", "lr", "early_stopping", "save_steps", "shots"):
             value = getattr(self, name)
             self._check(name, value is None or value > 0, "greater than 0, or left out")
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
-        self._check("framing", self.framing in get_args(FramingName), f"one of {', '.join(get_args(FramingName))}")
+        self._check("temperature", self.temperature >= 1, "1 or more")
+        self._check("framing", self.framing == "auto" or self.framing in framings, f"one of auto, {', '.join(framings)}")
         self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")
 
     def _check_size(self, name: str, value: Any) -> None:

@@ -23,14 +23,14 @@ from deltatune.methods.kinds import Method
 from deltatune.methods.making import make
 from deltatune.structure.where import Where
 from deltatune.tasks import Task, TaskData
-from deltatune.tasks.framing import HeadFraming
-from deltatune.tasks.sampling import subset
-from deltatune.tasks.text2text import TextToTextFraming
+from deltatune.tasks.metrics import Measured
+from deltatune.tasks.sampling import k_shot, subset
 from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
-from deltatune.training.evaluation import score_rows
+from deltatune.training.evaluation import measure_rows
 from deltatune.training.job import Job, attached_job, make_job, name_of
 from deltatune.training.place import CURVE, RunFolder, is_main
+from deltatune.training.recorded import of_type
 from deltatune.training.result import Result
 from deltatune.training.run import DataFile, Run, installed_versions, load_data
 from deltatune.training.settings import Settings
@@ -63,7 +63,7 @@ def train(
 
     Args:
         backbone: an alias, installed package, folder or hub id; or a transformers model, which keeps the delta.
-        task: a task's name, its definition, its rows, or a ``DataFile`` of your own.
+        task: a task's name, or several with commas between; its definition, its rows, or a ``DataFile`` of your own.
         method: a recipe, its name, or several that train together; or what is attached to the model already: a delta that
             trains further, or a composition whose mixers train, with those of its members that are not frozen.
         where: sites, as in ``attach``; the method's default roles if left out.
@@ -92,15 +92,15 @@ def train(
     if isinstance(method, Delta | Composition):
         if method.backbone is not backbone or where is not None or layers is not None:
             raise InvalidValue(f"`{method.name}` is attached already. Give train the model it sits on, and neither `where` nor `layers`.")
-        return _train_attached(method, load_data(task), task, chosen, tokenizer, out, overwrite, progress)
+        return _train_attached(method, load_data(task, chosen.temperature), task, chosen, tokenizer, out, overwrite, progress)
     methods = tuple(make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method))
     if not methods:
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
-    data = load_data(task)
+    data = load_data(task, chosen.temperature)
     run = _run(backbone, task, data, methods, chosen, _written(where), layers)
     place = None if out is None or callable(where) else RunFolder(out, run, overwrite=overwrite)
     with trainer_modules():
-        job = make_job(backbone, data, methods, where, layers, chosen, tokenizer)
+        job = make_job(backbone, sampled(data, chosen), methods, where, layers, chosen, tokenizer)
         try:
             if callable(where):
                 run = dataclasses.replace(run, where=_paths(job))
@@ -127,12 +127,17 @@ def _train_attached(
     members = trained.deltas if isinstance(trained, Composition) else [trained]
     run = _run(trained.backbone, task, data, tuple(delta.method for delta in members), settings)
     with trainer_modules():
-        job = attached_job(trained, data, settings, tokenizer)
+        job = attached_job(trained, sampled(data, settings), settings, tokenizer)
         result = _conduct(job, run, None, show)
     if out is not None and is_main():
         result.out = _save(job, run, result, Path(out).expanduser(), overwrite=overwrite)
         result.delta_bytes = bytes_in(result.out)
     return result
+
+
+def sampled(data: TaskData, settings: Settings) -> TaskData:
+    """The rows that a run sees: all, or a few of each class."""
+    return data if settings.shots is None else k_shot(data, settings.shots, settings.shots_seed)
 
 
 def _run(
@@ -162,7 +167,7 @@ def replay(run: Run, *, out: str | os.PathLike[str] | None = None, overwrite: bo
     Raises:
         InvalidValue: its data is not what it was.
     """
-    data = load_data(run.task)
+    data = load_data(run.task, run.settings.temperature)
     if run.fingerprint and data.fingerprint != run.fingerprint:
         raise InvalidValue(
             f"The run was trained on other rows of `{data.task.name}` (fingerprint {run.fingerprint[:12]}) than are found now "
@@ -203,8 +208,8 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
         course = _course(job, run.settings, place, show, stack) if job.trains else Course()
         test = subset(job.data.task, job.data.test, run.settings.test_rows) if run.settings.test_rows else job.data.test
         with watching(f"{_label(job)} test rows", show=show if is_main() else "none") as watch:
-            metrics = score_rows(job.framing, job.backbone, test, run.settings.eval_batch_size, watch)
-        result = _result(job, metrics, course)
+            measured = measure_rows(job.framing, job.backbone, test, run.settings.eval_batch_size, watch)
+        result = _result(job, measured, course)
         if place is not None and is_main():
             _write(job, run, place, result)
         return result
@@ -254,12 +259,15 @@ def _label(job: Job) -> str:
     return "+".join(one.name for one in job.trained)
 
 
-def _result(job: Job, metrics: dict[str, float], course: Course) -> Result:
+def _result(job: Job, measured: dict[str, Measured], course: Course) -> Result:
+    score = measured[job.metric]
     budgets = [one.budget() for one in job.trained]
     return Result(
-        score=metrics["score"],
+        score=score.value,
         metric=job.metric,
-        metrics={name: value for name, value in metrics.items() if name != "score"},
+        metrics={name: one.value for name, one in measured.items()},
+        intervals={name: (one.low, one.high) for name, one in measured.items()},
+        degenerate=score.degenerate,
         trainable_parameters=sum(budget.delta for budget in budgets),
         total_parameters=budgets[0].N,
         seconds=course.seconds,
@@ -313,23 +321,24 @@ def bytes_in(folder: Path) -> int:
 
 def training_record(job: Job, settings: Settings) -> dict[str, Any]:
     """What a delta file says about its training: enough to open it and to put new texts to it."""
-    task = job.data.task
+    task = job.framing.task
     return {
         **settings.to_dict(),
         "lr": job.lr,
-        "framing": "head" if isinstance(job.framing, HeadFraming) else "text2text",
+        "framing": job.framing.name,
         "auto_class": job.framing.auto_class,
         "type": task.type,
         "text": list(task.text),
         "label": task.label,
         "metrics": list(task.metrics),
+        **of_type(task),
     }
 
 
 def _template(job: Job) -> dict[str, Any] | None:
-    if not isinstance(job.framing, TextToTextFraming):
-        return None
     template = job.framing.template
+    if template is None:
+        return None
     return {"prompt": template.prompt, "words": list(template.verbalizer.words) if template.verbalizer else None}
 
 

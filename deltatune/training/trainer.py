@@ -15,7 +15,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from deltatune.errors import CheckpointError
 from deltatune.injection.compose import optimizer_groups
 from deltatune.tasks import Rows
-from deltatune.tasks.framing import Features, Framing
+from deltatune.tasks.framing import Framing
+from deltatune.tasks.tensors import Features, length_of
 from deltatune.training.batches import LengthGrouped
 from deltatune.training.callback import DeltaCallback
 from deltatune.training.evaluation import score_rows
@@ -121,7 +122,7 @@ class DeltaTrainer(Trainer):
         life.finish()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [len(feature["input_ids"]) for feature in self.material.train]
+        lengths = [length_of(feature) for feature in self.material.train]
         return LengthGrouped(lengths, self.args.train_batch_size, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

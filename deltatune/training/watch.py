@@ -6,13 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from deltatune.tasks.framing import Watch
+from deltatune.tasks.tensors import Watch
 
 Show = Literal["auto", "bar", "lines", "none"]
 """How to show it; ``auto`` is a bar on a terminal and lines elsewhere."""
@@ -38,10 +37,10 @@ def watching(label: str, file: TextIO | None = None, show: Show = "auto") -> Ite
         yield iter
         return
     if not is_bar(show, out):
-        yield partial(_watched, _lines(label, out))
+        yield lambda batches: _watched(_lines(label, out), batches)
         return
     with progress_bar(out, transient=True) as bar:
-        yield partial(_watched, _moves(label, bar))
+        yield lambda batches: _watched(_moves(label, bar), batches)
 
 
 def is_bar(show: Show, file: TextIO) -> bool:

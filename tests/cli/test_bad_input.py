@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deltatune.checkpoint.record import sealed
+from deltatune.training.predict import Predictor
 from tests.cli.conftest import Call, refused, tune_words, write_texts
 from tests.training.tiny import folder
 
@@ -120,7 +121,8 @@ def test_data_that_cannot_be_used(content: bytes, parts: tuple[str, ...], call: 
     assert not out.exists()
 
 
-def test_texts_that_cannot_be_labelled(call: Call, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_cannot_be_labelled_cost_no_loading(call: Call, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Predictor, "open")
     refused(call("predict", finished, "goal", "  "), "Row 2", "no text")
     refused(call("predict", finished, b"caf\xe9".decode("utf-8", "surrogateescape")), "not UTF-8")
     for piped, parts in ((b"goal\ncaf\xe9\n", ("not UTF-8", "line 2")), (b"", ("no text",)), (b"goal\n\nteam\n", ("Row 2", "no text"))):

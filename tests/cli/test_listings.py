@@ -61,17 +61,57 @@ def test_no_task_is_a_sentence(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Task, "is_runnable", False)
     shown = call("tasks", "--category", "topic", "--runnable").out
     assert shown.startswith("No task of the category topic is runnable here. deltatune tasks show NAME says")
+    assert call("tasks", "--category", "topic", "--metric", "pearson").out == "No task of the category topic scored by pearson is known.\n"
+
+
+def test_tasks_say_what_they_ask_for_and_whether_they_are_here(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "is_runnable", property(lambda task: task.name == "bbc-news"))
+    lines = call("tasks", "--category", "topic").out.splitlines()
+    found = {words[1] if words[0] == "*" else words[0]: words for words in map(str.split, lines) if words}
+    assert found["bbc-news"] == ["*", "bbc-news", "one", "of", "5", "accuracy"]
+    assert found["ag-news"] == ["ag-news", "one", "of", "4", "accuracy"]
+    assert lines[0] == "topic" and ", 1 runnable here (*)." in lines[-1]
 
 
 def test_one_task(call: Call) -> None:
     told = json.loads(call("tasks", "show", "bbc-news", "--rows", "2", "--json").out)
     assert told["labels"] == ["business", "entertainment", "politics", "sports", "tech"]
-    assert sum(told["rows"].values()) == 2127
+    assert sum(told["rows"].values()) == 2124
     assert len(told["examples"]) == 2
     shown = call("tasks", "show", "bbc-news", "--rows", "2").out
     assert shown.count("label: ") == 2
     assert "template 0" in shown and "1,4" in shown
     assert "examples" not in json.loads(call("tasks", "show", "bbc-news", "--rows", "0", "--json").out)
+
+
+def test_tasks_of_a_metric(call: Call) -> None:
+    found = listed(call, "tasks", "list", "--metric", "pearson")
+    assert found and all("pearson" in entry["metrics"] for entry in found)
+    assert {entry["type"] for entry in found} == {"regression"}
+    failed = call("tasks", "list", "--metric", "pearsn")
+    assert failed.code != 0 and "Did you mean `pearson`" in failed.err
+
+
+def test_preview_shows_each_framing(call: Call) -> None:
+    told = json.loads(call("tasks", "preview", "bbc-news", "--rows", "2", "--json").out)["framings"]
+    assert told.keys() == {"head", "text2text", "cloze"}
+    assert [len(examples) for examples in told.values()] == [2, 2, 2]
+    [[plain], _] = told["head"]
+    first, second = told["text2text"][0]
+    assert first["input"].startswith(plain["input"][:50]) and first["input"].endswith("is")
+    assert second["input"].endswith("Answer:") and first["answer"] == second["answer"]
+    assert told["cloze"][0][0]["input"].endswith("[MASK]")
+    shown = call("tasks", "preview", "bbc-news", "--rows", "2").out
+    assert shown.count("text2text, template") == 2 and f"[{first['answer']}]" in shown
+
+
+def test_stats(call: Call) -> None:
+    told = json.loads(call("tasks", "stats", "bbc-news", "--json").out)
+    assert told["rows"] == {"train": 1487, "validation": 212, "test": 425} and told["unit"] == "words"
+    assert told["lengths"]["train"]["median"] < told["lengths"]["train"]["p95"] <= told["lengths"]["train"]["longest"]
+    assert sum(told["answers"].values()) == 1487
+    assert told["constant"]["accuracy"]["degenerate"] and 0.2 < told["constant"]["accuracy"]["value"] < 0.3
+    assert "always the commonest" in call("tasks", "stats", "bbc-news").out
 
 
 def test_backbones(call: Call) -> None:

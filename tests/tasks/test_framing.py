@@ -80,5 +80,13 @@ def test_the_loss_of_a_model_is_that_of_the_labels(films: Task, tokenizer: PreTr
 def test_refusals(films: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(Unsupported, match="generates text"):
         HeadFraming(replace(films, type="text2text"), tokenizer)
-    with pytest.raises(Unsupported, match="has 3 text columns"):
-        HeadFraming(replace(films, text=("text", "a", "b")), tokenizer)
+
+
+def test_of_three_texts_the_longest_is_cut(films: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    task = replace(films, text=("a", "b", "c"), templates=())
+    row = {"a": "a fine film", "b": "the plot is thin but the cast is fine and good " * 3, "c": "boring"}
+    whole = tokenizer.decode(HeadFraming(task, tokenizer, max_length=64).encode_inputs([row])[0]["input_ids"])
+    assert whole.startswith("a fine film\nthe plot is thin") and whole.endswith("\nboring")
+    short = HeadFraming(task, tokenizer, max_length=20).encode_inputs([row])[0]["input_ids"]
+    assert len(short) == 20
+    assert tokenizer.decode(short).startswith("a fine film\n") and tokenizer.decode(short).endswith("\nboring")

@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 
 from deltatune.errors import DataError, InvalidValue
-from deltatune.tasks import k_shot, load_task, subset
+from deltatune.tasks import Rows, Task, k_shot, load_task, subset
 from deltatune.tasks.loading import TaskData
+from deltatune.tasks.sampling import SEEDS
 
-DRAWN = "72669a09ef4abbc7"
+DRAWN = "c06ae3ae11eee598"
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +48,12 @@ def test_subset(news: TaskData) -> None:
     assert subset(news.task, news.test, 9999) is news.test
     with pytest.raises(InvalidValue, match="`most` is 0"):
         subset(news.task, news.test, 0)
+
+
+def test_customary_numbers_of_shots(news: TaskData) -> None:
+    assert Counter(k_shot(news, seed=SEEDS[0]).train["label"]) == dict.fromkeys(range(5), 16)
+    task = Task("free", "generation", ("text",), "target")
+    rows = Rows({"text": [str(k) for k in range(80)], "target": ["x"] * 80})
+    few = k_shot(TaskData(task, rows, rows, rows, "made up"))
+    assert len(few.train) == len(few.validation) == 32 and few.notes == ("32 shots, seed 13",)
+    assert SEEDS == (13, 21, 42, 87, 100)

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltatune.errors import InvalidValue
@@ -29,8 +29,8 @@ def test_duplicates_and_contradictions() -> None:
     ]
     kept, left_out = without_duplicates(rows, ["text"], "label")
     assert [row["text"] for row in kept if row["label"] == 0] == ["same"]
-    assert {row["text"] for row in kept} == {"same", "Other  spelling", "other spelling"}
-    assert left_out == {"duplicates": 1, "contradictions": 2}
+    assert {row["text"] for row in kept} == {"same", "Other  spelling"}
+    assert left_out == {"duplicates": 2, "contradictions": 2}
 
 
 def test_shares_hold_in_every_class() -> None:
@@ -50,6 +50,7 @@ def test_a_cap_keeps_at_most_so_many_rows_and_is_a_subset() -> None:
     assert set().union(*few.values()) < {row["text"] for row in LABELLED}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text(alphabet="aB \n", min_size=1, max_size=6), min_size=5, max_size=60))
 def test_no_text_of_test_is_in_train_in_any_spelling(values: list[str]) -> None:
     parts = cut([{"text": value, "label": 0} for value in values], ["text"], "label", Split(0.2, 0.3))

@@ -54,7 +54,7 @@ def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any
     elif kind == "move":
         replaced.move = counted(replaced.move)
     elif kind == "test":
-        main.score_rows = counted(main.score_rows)  # type: ignore[attr-defined]
+        main.measure_rows = counted(main.measure_rows)  # type: ignore[attr-defined]
     else:
         trainer.mark_complete = counted(files.mark_complete)  # type: ignore[attr-defined]
     run(name, method, out, **options)

@@ -30,7 +30,7 @@ def test_loose_values_become_typed() -> None:
         ({"max_steps": 1.5}, "whole number"),
         ({"bf16": "perhaps"}, "true or false"),
         ({"quantize": "int3"}, "one of int8, nf4"),
-        ({"framing": "tail"}, "one of auto, head, text2text"),
+        ({"framing": "tail"}, "one of auto, .*cloze, head, .*text2text"),
         ({"early_stopping": 2, "evaluations": 0}, "`evaluations` above 0"),
         ({"lr": "inf"}, "`lr` is inf; it has to be a finite number"),
         ({"epochs": "1e999"}, "a finite number"),

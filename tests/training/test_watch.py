@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 import deltatune as dt
-from deltatune.tasks.framing import HeadFraming, by_length
+from deltatune.tasks import Rows, Task, TaskData
+from deltatune.tasks.framing import HeadFraming, How, framings
+from deltatune.tasks.tensors import by_length
 from deltatune.training import watch
 from deltatune.training.evaluation import score_rows
 from deltatune.training.watch import Show, watching
 from tests.training import tiny
+from tests.training.test_mixture import both
+from tests.training.test_types import DATA
 
 BATCHES = [[0, 2], [1, 3], [4]]
+TEXTS = Rows({"text": tiny.rows(9, 3)["text"]})
+PLAIN = TaskData(Task("texts", "plain", ("text",), "text", metrics=("perplexity",)), TEXTS, TEXTS, TEXTS, "made up")
 
 
 class Terminal(io.StringIO):
@@ -30,6 +37,14 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     first, second = file.getvalue().splitlines()
     assert first.startswith("scoring 2/5: ") and second.startswith("scoring 4/5: ")
     assert "rows/s" in first and first.endswith(" left")
+
+
+def test_each_scoring_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SECONDS", 0.0)
+    file = io.StringIO()
+    with watching("scoring", file) as watched:
+        assert [*watched(BATCHES), *watched(BATCHES)] == BATCHES * 2
+    assert [line.split(":")[0] for line in file.getvalue().splitlines()] == ["scoring 2/5", "scoring 4/5"] * 2
 
 
 def test_what_is_quick_shows_nothing() -> None:
@@ -62,6 +77,21 @@ def test_a_score_is_the_same_whether_or_not_somebody_watches() -> None:
     with torch.random.fork_rng():
         assert score_rows(framing, model, data.test, 4, watched) == score_rows(framing, model, data.test, 4)
     assert sorted(row for batch in seen for row in batch) == list(range(len(data.test)))
+
+
+@pytest.mark.parametrize("name", ["head", "text2text", "written", "mixture", "plain"])
+def test_every_framing_is_watched(name: str) -> None:
+    data = {"head": DATA["choice"], "written": DATA["generation"], "mixture": both(), "plain": PLAIN}.get(name, tiny.data())
+    model = tiny.backbone("bert" if name == "head" else "llama")
+    framing = framings[{"written": "text2text"}.get(name, name)].make(data.task, tiny.tokenizer(), How(64, "decoder"))
+    seen: list[list[int]] = []
+
+    def watched(batches: Sequence[list[int]]) -> Sequence[list[int]]:
+        seen.extend(batches)
+        return batches
+
+    assert framing.judged(model, data.test, 4, watch=watched) == framing.judged(model, data.test, 4)
+    assert sum(map(len, seen)) == len(data.test) and max(map(len, seen)) == 4
 
 
 @pytest.mark.parametrize(("show", "told"), [("lines", True), ("none", False)])
