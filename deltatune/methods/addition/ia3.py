@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.methods.kinds import Family, InputPatch, Kind, Method, OutputPatch, Patch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.structure.site import Site
 
 
@@ -52,6 +53,10 @@ class ScaledOutput(OutputPatch):
         """(..., width) -> (..., width)."""
         return y * self.l.to(y.dtype)
 
+    def lane(self) -> Lane:
+        """l."""
+        return Lane("scale", {"l": self.l})
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """diag(l) W and l * b."""
         scale = self.l.to(weight.dtype)
@@ -70,6 +75,10 @@ class ScaledInput(InputPatch):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return x * self.l.to(x.dtype)
+
+    def lane(self) -> Lane:
+        """l."""
+        return Lane("scale", {"l": self.l})
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W diag(l)."""

@@ -1,0 +1,192 @@
+"""How routed rows run at one module: tables for what is data, a loop for what is not.
+
+    x <- edits of the input, the last delta of a row first
+    y <- f(x), then what the module itself is in each row: other biases, gains, weights
+    y <- edits of the output, the first delta of a row first
+
+Rows without a delta pick lane 0 everywhere, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import Unsupported
+from deltatune.injection.branches import Given
+from deltatune.injection.outputs import first_output, put_rows, replace_output
+from deltatune.injection.slot import Act, Term, first_input, replace_input, thread_key
+from deltatune.injection.tokens import token_ranks
+from deltatune.multi.apart import Kept, run_apart
+from deltatune.multi.plan import Use, Work
+from deltatune.multi.table import Key, LaneName, Table
+
+if TYPE_CHECKING:
+    from deltatune.multi.bank import Bank
+    from deltatune.multi.reading import Spot
+
+IDLE = Work()
+
+
+class RouteAct(Act):
+    """Runs what the rows of a route use at one module.
+
+    Attributes:
+        bank: of the backbone.
+        number: by which plans know this act.
+        spots: the patches at this module, by the name of their lane.
+        tables: the tables of this module.
+        given: what the sub-layer that ends here was given, where a patch reads that.
+        begins: the same of sub-layers that begin here.
+        reads_tokens: a patch asks where in its row each token stands.
+    """
+
+    listens = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.bank: Bank
+        self.number = -1
+        self.spots: dict[LaneName, Spot] = {}
+        self.tables: dict[Key, Table] = {}
+        self.table_of: dict[LaneName, Table | None] = {}
+        self.given: Given | None = None
+        self.begins: list[Given] = []
+        self.reads_tokens = False
+        self._kept: dict[int, Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
+        """What acts outside of routes is for the other acts."""
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """The same."""
+
+    def remove(self, module: nn.Module, delta: str) -> None:
+        """Forget the lanes of one delta."""
+        super().remove(module, delta)
+        for name in [name for name in self.spots if name[0] == delta]:
+            del self.spots[name]
+            table = self.table_of.pop(name, None)
+            if table is not None:
+                table.leave(name, self.bank.newest)
+                if not len(table):
+                    self.tables = {key: other for key, other in self.tables.items() if other is not table}
+
+    def leave(self, around: Any) -> None:
+        """The bank forgets an act without deltas."""
+        self.bank.acts.pop(self.number, None)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Move the tables."""
+        for table in self.tables.values():
+            table.move(function)
+
+    def work(self) -> Work:
+        """What to do now."""
+        plan = self.bank.plan
+        return IDLE if plan is None else plan.works.get(self.number, IDLE)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Edit the input, and keep what is read behind the forward."""
+        if self.bank.plan is None:
+            return args, kwargs
+        for given in self.begins:
+            given.keep(first_input(args, kwargs, self.names))
+        work = self.work()
+        if not (work.steps or work.module or work.aparts):
+            return args, kwargs
+        kept = Kept(args, kwargs)
+        if self.reads_tokens:
+            kept.ranks = token_ranks(first_input(args, kwargs, self.names), dict(zip(self.names, args, strict=False)) | kwargs)
+        self._kept[thread_key()] = kept
+        if not work.edits:
+            return args, kwargs
+        x = first_input(args, kwargs, self.names)
+        for step in reversed(work.steps):
+            kept.seen.append(x)
+            for use in step.inputs:
+                x = self._run(use, self._read(use, x), x)
+        kept.seen.reverse()
+        return replace_input(args, kwargs, self.names, x)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Edit the output."""
+        kept = self._kept.pop(thread_key(), None)
+        if output is None or kept is None:
+            return output
+        work = self.work()
+        y = first_output(output)
+        x = first_input(args, kwargs, self.names)
+        plain = y
+        for use in work.module:
+            y = self._run(use, x, y)
+        for k, step in enumerate(work.steps):
+            for use in step.outputs:
+                y = self._run(use, self._read(use, kept.seen[k] if work.edits else x), y)
+        for apart in work.aparts:
+            y = run_apart(self, module, apart, kept, plain, y)
+        if self.given is not None:
+            self.given.drop()
+        return replace_output(output, y)
+
+    def _read(self, use: Use, x: Tensor) -> Tensor:
+        """What a patch calls x: what the module, or the sub-layer, was given."""
+        if use.table.key.reads == "module":
+            return x
+        assert self.given is not None
+        return self.given.read()
+
+    def _run(self, use: Use, x: Tensor, y: Tensor) -> Tensor:
+        """One table: rows of the batch, tokens of a row, channels last, and back."""
+        if not (torch.compiler.is_compiling() or use.picks.is_used):
+            return y
+        table, rows = use.table, self.bank.rows
+        axis = table.site.channel_axis if use.table.key.stage != "input" else -1
+        whole = y if axis == -1 else y.movedim(axis, -1)
+        part = table.site.rows_of(whole, -1)
+        spread = part if part.shape[0] % rows == 0 else _spread(part, rows, table.site.path)
+        if table.form.whole:
+            z = use.apply(_apart(x, rows), _apart(spread, rows)).flatten(0, 1)
+        else:
+            flat = spread.reshape(rows, -1, spread.shape[-1])
+            given = _tokens(x, flat, table.form.reads_input)
+            z = use.apply(given, flat)
+            z = z.view(*spread.shape[:-1], z.shape[-1])
+        if table.site.rows is not None:
+            z = put_rows(whole, table.site.rows, z)
+        return z if axis == -1 else z.movedim(-1, axis)
+
+
+def _tokens(x: Tensor, y: Tensor, reads: bool) -> Tensor:
+    """x as (rows, tokens[, in]), with as many tokens as y has."""
+    if not reads:
+        return y
+    rows = y.shape[0]
+    if x.is_floating_point():
+        return x.reshape(rows, -1, x.shape[-1]) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).reshape(rows, -1, x.shape[-1])
+    return (x if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:])).reshape(rows, -1)
+
+
+def _apart(x: Tensor, rows: int) -> Tensor:
+    """(rows * factor, ...) -> (rows, factor, ...)."""
+    return x.unflatten(0, (rows, -1)) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).unsqueeze(1)
+
+
+def _spread(y: Tensor, rows: int, path: str) -> Tensor:
+    """What a module computes once for all rows, as positions are, for each of them.
+
+    Raises:
+        Unsupported: its rows are those of no batch of this route.
+    """
+    if y.shape[0] != 1:
+        raise Unsupported(
+            f"A route of {rows} rows was open while `{path}` computed {y.shape[0]} rows, no multiple of it, so that they cannot be told "
+            "apart. Leave that module out of the routed deltas (`where`), or switch to one delta at a time."
+        )
+    return y.expand(rows, *y.shape[1:])

@@ -1,0 +1,266 @@
+"""The bank of a backbone: the lanes of all deltas that were routed, and the plans of routes over them.
+
+A delta enters when a route first names it, or by ``add``, and is entered anew when its tensors have changed. Tables are
+replaced or extended where nobody reads, so one thread may add and remove deltas while another one computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import InvalidValue, Unsupported
+from deltatune.injection.around import Guest
+from deltatune.injection.attach import add_act
+from deltatune.injection.branches import Given
+from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
+from deltatune.injection.ledger import Ledger, ledger_of
+from deltatune.injection.slot import Member, open_slot
+from deltatune.injection.steps import steps
+from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatch, TokenPatch
+from deltatune.multi.act import RouteAct
+from deltatune.multi.forms import FORMS
+from deltatune.multi.lock import Lock
+from deltatune.multi.plan import Plan
+from deltatune.multi.reading import READERS, Source, Spot, check_routable, read
+from deltatune.multi.table import Key, Table
+from deltatune.structure.site import Site
+
+
+@dataclass
+class Record:
+    """A delta in the bank.
+
+    Attributes:
+        delta: the delta.
+        spots: its patches at the modules that run them, each with the act there.
+        tensors: what its lanes were made from, each with where it is held.
+        versions: of the tensors when they were read.
+        stamp: how many steps optimizers had made then.
+    """
+
+    delta: Delta
+    spots: list[tuple[RouteAct, Spot]] = field(default_factory=list)
+    tensors: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    selected: list[tuple[Any, Tensor, int]] = field(default_factory=list)
+    stamp: int = 0
+    training: bool = False
+
+
+class Bank(Guest):
+    """Everything that routes over one backbone share.
+
+    Attributes:
+        records: the deltas in it, by name.
+        acts: by the numbers under which plans know them.
+        plan: of the route that is open; None outside of routes.
+        rows: how many rows it has.
+        newest: number of the newest route.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.records: dict[str, Record] = {}
+        self.acts: dict[int, RouteAct] = {}
+        self.plan: Plan | None = None
+        self.rows = 1
+        self.newest = 0
+        self.open: list[int] = []
+        self.lock = Lock()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The backbone's."""
+        ledger = ledger_of(self.backbone)
+        assert ledger is not None
+        return ledger
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def add(self, name: str) -> None:
+        """Enter a delta, or enter it anew if its tensors have changed.
+
+        Raises:
+            UnknownName: no delta of that name is attached.
+            Unsupported: it cannot act in single rows of a batch.
+        """
+        with self.lock:
+            delta = self.ledger.delta(name)
+            record = self.records.get(name)
+            if record is None or record.delta is not delta:
+                check_routable(delta)
+                record = self._placed(delta)
+                self.records[name] = record
+                self._enter(record)
+            elif not self._is_current(record):
+                self._enter(record)
+
+    def remove(self, name: str) -> None:
+        """Forget a delta's lanes; it stays attached."""
+        with self.lock:
+            record = self.records.pop(name, None)
+            for act, spot in record.spots if record is not None else ():
+                act.remove(spot.module, name)
+
+    def forget(self, delta: str) -> None:
+        """It is detached: its acts let go of its lanes themselves."""
+        self.records.pop(delta, None)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward of the root begins: its batch must be a multiple of the route's rows.
+
+        Raises:
+            InvalidValue: it is not.
+        """
+        if self.plan is None:
+            return
+        values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
+        batch = next((value.shape[0] for value in values), self.plan.rows)
+        if batch % self.plan.rows:
+            raise InvalidValue(
+                f"A route of {self.plan.rows} rows was open while the backbone was given a batch of {batch}. Give dt.route one entry per "
+                "row (generate may repeat each row, as for beams)."
+            )
+        if self.backbone.training:
+            self.ledger.around.draws.take(self.plan.deltas)
+
+    def _placed(self, delta: Delta) -> Record:
+        """Put an act at every module the delta touches."""
+        record = Record(delta)
+        index = self.ledger.index(self.backbone)
+        for entry in delta.entries:
+            if not any(isinstance(entry.patch, kind) for kind, _ in READERS):
+                continue
+            for module, parameter in self._hosts(entry):
+                act = self._act_of(module, entry.site)
+                act.add(module, Member(delta.name, entry.site, entry.patch, parameter))
+                spot = Spot(delta, entry, module, parameter, len(act.members[delta.name]) - 1)
+                act.spots[spot.name] = spot
+                record.spots.append((act, spot))
+                if isinstance(entry.patch, TokenPatch):
+                    act.reads_tokens = True
+                if isinstance(entry.patch, BranchPatch | BranchInputPatch) and act.given is None:
+                    act.given = Given()
+                    self._act_of(index.beginning(entry.site).module, entry.site).begins.append(act.given)
+        return record
+
+    def _hosts(self, entry: Entry) -> list[tuple[nn.Module, str]]:
+        """The modules that run a patch, with what they call its parameter."""
+        if not isinstance(entry.patch, SelectionPatch):
+            return [(host.module, host.parameter) for host in entry.hosts if host.act is None]
+        index = self.ledger.index(self.backbone)
+        owners = index.owners(entry.parameter)
+        return [index.reader(path.removesuffix(name).rstrip("."), name) for _, name, path in owners]
+
+    def _act_of(self, module: nn.Module, site: Site) -> RouteAct:
+        slot = open_slot(module)
+        act = slot.acts.get(RouteAct)
+        if isinstance(act, RouteAct):
+            return act
+        act = add_act(slot, RouteAct(module))
+        act.bank, act.number = self, max(self.acts, default=-1) + 1
+        self.acts[act.number] = act
+        slot.listen(module)
+        return act
+
+    def _enter(self, record: Record) -> None:
+        """Read every patch as a lane."""
+        record.stamp, record.training = steps(), any(patch.training for patch in record.delta.patches)
+        record.tensors = [
+            (holder, name, tensor)
+            for _, owner in record.delta.holders
+            for module in owner.modules()
+            for holder in (module._parameters, module._buffers)
+            for name, tensor in holder.items()
+            if tensor is not None
+        ]
+        record.versions = [_version(tensor) for _, _, tensor in record.tensors]
+        record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
+        with torch.no_grad():
+            for act, spot in record.spots:
+                self._enter_at(act, spot)
+
+    def _enter_at(self, act: RouteAct, spot: Spot) -> None:
+        source = read(spot)
+        before = act.table_of.get(spot.name)
+        if source is None or source.lane.form not in FORMS:
+            act.table_of[spot.name] = None
+            if source is not None:
+                del act.table_of[spot.name]  # read together with another patch
+            if before is not None:
+                before.leave(spot.name, self.newest)
+            return
+        table, fitted = self._table(act, spot, source)
+        if before is not None and before is not table:
+            before.leave(spot.name, self.newest)
+        table.enter(spot.name, fitted, min(self.open, default=self.newest + 1), self.newest)
+        act.table_of[spot.name] = table
+
+    def _table(self, act: RouteAct, spot: Spot, source: Source) -> tuple[Table, Mapping[str, Tensor]]:
+        lane, form = source.lane, FORMS[source.lane.form]
+        fitted = {name: tensor.detach() for name, tensor in form.fitted(lane.tensors).items()}
+        rows = source.site.leaf if source.site.rows is not None else ""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(fitted.items()))
+        key = Key(spot.stage, spot.reads, spot.number, form.name, lane.settings, rows, shapes)
+        table = act.tables.get(key)
+        if table is None:
+            table = Table(key, form, spot.module, source, fitted)
+            act.tables = {**act.tables, key: table}
+        return table, fitted
+
+    def _is_current(self, record: Record) -> bool:
+        """Nothing the lanes were made from has changed."""
+        if record.training != any(patch.training for patch in record.delta.patches):
+            return False
+        if record.stamp != steps() and any(tensor.requires_grad for _, _, tensor in record.tensors):
+            return False
+        if any(holder.get(name) is not tensor for holder, name, tensor in record.tensors):
+            return False
+        if any(
+            choice.values.get(record.delta.name) is not value or value._version != version for choice, value, version in record.selected
+        ):
+            return False
+        return [_version(tensor) for _, _, tensor in record.tensors] == record.versions
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _selected(entry: Entry) -> tuple[Any, Tensor, int]:
+    choice = entry.choice
+    value = choice.values[entry.delta]
+    return choice, value, value._version
+
+
+def bank(backbone: nn.Module) -> Bank:
+    """The bank of a backbone's routed deltas, made if there was none.
+
+    Raises:
+        Unsupported: nothing is attached, or the backbone's batches do not run along the first axis.
+    """
+    ledger = ledger_of(backbone)
+    if ledger is None:
+        raise Unsupported("Nothing is attached to this backbone, so there is nothing to route. Attach or load deltas first.")
+    guest = ledger.around.guest
+    if isinstance(guest, Bank):
+        return guest
+    for path, module in backbone.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise Unsupported(
+                f"`{path}` ({type(module).__name__}) takes its batch along the second axis (batch_first=False), where rows cannot be "
+                "routed. Build it with batch_first=True."
+            )
+    made = Bank(backbone)
+    ledger.around.guest = made
+    return made
