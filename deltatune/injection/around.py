@@ -24,6 +24,10 @@ class Guest(ABC):
         """A forward of the root begins with this call."""
 
     @abstractmethod
+    def rows_of(self, number: int) -> Any:
+        """What the rows of the batch do at the act of that number; None where all rows do what acts."""
+
+    @abstractmethod
     def forget(self, delta: str) -> None:
         """A delta was detached."""
 

@@ -80,7 +80,7 @@ class RouteAct(Act):
 
     def leave(self, around: Any) -> None:
         """The bank forgets an act without deltas."""
-        self.bank.acts.pop(self.number, None)
+        self.bank.acts = {number: act for number, act in self.bank.acts.items() if act is not self}
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move the tables."""

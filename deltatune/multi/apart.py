@@ -56,6 +56,10 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     """
     slot = slot_of(module)
     assert slot is not None
+    if plain.shape[0] == 1 < act.bank.rows:  # computed once for all rows, as positions are
+        kept = _spread(kept, act.bank.rows)
+        plain = plain.expand(act.bank.rows, *plain.shape[1:])
+        y = plain if y.shape[0] == 1 else y
     factor = plain.shape[0] // act.bank.rows
     rows = (apart.rows[:, None] * factor + torch.arange(factor, device=apart.rows.device)).flatten() if factor > 1 else apart.rows
     size = plain.shape[0]
@@ -167,6 +171,15 @@ def _told(slot: Slot, act: RouteAct, program: Program, kept: Kept, rows: Tensor)
     finally:
         for given in givens:
             given.drop()
+
+
+def _spread(kept: Kept, rows: int) -> Kept:
+    """The call as it would be for each row."""
+
+    def wide(value: Any) -> Any:
+        return value.expand(rows, *value.shape[1:]) if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1 else value
+
+    return Kept(tuple(map(wide, kept.args)), {name: wide(value) for name, value in kept.kwargs.items()}, kept.seen, kept.ranks)
 
 
 def _chosen(value: Any, rows: Tensor, size: int) -> Any:

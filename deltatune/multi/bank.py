@@ -6,7 +6,8 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from deltatune.injection.slot import Member, open_slot
 from deltatune.injection.steps import steps
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatch, TokenPatch
 from deltatune.multi.act import RouteAct
+from deltatune.multi.contexts import ContextAct, context_at, device_of
 from deltatune.multi.forms import FORMS
 from deltatune.multi.lock import Lock
 from deltatune.multi.plan import Plan
@@ -59,6 +61,7 @@ class Bank(Guest):
     Attributes:
         records: the deltas in it, by name.
         acts: by the numbers under which plans know them.
+        contexts: the acts of virtual tokens and side networks, with where they compute.
         plan: of the route that is open; None outside of routes.
         rows: how many rows it has.
         newest: number of the newest route.
@@ -68,6 +71,8 @@ class Bank(Guest):
         self.backbone = backbone
         self.records: dict[str, Record] = {}
         self.acts: dict[int, RouteAct] = {}
+        self.contexts: dict[int, tuple[ContextAct, torch.device]] = {}
+        self._numbers = 0
         self.plan: Plan | None = None
         self.rows = 1
         self.newest = 0
@@ -134,12 +139,32 @@ class Bank(Guest):
         if self.backbone.training:
             self.ledger.around.draws.take(self.plan.deltas)
 
+    def rows_of(self, number: int) -> Any:
+        """What the rows do at a context act."""
+        return None if self.plan is None else self.plan.contexts.get(number)
+
+    @contextmanager
+    def entered(self, plan: Plan | None) -> Iterator[None]:
+        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew."""
+        before, rows = self.plan, self.rows
+        switch = self.ledger.around.switch if plan is not None and plan.has_prefixes else None
+        self.plan, self.rows = plan, 1 if plan is None else plan.rows
+        if switch is not None:
+            switch.count(1)
+        try:
+            yield
+        finally:
+            self.plan, self.rows = before, rows
+            if switch is not None:
+                switch.count(-1)
+
     def _placed(self, delta: Delta) -> Record:
         """Put an act at every module the delta touches."""
         record = Record(delta)
         index = self.ledger.index(self.backbone)
         for entry in delta.entries:
             if not any(isinstance(entry.patch, kind) for kind, _ in READERS):
+                self._tell(entry)
                 continue
             for module, parameter in self._hosts(entry):
                 act = self._act_of(module, entry.site)
@@ -153,6 +178,14 @@ class Bank(Guest):
                     act.given = Given()
                     self._act_of(index.beginning(entry.site).module, entry.site).begins.append(act.given)
         return record
+
+    def _tell(self, entry: Entry) -> None:
+        """A context act is told by this bank what its rows do."""
+        act = context_at(entry.site.module, entry.act)
+        if act.number not in self.contexts or self.contexts[act.number][0] is not act:
+            act.guest, act.number = self, self._numbers
+            self._numbers += 1
+            self.contexts = {**self.contexts, act.number: (act, device_of(entry.site))}
 
     def _hosts(self, entry: Entry) -> list[tuple[nn.Module, str]]:
         """The modules that run a patch, with what they call its parameter."""
@@ -168,8 +201,9 @@ class Bank(Guest):
         if isinstance(act, RouteAct):
             return act
         act = add_act(slot, RouteAct(module))
-        act.bank, act.number = self, max(self.acts, default=-1) + 1
-        self.acts[act.number] = act
+        act.bank, act.number = self, self._numbers
+        self._numbers += 1
+        self.acts = {**self.acts, act.number: act}
         slot.listen(module)
         return act
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +102,15 @@ class Plan:
         number: of the route; later ones have higher numbers.
         entries: what each row uses.
         works: number of an act -> what it does.
+        contexts: number of a context act -> what the rows do there.
+        has_prefixes: some row has one.
     """
 
     number: int
     entries: tuple[Program, ...]
     works: Mapping[int, Work] = field(default_factory=dict)
+    contexts: Mapping[int, Any] = field(default_factory=dict)
+    has_prefixes: bool = False
 
     @property
     def rows(self) -> int:

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltatune.injection.rows import RowPrefixes
 from deltatune.multi.act import RouteAct
+from deltatune.multi.contexts import ContextAct, ContextPlanner
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
 from deltatune.multi.reading import read
@@ -21,12 +23,21 @@ class Planner:
     Args:
         number: of the route.
         entries: what each row uses.
-        acts: those of the backbone.
+        acts: those of the backbone, by number.
+        contexts: its context acts, with where they compute.
         training: the deltas that gradients may reach.
     """
 
-    def __init__(self, number: int, entries: Sequence[Program], acts: Mapping[int, RouteAct], training: frozenset[str]) -> None:
-        self.number, self.entries, self.acts, self.training = number, tuple(entries), acts, training
+    def __init__(
+        self,
+        number: int,
+        entries: Sequence[Program],
+        acts: Mapping[int, RouteAct],
+        contexts: Mapping[int, tuple[ContextAct, torch.device]],
+        training: frozenset[str],
+    ) -> None:
+        self.number, self.entries, self.training = number, tuple(entries), training
+        self.acts, self.contexts = acts, contexts
         self.programs = tuple(dict.fromkeys(self.entries))
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
@@ -36,7 +47,11 @@ class Planner:
 
     def plan(self) -> Plan:
         """The plan."""
-        return Plan(self.number, self.entries, {number: self._work(act) for number, act in self.acts.items()})
+        works = {number: self._work(act) for number, act in self.acts.items()}
+        planner = ContextPlanner(self.rows_of, len(self.entries))
+        contexts = {number: planner.plan(act, device) for number, (act, device) in self.contexts.items()}
+        prefixes = any(isinstance(found, RowPrefixes) for found in contexts.values())
+        return Plan(self.number, self.entries, works, contexts, prefixes)
 
     def _work(self, act: RouteAct) -> Work:
         """What one module does."""

@@ -81,14 +81,12 @@ def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
     training = frozenset(name for name in names if ledger.deltas[name].wants_gradients)
     with own.lock:
         own.newest += 1
-        plan = Planner(own.newest, programs, own.acts, training).plan()
+        plan = Planner(own.newest, programs, own.acts, own.contexts, training).plan()
         own.open.append(plan.number)
-    before, rows = own.plan, own.rows
-    own.plan, own.rows = plan, plan.rows
     try:
-        yield plan
+        with own.entered(plan):
+            yield plan
     finally:
-        own.plan, own.rows = before, rows
         with own.lock:
             own.open.remove(plan.number)
 
