@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 from deltatune.injection.outputs import EDIT_INPUT, Group, OutputAct, Step, first_output
-from deltatune.injection.selections import SelectionAct
+from deltatune.injection.selections import SelectionAct, selected
 from deltatune.injection.slot import Slot, first_input, replace_input, slot_of
 from deltatune.injection.weights import Fold, FoldTerm, WeightAct
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, TokenPatch
@@ -128,8 +128,9 @@ def _selected(act: SelectionAct, module: nn.Module, program: Program) -> dict[st
             for member in act.members.get(delta, ()):
                 name, choice = member.parameter, act.choices[member.parameter]
                 value = choice.value(delta, module.get_parameter(name))
-                before = choice.original if name not in changed or member.patch.by_value else changed[name]
-                changed[name] = value if weight == 1.0 and before is choice.original else before + weight * (value - choice.original)
+                before = changed.get(name, choice.original)
+                alone = selected(member).by_value or (weight == 1.0 and before is choice.original)
+                changed[name] = value if alone else before + weight * (value - choice.original)
     return changed
 
 

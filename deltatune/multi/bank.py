@@ -6,7 +6,7 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +28,10 @@ from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import ContextAct, context_at, device_of
 from deltatune.multi.forms import FORMS
 from deltatune.multi.lock import Lock
-from deltatune.multi.plan import Plan
+from deltatune.multi.plan import Plan, Program
+from deltatune.multi.planning import Planner
 from deltatune.multi.reading import READERS, Source, Spot, check_routable, read
+from deltatune.multi.recompute import checkpointing
 from deltatune.multi.table import Key, Table
 from deltatune.structure.site import Site
 
@@ -43,7 +45,10 @@ class Record:
         spots: its patches at the modules that run them, each with the act there.
         tensors: what its lanes were made from, each with where it is held.
         versions: of the tensors when they were read.
+        selected: the values of what it selects, likewise.
         stamp: how many steps optimizers had made then.
+        training: a patch was in training then.
+        total: the sum of the versions.
     """
 
     delta: Delta
@@ -53,6 +58,16 @@ class Record:
     selected: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     stamp: int = 0
     training: bool = False
+    total: int = 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing was written since, as far as counters tell at once."""
+        return self.stamp == steps() and self.total == sum(map(_version, self._read))
+
+    @property
+    def _read(self) -> Iterable[Tensor]:
+        return (tensor for _, _, tensor in self.tensors)
 
 
 class Bank(Guest):
@@ -65,6 +80,8 @@ class Bank(Guest):
         plan: of the route that is open; None outside of routes.
         rows: how many rows it has.
         newest: number of the newest route.
+        open: numbers of the routes that are open.
+        layers: the modules that gradient checkpointing may compute anew.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -78,6 +95,7 @@ class Bank(Guest):
         self.newest = 0
         self.open: list[int] = []
         self.lock = Lock()
+        self.layers = checkpointing(backbone)
 
     @property
     def ledger(self) -> Ledger:
@@ -136,8 +154,42 @@ class Bank(Guest):
                 f"A route of {self.plan.rows} rows was open while the backbone was given a batch of {batch}. Give dt.route one entry per "
                 "row (generate may repeat each row, as for beams)."
             )
+        if not torch.is_grad_enabled():
+            self.plan = self._renewed(self.plan)
         if self.backbone.training:
             self.ledger.around.draws.take(self.plan.deltas)
+
+    def planned(self, programs: Sequence[Program]) -> Plan:
+        """Open a route: its deltas entered, and what each module does.
+
+        Raises:
+            Unsupported: a delta cannot act in single rows of a batch.
+        """
+        names = list(dict.fromkeys(name for program in programs for term in program for name in term.members))
+        with self.lock:
+            for name in names:
+                self.add(name)
+            self.newest += 1
+            self.open.append(self.newest)
+            return self._plan(self.newest, programs)
+
+    def close(self, plan: Plan) -> None:
+        """A route is over."""
+        with self.lock:
+            self.open.remove(plan.number)
+
+    def _plan(self, number: int, programs: Sequence[Program]) -> Plan:
+        names = dict.fromkeys(name for program in programs for term in program for name in term.members)
+        training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
+        return Planner(number, programs, self.acts, self.contexts, training).plan()
+
+    def _renewed(self, plan: Plan) -> Plan:
+        """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""
+        with self.lock:
+            old = [name for name in plan.deltas if name in self.records and not self.records[name].is_quiet]
+            for name in old:
+                self.add(name)
+            return self._plan(plan.number, plan.entries) if old else plan
 
     def rows_of(self, number: int) -> Any:
         """What the rows do at a context act."""
@@ -218,6 +270,7 @@ class Bank(Guest):
             for name, tensor in holder.items()
             if tensor is not None
         ]
+        record.total = sum(_version(tensor) for _, _, tensor in record.tensors)
         record.versions = [_version(tensor) for _, _, tensor in record.tensors]
         record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
         with torch.no_grad():

@@ -17,7 +17,7 @@ from deltatune.injection.slot import Term
 from deltatune.injection.switching import disabled
 from deltatune.multi.bank import Bank, bank
 from deltatune.multi.plan import Plan, Program
-from deltatune.multi.planning import Planner
+from deltatune.multi.recompute import captured
 
 Named = str | Delta | Composition | None
 """What a row may use: nothing, a delta or a composition."""
@@ -76,19 +76,12 @@ def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
         check_unmerged(ledger.deltas[name], "route")
     for name in dict.fromkeys([*names, *(member for term in ledger.terms for member in term.members)]):
         refresh_gradients(ledger.deltas[name])  # what they select in place rests
-    for name in names:
-        own.add(name)
-    training = frozenset(name for name in names if ledger.deltas[name].wants_gradients)
-    with own.lock:
-        own.newest += 1
-        plan = Planner(own.newest, programs, own.acts, own.contexts, training).plan()
-        own.open.append(plan.number)
+    plan = own.planned(programs)
     try:
-        with own.entered(plan):
+        with own.entered(plan), captured(own.layers, own):
             yield plan
     finally:
-        with own.lock:
-            own.open.remove(plan.number)
+        own.close(plan)
 
 
 def _program(ledger: Ledger, entry: Entry) -> Program:
