@@ -92,7 +92,8 @@ def attend(
         attention_mask = extend_mask(attention_mask, query, key, act.columns, causal, visible)
         if kwargs.get("position_bias") is not None:
             columns = act.bias_columns(kwargs["position_bias"], query, key, past)
-            kwargs["position_bias"] = torch.cat([columns, kwargs["position_bias"]], dim=-1)
+            bias = kwargs["position_bias"]
+            kwargs["position_bias"] = torch.cat([columns, bias.expand(columns.shape[0], *bias.shape[1:])], dim=-1)
         key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
     base = _EAGER[type(module)] if name == MARK + "eager" else _BASES[name]
     return base(_Plain(module, name) if flash else module, query, key, value, attention_mask, **kwargs)

@@ -94,9 +94,10 @@ class Shift:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         first = given[self._names[0]]
         ids, past = given.get("position_ids"), given.get("past_key_values_length", 0)
-        self._wraps = ids is None  # then the module adds a batch axis to what it is given
+        self._wraps = ids is None or ids.ndim == 1  # then the module adds a batch axis to what it is given
         if ids is None:
-            ids = torch.arange(past, past + first.shape[1], device=first.device)[None]
+            ids = torch.arange(past, past + first.shape[1], device=first.device)
+        ids = ids[None] if ids.ndim == 1 else ids
         return (), given | {"position_ids": self._shifted_by(module, ids, _ahead(rows, first.shape[0]))}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -105,7 +106,7 @@ class Shift:
         return output.squeeze(0) if wrapped and isinstance(output, Tensor) and output.ndim == 4 else output
 
     def _shifted_by(self, module: nn.Module, ids: Tensor, ahead: Tensor) -> Tensor:
-        shifted = ids + ahead.to(ids.device).view(-1, *[1] * (ids.ndim - 1)) if ids.shape[0] in (1, len(ahead)) else ids + ahead
+        shifted: Tensor = ids + ahead.to(ids.device).view(-1, *[1] * (ids.ndim - 1))
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             self._check(module, int(shifted.max()))
         return shifted

@@ -24,7 +24,7 @@ from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
     from deltatune.injection.around import Around, Guest
-    from deltatune.injection.rows import RowPrefixes
+    from deltatune.injection.rows import RowPrefixes, RowPrompts
     from deltatune.injection.variants import Switch
 
 
@@ -185,8 +185,21 @@ class PrefixAct(Act):
         """
         if self.relative is None or past is None:
             return position_bias.new_zeros(()).expand(*position_bias.shape[:-1], self.columns)
+        rows = self.rows
+        if rows is not None and rows.prompts is not None:
+            return self._behind_prompts(rows.prompts, position_bias, query, past)
         columns: Tensor = self.relative.compute_bias(query.shape[2], self.columns, device=key.device, past_seen_tokens=past + self.columns)
         return columns.to(position_bias.dtype)
+
+    def _behind_prompts(self, prompts: RowPrompts, position_bias: Tensor, query: Tensor, past: int | Tensor) -> Tensor:
+        """The same where rows have prompts of different lengths: the hidden tokens between prefix and text do not count."""
+        size, device = self.columns, query.device
+        found = {
+            hidden: self.relative.compute_bias(query.shape[2], size, device=device, past_seen_tokens=past - hidden + size)
+            for hidden in dict.fromkeys(prompts.hidden)
+        }
+        columns = torch.cat([found[hidden] for hidden in prompts.hidden])  # (programs, heads, queries, columns)
+        return columns.index_select(0, prompts.spread(query.shape[0])).to(position_bias.dtype)
 
 
 def _length(patch: PrefixPatch | ConditionalPrefixPatch) -> int:

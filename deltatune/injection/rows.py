@@ -48,6 +48,11 @@ class RowTokens:
         """By how much each row's text is shifted, (batch,)."""
         return self._ahead[self.spread(batch)]
 
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Of each program, how many hidden tokens stand in front."""
+        return tuple(self.length - length for length in self.shape[0])
+
     def visible(self, batch: int) -> Tensor:
         """Which of the ``length`` columns in front are a row's own, (batch, length)."""
         place = torch.arange(self.length, device=self.chosen.device)
@@ -70,12 +75,17 @@ class RowPrefixes(RowTokens):
         programs: the prefixes that act together; one program is empty where rows have none.
         lengths: of each program.
         ahead: of each program.
+
+    Attributes:
+        prompts: of the same stack, where its positions are relative: hidden prompt tokens stand between prefix and text.
+        is_conditional: some prefix depends on the attention's input.
     """
 
     def __init__(self, chosen: Tensor, programs: Sequence[Prefixes], lengths: Sequence[int], ahead: Sequence[int]) -> None:
         super().__init__(chosen, lengths, ahead)
         self.programs = tuple(tuple(program) for program in programs)
         self.is_conditional = any(isinstance(patch, ConditionalPrefixPatch) for program in self.programs for patch in program)
+        self.prompts: RowPrompts | None = None
         self._held: tuple[Tensor, Tensor] | None = None
 
     def prefix(self, key: Tensor, x: Tensor | None, rows_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ Rows without a delta pick lane 0 everywhere, which changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,19 @@ from deltatune.injection.branches import Given
 from deltatune.injection.outputs import first_output, put_rows, replace_output
 from deltatune.injection.slot import Act, Term, first_input, replace_input, thread_key
 from deltatune.injection.tokens import token_ranks
+from deltatune.methods.kinds import SelectionPatch
 from deltatune.multi.apart import Kept, run_apart
+from deltatune.multi.forms import FORMS
+from deltatune.multi.forms.form import Form
 from deltatune.multi.plan import Use, Work
 from deltatune.multi.table import Key, LaneName, Table
 
 if TYPE_CHECKING:
     from deltatune.multi.bank import Bank
-    from deltatune.multi.reading import Spot
+    from deltatune.multi.reading import Source, Spot
+
+OWN = -1
+"""Number of the lane of a delta's own task head."""
 
 IDLE = Work()
 
@@ -39,6 +45,8 @@ class RouteAct(Act):
         number: by which plans know this act.
         spots: the patches at this module, by the name of their lane.
         tables: the tables of this module.
+        table_of: the table of each lane; None where the patch is no data.
+        own: deltas with a head of their own here.
         given: what the sub-layer that ends here was given, where a patch reads that.
         begins: the same of sub-layers that begin here.
         reads_tokens: a patch asks where in its row each token stands.
@@ -53,6 +61,7 @@ class RouteAct(Act):
         self.spots: dict[LaneName, Spot] = {}
         self.tables: dict[Key, Table] = {}
         self.table_of: dict[LaneName, Table | None] = {}
+        self.own: set[str] = set()
         self.given: Given | None = None
         self.begins: list[Given] = []
         self.reads_tokens = False
@@ -70,13 +79,52 @@ class RouteAct(Act):
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the lanes of one delta."""
         super().remove(module, delta)
+        self.own.discard(delta)
+        for name in [name for name in self.table_of if name[0] == delta]:
+            self._leave(name)
+            del self.table_of[name]
         for name in [name for name in self.spots if name[0] == delta]:
             del self.spots[name]
-            table = self.table_of.pop(name, None)
-            if table is not None:
-                table.leave(name, self.bank.newest)
-                if not len(table):
-                    self.tables = {key: other for key, other in self.tables.items() if other is not table}
+
+    def _leave(self, name: LaneName) -> None:
+        table = self.table_of.get(name)
+        if table is not None:
+            table.leave(name, self.bank.newest)
+            if not len(table):
+                self.tables = {key: other for key, other in self.tables.items() if other is not table}
+
+    def forget(self, name: LaneName) -> None:
+        """A patch that is read together with another one has no lane."""
+        self._leave(name)
+        self.table_of.pop(name, None)
+
+    def lanes_of(self, delta: str) -> list[LaneName]:
+        """The lanes of a delta, in the order in which its patches run; a head of its own stands in for what it selects there."""
+        own = [(delta, OWN)] if delta in self.own else []
+        numbers = range(len(self.members.get(delta, ())))
+        return own + [name for number in numbers if (name := (delta, number)) in self.table_of and not (own and self._selects(name))]
+
+    def _selects(self, name: LaneName) -> bool:
+        return name in self.spots and isinstance(self.spots[name].patch, SelectionPatch)
+
+    def enter(self, name: LaneName, stage: str, source: Source | None, module: nn.Module, reads: str = "module") -> None:
+        """Give a lane its data; None where the patch is none and rows with it run apart."""
+        table: Table | None = None
+        if source is not None:
+            form = FORMS[source.lane.form]
+            fitted = {key: tensor.detach() for key, tensor in form.fitted(source.lane.tensors).items()}
+            table = self._table(Key.of(name, stage, reads, source, fitted), form, module, source, fitted)
+            table.enter(name, fitted, self.bank.oldest, self.bank.newest)
+        if self.table_of.get(name) is not table:
+            self._leave(name)
+        self.table_of[name] = table
+
+    def _table(self, key: Key, form: Form, module: nn.Module, source: Source, fitted: Mapping[str, Tensor]) -> Table:
+        table = self.tables.get(key)
+        if table is None:
+            table = Table(key, form, module, source, fitted)
+            self.tables = {**self.tables, key: table}
+        return table
 
     def leave(self, around: Any) -> None:
         """The bank forgets an act without deltas."""

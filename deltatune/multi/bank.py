@@ -25,15 +25,13 @@ from deltatune.injection.slot import Member, open_slot
 from deltatune.injection.steps import steps
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatch, TokenPatch
 from deltatune.multi.act import RouteAct
-from deltatune.multi.contexts import ContextAct, context_at, device_of
-from deltatune.multi.forms import FORMS
+from deltatune.multi.contexts import Context, context_at
+from deltatune.multi.heads import place_head, remove_head
 from deltatune.multi.lock import Lock
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.planning import Planner
-from deltatune.multi.reading import READERS, Source, Spot, check_routable, read
+from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
-from deltatune.multi.table import Key, Table
-from deltatune.structure.site import Site
 
 
 @dataclass
@@ -79,6 +77,7 @@ class Bank(Guest):
         contexts: the acts of virtual tokens and side networks, with where they compute.
         plan: of the route that is open; None outside of routes.
         rows: how many rows it has.
+        heads: the acts of the heads that deltas have of their own.
         newest: number of the newest route.
         open: numbers of the routes that are open.
         layers: the modules that gradient checkpointing may compute anew.
@@ -88,12 +87,13 @@ class Bank(Guest):
         self.backbone = backbone
         self.records: dict[str, Record] = {}
         self.acts: dict[int, RouteAct] = {}
-        self.contexts: dict[int, tuple[ContextAct, torch.device]] = {}
+        self.contexts: dict[int, Context] = {}
         self._numbers = 0
         self.plan: Plan | None = None
         self.rows = 1
         self.newest = 0
         self.open: list[int] = []
+        self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
         self.layers = checkpointing(backbone)
 
@@ -134,10 +134,33 @@ class Bank(Guest):
             record = self.records.pop(name, None)
             for act, spot in record.spots if record is not None else ():
                 act.remove(spot.module, name)
+            remove_head(name, self.heads.pop(name, []))
 
     def forget(self, delta: str) -> None:
-        """It is detached: its acts let go of its lanes themselves."""
+        """It is detached: its acts let go of its lanes themselves, but for a head of its own."""
         self.records.pop(delta, None)
+        remove_head(delta, self.heads.pop(delta, []))
+
+    def head(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give a delta a task head of its own, with any number of labels; it acts in routes only. See ``multi.heads``.
+
+        Args:
+            name: the delta.
+            tensors: the head's, under their names below the backbone's head: ``weight`` and ``bias`` where that is one linear map.
+
+        Raises:
+            UnknownName: no delta of that name is attached.
+            Unsupported: the backbone has no task head of linear maps.
+            InvalidValue: the tensors are not those of such a head.
+        """
+        with self.lock:
+            self.add(name)
+            self.heads[name] = place_head(self, name, tensors)
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest route that is open, or of the next one."""
+        return min(self.open, default=self.newest + 1)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward of the root begins: its batch must be a multiple of the route's rows.
@@ -219,7 +242,7 @@ class Bank(Guest):
                 self._tell(entry)
                 continue
             for module, parameter in self._hosts(entry):
-                act = self._act_of(module, entry.site)
+                act = self.act_of(module)
                 act.add(module, Member(delta.name, entry.site, entry.patch, parameter))
                 spot = Spot(delta, entry, module, parameter, len(act.members[delta.name]) - 1)
                 act.spots[spot.name] = spot
@@ -228,16 +251,16 @@ class Bank(Guest):
                     act.reads_tokens = True
                 if isinstance(entry.patch, BranchPatch | BranchInputPatch) and act.given is None:
                     act.given = Given()
-                    self._act_of(index.beginning(entry.site).module, entry.site).begins.append(act.given)
+                    self.act_of(index.beginning(entry.site).module).begins.append(act.given)
         return record
 
     def _tell(self, entry: Entry) -> None:
         """A context act is told by this bank what its rows do."""
         act = context_at(entry.site.module, entry.act)
-        if act.number not in self.contexts or self.contexts[act.number][0] is not act:
+        if act.number not in self.contexts or self.contexts[act.number].act is not act:
             act.guest, act.number = self, self._numbers
             self._numbers += 1
-            self.contexts = {**self.contexts, act.number: (act, device_of(entry.site))}
+            self.contexts = {**self.contexts, act.number: Context.of(act, entry.site, self.ledger.index(self.backbone))}
 
     def _hosts(self, entry: Entry) -> list[tuple[nn.Module, str]]:
         """The modules that run a patch, with what they call its parameter."""
@@ -247,7 +270,8 @@ class Bank(Guest):
         owners = index.owners(entry.parameter)
         return [index.reader(path.removesuffix(name).rstrip("."), name) for _, name, path in owners]
 
-    def _act_of(self, module: nn.Module, site: Site) -> RouteAct:
+    def act_of(self, module: nn.Module) -> RouteAct:
+        """The act at a module, made if there was none."""
         slot = open_slot(module)
         act = slot.acts.get(RouteAct)
         if isinstance(act, RouteAct):
@@ -275,35 +299,11 @@ class Bank(Guest):
         record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
         with torch.no_grad():
             for act, spot in record.spots:
-                self._enter_at(act, spot)
-
-    def _enter_at(self, act: RouteAct, spot: Spot) -> None:
-        source = read(spot)
-        before = act.table_of.get(spot.name)
-        if source is None or source.lane.form not in FORMS:
-            act.table_of[spot.name] = None
-            if source is not None:
-                del act.table_of[spot.name]  # read together with another patch
-            if before is not None:
-                before.leave(spot.name, self.newest)
-            return
-        table, fitted = self._table(act, spot, source)
-        if before is not None and before is not table:
-            before.leave(spot.name, self.newest)
-        table.enter(spot.name, fitted, min(self.open, default=self.newest + 1), self.newest)
-        act.table_of[spot.name] = table
-
-    def _table(self, act: RouteAct, spot: Spot, source: Source) -> tuple[Table, Mapping[str, Tensor]]:
-        lane, form = source.lane, FORMS[source.lane.form]
-        fitted = {name: tensor.detach() for name, tensor in form.fitted(lane.tensors).items()}
-        rows = source.site.leaf if source.site.rows is not None else ""
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(fitted.items()))
-        key = Key(spot.stage, spot.reads, spot.number, form.name, lane.settings, rows, shapes)
-        table = act.tables.get(key)
-        if table is None:
-            table = Table(key, form, spot.module, source, fitted)
-            act.tables = {**act.tables, key: table}
-        return table, fitted
+                source = read(spot)
+                if source is NOTHING:
+                    act.forget(spot.name)
+                else:
+                    act.enter(spot.name, spot.stage, source, spot.module, spot.reads)
 
     def _is_current(self, record: Record) -> bool:
         """Nothing the lanes were made from has changed."""

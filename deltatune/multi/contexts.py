@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from deltatune.injection.rows import RowPrefixes, RowPrompts
 from deltatune.injection.side import RowSide, SideAct
 from deltatune.injection.slot import Act, slot_of
 from deltatune.multi.plan import Program
+from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
 ContextAct = PrefixAct | PromptAct | SideAct
@@ -95,6 +97,35 @@ MAKERS: tuple[tuple[type[Act], Callable[..., Any]], ...] = ((PrefixAct, _prefixe
 """What each of the acts is told."""
 
 
-def device_of(site: Site) -> torch.device:
-    """Where a context act computes."""
-    return next((parameter.device for parameter in site.module.parameters()), torch.device("cpu"))
+@dataclass(frozen=True)
+class Context:
+    """A context act of a backbone.
+
+    Attributes:
+        act: the act.
+        device: where it computes.
+        stack: path of the text stack it belongs to; None where it belongs to none.
+    """
+
+    act: ContextAct
+    device: torch.device
+    stack: str | None
+
+    @classmethod
+    def of(cls, act: ContextAct, site: Site, index: Index) -> Context:
+        """The act at a site."""
+        device = next((parameter.device for parameter in site.module.parameters()), torch.device("cpu"))
+        stacks = (stack.site.path for stack in index.stacks if any(own.module is site.module for own in (stack.site, *stack.attentions)))
+        return cls(act, device, next(stacks, None))
+
+
+def plan_contexts(contexts: Mapping[int, Context], rows_of: Mapping[Program, Sequence[int]], rows: int) -> dict[int, Any]:
+    """What the rows do at every context act."""
+    planner = ContextPlanner(rows_of, rows)
+    plans = {number: planner.plan(context.act, context.device) for number, context in contexts.items()}
+    prompts = {contexts[number].stack: found for number, found in plans.items() if isinstance(found, RowPrompts)}
+    for number, found in plans.items():
+        act = contexts[number].act
+        if isinstance(found, RowPrefixes) and isinstance(act, PrefixAct) and act.relative is not None:
+            found.prompts = prompts.get(contexts[number].stack)
+    return plans

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltatune.injection.rows import RowPrefixes
 from deltatune.multi.act import RouteAct
-from deltatune.multi.contexts import ContextAct, ContextPlanner
+from deltatune.multi.contexts import Context, plan_contexts
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
 from deltatune.multi.reading import read
@@ -24,7 +24,7 @@ class Planner:
         number: of the route.
         entries: what each row uses.
         acts: those of the backbone, by number.
-        contexts: its context acts, with where they compute.
+        contexts: its context acts.
         training: the deltas that gradients may reach.
     """
 
@@ -33,7 +33,7 @@ class Planner:
         number: int,
         entries: Sequence[Program],
         acts: Mapping[int, RouteAct],
-        contexts: Mapping[int, tuple[ContextAct, torch.device]],
+        contexts: Mapping[int, Context],
         training: frozenset[str],
     ) -> None:
         self.number, self.entries, self.training = number, tuple(entries), training
@@ -48,8 +48,7 @@ class Planner:
     def plan(self) -> Plan:
         """The plan."""
         works = {number: self._work(act) for number, act in self.acts.items()}
-        planner = ContextPlanner(self.rows_of, len(self.entries))
-        contexts = {number: planner.plan(act, device) for number, (act, device) in self.contexts.items()}
+        contexts = plan_contexts(self.contexts, self.rows_of, len(self.entries))
         prefixes = any(isinstance(found, RowPrefixes) for found in contexts.values())
         return Plan(self.number, self.entries, works, contexts, prefixes)
 
@@ -76,10 +75,7 @@ class Planner:
             return None
         found: list[tuple[int, LaneName, Table]] = []
         for k, delta in enumerate(members):
-            for number in range(len(act.members.get(delta, ()))):
-                name = (delta, number)
-                if name not in act.table_of:
-                    continue  # read together with another patch
+            for name in act.lanes_of(delta):
                 table = act.table_of[name]
                 if table is None:
                     return None
@@ -105,7 +101,7 @@ class Planner:
     def _use(self, act: RouteAct, table: Table, rows: Mapping[int, LaneName]) -> Use:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
-        trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training)
+        trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
         if not trained:
             return Use(table, table.tensors, picks)
         names = list(dict.fromkeys(rows.values()))

@@ -42,6 +42,13 @@ class Key:
     rows: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
+    @classmethod
+    def of(cls, name: LaneName, stage: str, reads: str, source: Source, fitted: Mapping[str, Tensor]) -> Key:
+        """The key of one lane."""
+        lane, rows = source.lane, source.site.leaf if source.site.rows is not None else ""
+        shapes = tuple((letter, tuple(tensor.shape)) for letter, tensor in sorted(fitted.items()))
+        return cls(stage, reads, name[1], lane.form, lane.settings, rows, shapes)
+
 
 class Table:
     """The stacked lanes.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.errors import InvalidValue, UnknownName, Unsupported
 from deltatune.methods import IA3, Adapter, BitFit, FullFineTuning, LoRA, NormTuning, PrefixTuning, PromptTuning
+from deltatune.multi.heads import split
 from deltatune.multi.routing import Entry
 from tests.conformance.cells import fresh, shake
 from tests.models import output
@@ -216,3 +217,27 @@ def test_full_differences_are_refused_with_a_way_out() -> None:
     reason = r"a batch reads a weight once for all rows.*deltatune convert FOLDER --to lora"
     with pytest.raises(Unsupported, match=reason), dt.route(backbone, ["whole"]):
         pass
+
+
+@torch.no_grad()
+def test_heads_of_other_sizes_come_back_with_their_labels() -> None:
+    backbone, _ = fresh("bert")
+    for k, name in enumerate(("three", "five")):
+        shake(dt.attach(backbone, LoRA(rank=2), name=name, head=False), seed=k)
+    inputs = batch(4)
+    generator = torch.Generator().manual_seed(2)
+    head = {"weight": torch.randn(5, 32, generator=generator), "bias": torch.randn(5, generator=generator)}
+    dt.bank(backbone).head("five", head)
+    dt.switch(backbone, None)
+    rows = split(routed(backbone, ["five", "three", None, "five"], inputs))
+    assert [len(one) for one in rows] == [5, 3, 3, 5]
+    own = naive(backbone, ["five", "three", None, "five"], inputs)
+    assert far(rows[1][None], own[1:2]) < 1e-5 and far(rows[2][None], own[2:3]) < 1e-5
+    dt.switch(backbone, "five")
+    hidden = backbone.bert(**row(inputs, 3)).pooler_output  # type: ignore[operator, union-attr]
+    assert far(rows[3][None], [torch.nn.functional.linear(hidden, head["weight"], head["bias"])[0]]) < 1e-5
+    with pytest.raises(InvalidValue, match="Give the tensors `bias`, `weight`"):
+        dt.bank(backbone).head("three", {"dense": head["weight"]})
+    for delta in dt.deltas(backbone):
+        dt.detach(delta)
+    assert all("deltatune" not in module._modules for module in backbone.modules())
