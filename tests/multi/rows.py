@@ -69,3 +69,9 @@ def all_on(backbone: nn.Module) -> None:
     for delta in deltas(backbone):
         if not isinstance(delta, Composition):
             delta.enable()
+
+
+def forget(backbone: nn.Module) -> None:
+    """No parameter has a gradient."""
+    for parameter in backbone.parameters():
+        parameter.grad = None

@@ -15,7 +15,7 @@ from deltatune.multi.heads import split
 from deltatune.multi.routing import Entry
 from tests.conformance.cells import fresh, shake
 from tests.models import output
-from tests.multi.rows import all_on, batch, far, naive, routed, row, use
+from tests.multi.rows import all_on, batch, far, forget, naive, routed, row, use
 
 RECIPES: dict[str, tuple[Any, ...]] = {
     "bert": (LoRA(rank=2), LoRA(rank=5), IA3(), BitFit(), Adapter(bottleneck_dim=3), PrefixTuning(3, reparameterization=False)),
@@ -75,11 +75,6 @@ def gradients(backbone: nn.Module) -> dict[tuple[str, str], Tensor]:
             if parameter.grad is not None and "classifier" not in name:  # which several deltas select, see below
                 found[delta.name, name] = parameter.grad.clone()
     return found
-
-
-def forget(backbone: nn.Module) -> None:
-    for parameter in backbone.parameters():
-        parameter.grad = None
 
 
 @pytest.mark.parametrize("model", ["bert", "llama"])

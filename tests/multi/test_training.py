@@ -21,6 +21,7 @@ def attached(model: str = "llama") -> nn.Module:
     backbone, _ = fresh(model)
     methods = {"low": LoRA(rank=3), "scaled": IA3(), "bottle": Adapter(bottleneck_dim=4), "prefix": PrefixTuning(2, mid_dim=4)}
     for seed, (name, method) in enumerate(methods.items()):
+        torch.manual_seed(seed)
         shake(dt.attach(backbone, method, name=name, head=False), seed=seed)
     return backbone
 
