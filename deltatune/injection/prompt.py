@@ -39,11 +39,14 @@ class Layout:
         virtual: number of virtual tokens.
         total: virtual tokens and the caller's; 0 until something was joined.
         padding: (batch, 1), tokens of padding on the left of each row; None where no row has any.
+        own: (batch, 1), virtual tokens of each row, where the hidden ones of shorter rows go behind the text: for stacks that count
+            positions from the first token on and cannot be told others.
     """
 
     virtual: int
     padding: Tensor | None
     total: int = 0
+    own: Tensor | None = None
 
     @classmethod
     def of(cls, virtual: int, mask: Tensor | None) -> Layout:
@@ -58,11 +61,15 @@ class Layout:
         """(..., virtual, ...) and (..., text, ...) -> (..., virtual + text, ...) along ``dim``."""
         joined = torch.cat([virtual, text], dim=dim)
         self.total = joined.shape[dim]
-        if self.padding is None:
+        if self.padding is None and self.own is None:
             return joined
-        place, padding = torch.arange(self.total, device=joined.device)[None], self.padding.to(joined.device)
-        order = torch.where(place < padding + self.virtual, place - padding, place)
-        order = torch.where(place < padding, place + self.virtual, order)  # (batch, virtual + text)
+        place = torch.arange(self.total, device=joined.device)[None]
+        padding = place.new_zeros(1, 1) if self.padding is None else self.padding.to(joined.device)
+        own = torch.full_like(padding, self.virtual) if self.own is None else self.own.to(joined.device)
+        order = place + self.virtual - own  # (batch, virtual + text): text behind its prompt
+        order = torch.where(place < padding + own, place - padding + self.virtual - own, order)
+        order = torch.where(place < padding, place + self.virtual, order)
+        order = torch.where(order >= self.total, order - self.total, order)  # hidden ones, behind the text
         return torch.take_along_dim(joined, order[..., None] if joined.ndim == 3 and dim == 1 else order, dim=dim)
 
     def join_mask(self, mask: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -71,10 +78,11 @@ class Layout:
 
     def cut(self, joined: Tensor) -> Tensor:
         """(batch, virtual + text, hidden) -> (batch, text, hidden)."""
-        if self.padding is None:
+        if self.padding is None and self.own is None:
             return joined[:, self.virtual :]
         place = torch.arange(joined.shape[1] - self.virtual, device=joined.device)[None]
-        place = torch.where(place < self.padding.to(joined.device), place, place + self.virtual)
+        padding = place.new_zeros(1, 1) if self.padding is None else self.padding.to(joined.device)
+        place = torch.where(place < padding, place, place + (self.virtual if self.own is None else self.own.to(joined.device)))
         return torch.take_along_dim(joined, place[..., None], dim=1)
 
 
@@ -205,6 +213,8 @@ class PromptAct(Act):
         if mask is None and rows is not None:
             mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
         layout = Layout.of(self.virtual, mask)
+        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
+            layout.own = self._lengths_behind(rows, batch, cache)
         P = rows.prompts(embeds) if rows is not None else torch.cat([patch() for patch in self.patches]).expand(batch, -1, -1).to(embeds)
         embeds = layout.join(P, embeds)  # P (batch, virtual, hidden)
         call |= {"input_ids": None, "inputs_embeds": embeds}
@@ -240,6 +250,15 @@ class PromptAct(Act):
         if rows is not None:
             virtual = (virtual - (self.virtual - rows.lengths(embeds.shape[0])[:, None]).to(text)).clamp_min(start)
         return layout.join(virtual, text, dim=-1)
+
+    def _lengths_behind(self, rows: RowPrompts, batch: int, cache: Any) -> Tensor:
+        """Virtual tokens of each row, (batch, 1), where hidden ones go behind the text."""
+        if cache is not None:
+            raise Unsupported(
+                "Prompts of different lengths were asked to act in one batch of a decoder that counts its positions itself. "
+                "Use prompts of one length there, or PrefixTuning."
+            )
+        return rows.lengths(batch)[:, None]
 
     @property
     def _counts_by_mask(self) -> bool:
