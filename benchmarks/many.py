@@ -86,7 +86,7 @@ def cached(model: nn.Module, rows: int) -> Callable[..., Any]:
 
     def step(**options: Any) -> None:
         model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-        cache.crop(CACHED)
+        cache.crop(-1)
 
     return step
 
@@ -232,11 +232,11 @@ def measure(name: str, rounds: int, many: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sizes", nargs="*", default=["S", "M"], choices=SIZES)
+    parser.add_argument("sizes", nargs="*", help="S, M; both if left out")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--many", type=int, default=2000)
     parser.add_argument("--smoke", action="store_true", help="a tiny backbone, once")
     options = parser.parse_args()
-    sizes, rounds, many = (["tiny"], 1, 40) if options.smoke else (options.sizes, options.rounds, options.many)
+    sizes, rounds, many = (["tiny"], 1, 40) if options.smoke else (options.sizes or ["S", "M"], options.rounds, options.many)
     results = {name: measure(name, rounds, many) for name in sizes}
     report("routed batches beside PEFT and the plain backbone, medians of paired ratios", **results, bars=BARS, prefill_bars=PREFILL_BARS)

@@ -70,7 +70,7 @@ class Shift:
         Raises:
             InvalidValue: the table of positions ends before the last shifted one.
         """
-        rows = [found for act in self.acts if (found := act.rows) is not None]
+        rows = [found for found in [act.rows for act in self.acts] if found is not None]
         if rows:
             return self._by_rows(module, args, kwargs, list({found.shape: found for found in rows}.values()))
         length = max([0, *(act.ahead for act in self.acts)])

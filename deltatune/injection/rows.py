@@ -102,7 +102,7 @@ class RowPrefixes(RowTokens):
             return self._conditional(key, x, rows_of)
         if self._held is None or torch.is_grad_enabled():
             first = key[:1]
-            filled = [self._filled([patch() for patch in program], first, rows_of) for program in self.programs]  # type: ignore[call-arg]
+            filled = [self._filled([patch() for patch in program], first, rows_of) for program in self.programs]
             stacked = torch.cat([pair[0] for pair in filled]), torch.cat([pair[1] for pair in filled])
             self._held = None if torch.is_grad_enabled() else stacked
         else:

@@ -46,6 +46,7 @@ class RouteAct(Act):
         spots: the patches at this module, by the name of their lane.
         tables: the tables of this module.
         table_of: the table of each lane; None where the patch is no data.
+        loose: lanes whose patch is no data.
         own: deltas with a head of their own here.
         given: what the sub-layer that ends here was given, where a patch reads that.
         begins: the same of sub-layers that begin here.
@@ -61,10 +62,12 @@ class RouteAct(Act):
         self.spots: dict[LaneName, Spot] = {}
         self.tables: dict[Key, Table] = {}
         self.table_of: dict[LaneName, Table | None] = {}
+        self.loose: set[LaneName] = set()
         self.own: set[str] = set()
         self.given: Given | None = None
         self.begins: list[Given] = []
         self.reads_tokens = False
+        self._counts: dict[str, int] = {}
         self._kept: dict[int, Kept] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,11 +83,9 @@ class RouteAct(Act):
         """Forget the lanes of one delta."""
         super().remove(module, delta)
         self.own.discard(delta)
-        for name in [name for name in self.table_of if name[0] == delta]:
-            self._leave(name)
-            del self.table_of[name]
-        for name in [name for name in self.spots if name[0] == delta]:
-            del self.spots[name]
+        for name in [(delta, number) for number in (OWN, *range(self._counts.pop(delta, 0)))]:
+            self.forget(name)
+            self.spots.pop(name, None)
 
     def _leave(self, name: LaneName) -> None:
         table = self.table_of.get(name)
@@ -97,6 +98,13 @@ class RouteAct(Act):
         """A patch that is read together with another one has no lane."""
         self._leave(name)
         self.table_of.pop(name, None)
+        self.loose.discard(name)
+
+    @property
+    def is_plain(self) -> bool:
+        """A row with one delta reads one lane of each table here, and nothing else."""
+        stages = [table for table in self.tables.values() if table.key.stage == "module"]
+        return not (self.loose or self.own) and (len(stages) < 2 or not any(table.form.is_alone for table in stages))
 
     def lanes_of(self, delta: str) -> list[LaneName]:
         """The lanes of a delta, in the order in which its patches run; a head of its own stands in for what it selects there."""
@@ -118,6 +126,8 @@ class RouteAct(Act):
         if self.table_of.get(name) is not table:
             self._leave(name)
         self.table_of[name] = table
+        (self.loose.add if table is None else self.loose.discard)(name)
+        self._counts[name[0]] = max(self._counts.get(name[0], 0), name[1] + 1)
 
     def _table(self, key: Key, form: Form, module: nn.Module, source: Source, fitted: Mapping[str, Tensor]) -> Table:
         table = self.tables.get(key)
@@ -147,7 +157,7 @@ class RouteAct(Act):
         for given in self.begins:
             given.keep(first_input(args, kwargs, self.names))
         work = self.work()
-        if not (work.steps or work.module or work.aparts):
+        if not (work.edits or work.aparts or self.reads_tokens):
             return args, kwargs
         kept = Kept(args, kwargs)
         if self.reads_tokens:
@@ -165,10 +175,12 @@ class RouteAct(Act):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Edit the output."""
-        kept = self._kept.pop(thread_key(), None)
-        if output is None or kept is None:
+        if self.bank.plan is None:
             return output
+        kept = self._kept.pop(thread_key(), None) if self._kept else None
         work = self.work()
+        if output is None or not (work.steps or work.module or work.aparts):
+            return output
         y = first_output(output)
         x = first_input(args, kwargs, self.names)
         plain = y
@@ -176,8 +188,9 @@ class RouteAct(Act):
             y = self._run(use, x, y)
         for k, step in enumerate(work.steps):
             for use in step.outputs:
-                y = self._run(use, self._read(use, kept.seen[k] if work.edits else x), y)
+                y = self._run(use, self._read(use, kept.seen[k] if kept is not None and work.edits else x), y)
         for apart in work.aparts:
+            assert kept is not None
             y = run_apart(self, module, apart, kept, plain, y)
         if self.given is not None:
             self.given.drop()

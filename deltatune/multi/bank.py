@@ -6,9 +6,10 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from deltatune.multi.planning import Planner
 from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
 
+VERSION = attrgetter("_version")
+
 
 @dataclass
 class Record:
@@ -46,7 +49,8 @@ class Record:
         selected: the values of what it selects, likewise.
         stamp: how many steps optimizers had made then.
         training: a patch was in training then.
-        total: the sum of the versions.
+        total: the sum of the versions of what counts its writes.
+        counted: that.
     """
 
     delta: Delta
@@ -57,15 +61,12 @@ class Record:
     stamp: int = 0
     training: bool = False
     total: int = 0
+    counted: list[Tensor] = field(default_factory=list)
 
     @property
     def is_quiet(self) -> bool:
         """Nothing was written since, as far as counters tell at once."""
-        return self.stamp == steps() and self.total == sum(map(_version, self._read))
-
-    @property
-    def _read(self) -> Iterable[Tensor]:
-        return (tensor for _, _, tensor in self.tensors)
+        return self.stamp == steps() and self.total == sum(map(VERSION, self.counted))
 
 
 class Bank(Guest):
@@ -294,7 +295,8 @@ class Bank(Guest):
             for name, tensor in holder.items()
             if tensor is not None
         ]
-        record.total = sum(_version(tensor) for _, _, tensor in record.tensors)
+        record.counted = [tensor for _, _, tensor in record.tensors if not tensor.is_inference()]
+        record.total = sum(map(VERSION, record.counted))
         record.versions = [_version(tensor) for _, _, tensor in record.tensors]
         record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
         with torch.no_grad():

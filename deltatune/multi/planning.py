@@ -42,7 +42,9 @@ class Planner:
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
             self.rows_of.setdefault(program, []).append(row)
-        self.depth = max((len(members_of(program) or ()) for program in self.programs), default=0)
+        self.members = {program: members_of(program) for program in self.programs}
+        self.single = self._single()
+        self.depth = max((len(self.members[program] or ()) for program in self.programs), default=0)
         self._picks: dict[tuple[tuple[int, ...], torch.device], Picks] = {}
 
     def plan(self) -> Plan:
@@ -54,6 +56,8 @@ class Planner:
 
     def _work(self, act: RouteAct) -> Work:
         """What one module does."""
+        if self.single is not None and act.is_plain:
+            return self._joined(act, {(0, table): self._lanes(table, self.single) for table in act.tables.values()}, ())
         lanes: dict[tuple[int, Table], dict[int, LaneName]] = {}
         aparts: list[Apart] = []
         for program in self.programs:
@@ -68,9 +72,20 @@ class Planner:
                 lanes.setdefault((k, table), {}).update(dict.fromkeys(rows, name))
         return self._joined(act, lanes, tuple(aparts))
 
+    def _single(self) -> list[tuple[int, str]] | None:
+        """Rows with the one delta of each; None where some row has several."""
+        if any(members is None or len(members) > 1 for members in self.members.values()):
+            return None
+        return [(row, program[0].members[0]) for row, program in enumerate(self.entries) if program]
+
+    @staticmethod
+    def _lanes(table: Table, rows: Sequence[tuple[int, str]]) -> dict[int, LaneName]:
+        number, lanes = table.key.number, table.lanes
+        return {row: name for row, delta in rows if (name := (delta, number)) in lanes}
+
     def _placed(self, act: RouteAct, program: Program) -> list[tuple[int, LaneName, Table]] | None:
         """Delta's place, lane and table of each patch of a program here; None where the rows must be computed apart."""
-        members = members_of(program)
+        members = self.members[program]
         if members is None:
             return None
         found: list[tuple[int, LaneName, Table]] = []

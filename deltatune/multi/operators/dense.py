@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deltatune.multi.operators.operator import Operator
@@ -13,8 +14,9 @@ class Dense(Operator):
 
     def matrix(self, x: Tensor, W: Tensor, picks: Picks) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
-        z = (x @ self._beside(W, picks).to(x.dtype)).unflatten(-1, (len(picks.distinct), -1))  # (rows, tokens, distinct, out)
-        return (z * picks.places[:, None, :, None]).sum(-2)
+        z = x @ self._beside(W, picks).to(x.dtype)
+        z = z.view(*x.shape[:-1], len(picks.distinct), -1)  # (rows, tokens, distinct, out)
+        return torch.sum(z * picks.places[:, None, :, None], -2)
 
     def pair(self, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
         """(x A) B."""
