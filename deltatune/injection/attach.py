@@ -238,7 +238,8 @@ def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
 
 def add_act(slot: Slot, act: AnyAct) -> AnyAct:
     """Put an act into a slot, at its place among the others."""
-    slot.acts = dict(sorted({**slot.acts, type(act): act}.items(), key=lambda item: order_of(item[0])))
+    acts: dict[type[Act], Act] = {**slot.acts, type(act): act}
+    slot.acts = {kind: acts[kind] for kind in sorted(acts, key=order_of)}
     return act
 
 

@@ -236,7 +236,7 @@ def _tokens(x: Tensor, y: Tensor, reads: bool) -> Tensor:
 
 def _apart(x: Tensor, rows: int) -> Tensor:
     """(rows * factor, ...) -> (rows, factor, ...)."""
-    return x.unflatten(0, (rows, -1)) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).unsqueeze(1)
+    return x.reshape(rows, -1, *x.shape[1:]) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).unsqueeze(1)
 
 
 def _spread(y: Tensor, rows: int, path: str) -> Tensor:

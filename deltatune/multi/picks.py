@@ -22,7 +22,8 @@ class Picks:
         self.distinct = tuple(sorted(set(numbers)))
         self.mask = (self.lanes > 0)[:, None, None]
         self._bags: dict[tuple[int, int], Tensor] = {}
-        self._places: Tensor | None = None
+        self._used: Tensor | None = None
+        self._places: dict[int, Tensor] = {}
 
     @property
     def is_used(self) -> bool:
@@ -38,8 +39,16 @@ class Picks:
         return found
 
     @property
-    def places(self) -> Tensor:
-        """Which of ``distinct`` each row uses, (rows, number of them), as 0 and 1."""
-        if self._places is None:
-            self._places = self.lanes[:, None] == torch.tensor(self.distinct, device=self.lanes.device)
-        return self._places
+    def used(self) -> Tensor:
+        """``distinct`` as a tensor."""
+        if self._used is None:
+            self._used = torch.tensor(self.distinct, device=self.lanes.device)
+        return self._used
+
+    def places(self, width: int) -> Tensor:
+        """Which of ``distinct`` each row uses, as 0 and 1, each ``width`` times: (rows, 1, number of them * width)."""
+        found = self._places.get(width)
+        if found is None:
+            own = (self.lanes[:, None] == self.used).float()
+            found = self._places[width] = own.repeat_interleave(width, 1)[:, None]
+        return found

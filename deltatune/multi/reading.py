@@ -240,7 +240,7 @@ class Selected:
         if not (self.trains and torch.is_grad_enabled()):
             return value
         value = value.clone().requires_grad_()
-        value.register_hook(partial(_receive, self.choice, self.name, self.theta))
+        value.register_hook(partial(_receive, self.choice, self.name, self.theta))  # type: ignore[no-untyped-call]
         return value
 
 

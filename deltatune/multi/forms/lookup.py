@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +33,7 @@ class Lookup(Form):
         A, B = tensors["A"], tensors["B"]
         lanes, size, rank = A.shape
         h = F.embedding(x + picks.lanes[:, None] * size, A.reshape(lanes * size, rank))  # (rows, tokens, r)
-        padding = table.module.padding_idx
+        padding: Any = table.module.padding_idx
         if padding is not None and h.requires_grad:
             h = h.where((x != padding)[..., None], h.detach())
         h = h.to(y.dtype)
