@@ -157,10 +157,10 @@ class RouteAct(Act):
         for given in self.begins:
             given.keep(first_input(args, kwargs, self.names))
         work = self.work()
-        if not (work.edits or work.aparts or self.reads_tokens):
+        if not (work.edits or work.aparts):
             return args, kwargs
         kept = Kept(args, kwargs)
-        if self.reads_tokens:
+        if self.reads_tokens and work.aparts:
             kept.ranks = token_ranks(first_input(args, kwargs, self.names), dict(zip(self.names, args, strict=False)) | kwargs)
         self._kept[thread_key()] = kept
         if not work.edits:
@@ -180,6 +180,7 @@ class RouteAct(Act):
         kept = self._kept.pop(thread_key(), None) if self._kept else None
         work = self.work()
         if output is None or not (work.steps or work.module or work.aparts):
+            self._let_go()
             return output
         y = first_output(output)
         x = first_input(args, kwargs, self.names)
@@ -192,9 +193,13 @@ class RouteAct(Act):
         for apart in work.aparts:
             assert kept is not None
             y = run_apart(self, module, apart, kept, plain, y)
+        self._let_go()
+        return replace_output(output, y)
+
+    def _let_go(self) -> None:
+        """The sub-layer that ends here is over."""
         if self.given is not None:
             self.given.drop()
-        return replace_output(output, y)
 
     def _read(self, use: Use, x: Tensor) -> Tensor:
         """What a patch calls x: what the module, or the sub-layer, was given."""

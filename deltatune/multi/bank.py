@@ -45,7 +45,6 @@ class Record:
         delta: the delta.
         spots: its patches at the modules that run them, each with the act there.
         tensors: what its lanes were made from, each with where it is held.
-        versions: of the tensors when they were read.
         selected: the values of what it selects, likewise.
         stamp: how many steps optimizers had made then.
         training: a patch was in training then.
@@ -56,7 +55,6 @@ class Record:
     delta: Delta
     spots: list[tuple[RouteAct, Spot]] = field(default_factory=list)
     tensors: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
     selected: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     stamp: int = 0
     training: bool = False
@@ -194,8 +192,9 @@ class Bank(Guest):
             for name in names:
                 self.add(name)
             self.newest += 1
-            self.open.append(self.newest)
-            return self._plan(self.newest, programs)
+            plan = self._plan(self.newest, programs)
+            self.open.append(plan.number)
+            return plan
 
     def close(self, plan: Plan) -> None:
         """A route is over."""
@@ -297,7 +296,6 @@ class Bank(Guest):
         ]
         record.counted = [tensor for _, _, tensor in record.tensors if not tensor.is_inference()]
         record.total = sum(map(VERSION, record.counted))
-        record.versions = [_version(tensor) for _, _, tensor in record.tensors]
         record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
         with torch.no_grad():
             for act, spot in record.spots:
@@ -319,11 +317,7 @@ class Bank(Guest):
             choice.values.get(record.delta.name) is not value or value._version != version for choice, value, version in record.selected
         ):
             return False
-        return [_version(tensor) for _, _, tensor in record.tensors] == record.versions
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+        return record.total == sum(map(VERSION, record.counted))  # versions only grow
 
 
 def _selected(entry: Entry) -> tuple[Any, Tensor, int]:

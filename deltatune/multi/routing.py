@@ -15,6 +15,7 @@ from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.refusals import check_unmerged
 from deltatune.injection.slot import Term
 from deltatune.injection.switching import disabled
+from deltatune.methods.kinds import SelectionPatch
 from deltatune.multi.bank import Bank, bank
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.recompute import captured
@@ -74,8 +75,9 @@ def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
     names = dict.fromkeys(name for program in programs for term in program for name in term.members)
     for name in names:
         check_unmerged(ledger.deltas[name], "route")
-    for name in dict.fromkeys([*names, *(member for term in ledger.terms for member in term.members)]):
-        refresh_gradients(ledger.deltas[name])  # what they select in place rests
+    for name in dict.fromkeys(member for term in ledger.terms for member in term.members):
+        if any(isinstance(entry.patch, SelectionPatch) for entry in ledger.deltas[name].entries):
+            refresh_gradients(ledger.deltas[name])  # what it selects in place rests
     plan = own.planned(programs)
     try:
         with own.entered(plan), captured(own.layers, own):
