@@ -88,7 +88,8 @@ def attend(
     if isinstance(act, PrefixAct) and act.columns:
         _refuse(flash, key, act.columns, kwargs)
         prefix_key, prefix_value = act.prefix(key, value)
-        causal, visible = _is_causal(module, name, kwargs), act.visible(key.shape[0])
+        causal, rows = _is_causal(module, name, kwargs), act.rows
+        visible = None if rows is None else rows.visible(key.shape[0])
         attention_mask = extend_mask(attention_mask, query, key, act.columns, causal, visible)
         if kwargs.get("position_bias") is not None:
             columns = act.bias_columns(kwargs["position_bias"], query, key, past)

@@ -165,11 +165,6 @@ class PrefixAct(Act):
         rows = self.rows
         return self.length if rows is None else rows.length
 
-    def visible(self, batch: int) -> Tensor | None:
-        """Which of the columns a row sees, (batch, columns); None where all rows see all."""
-        rows = self.rows
-        return None if rows is None else rows.visible(batch)
-
     def lengths(self, delta: str) -> Sequence[tuple[int, bool]]:
         """Of each prefix of a delta, its length, and whether it takes the positions ahead of the text."""
         return self._lengths.get(delta, ())
