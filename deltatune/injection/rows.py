@@ -100,13 +100,13 @@ class RowPrefixes(RowTokens):
         if self.is_conditional:
             assert x is not None
             return self._conditional(key, x, rows_of)
-        if self._held is None or torch.is_grad_enabled():
+        stacked = self._held
+        if stacked is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             first = key[:1]
             filled = [self._filled([patch() for patch in program], first, rows_of) for program in self.programs]
             stacked = torch.cat([pair[0] for pair in filled]), torch.cat([pair[1] for pair in filled])
-            self._held = None if torch.is_grad_enabled() else stacked
-        else:
-            stacked = self._held
+            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                self._held = stacked
         chosen = self.spread(batch)
         return stacked[0].to(key).index_select(0, chosen), stacked[1].to(key).index_select(0, chosen)
 

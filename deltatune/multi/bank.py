@@ -317,7 +317,7 @@ class Bank(Guest):
             choice.values.get(record.delta.name) is not value or value._version != version for choice, value, version in record.selected
         ):
             return False
-        return record.total == sum(map(VERSION, record.counted))  # versions only grow
+        return record.total == int(sum(map(VERSION, record.counted)))  # versions only grow
 
 
 def _selected(entry: Entry) -> tuple[Any, Tensor, int]:
