@@ -45,6 +45,7 @@ class ContextPlanner:
     def plan(self, act: ContextAct, device: torch.device) -> Any:
         """What the rows do there; None where none does anything."""
         programs = [program for program in self.rows_of if any(name in act.members for term in program for name in term.members)]
+        programs.sort(key=lambda program: [term.members for term in program])  # compiled code is the same in whatever rows they are
         if not programs:
             return None
         make = next(make for kind, make in MAKERS if isinstance(act, kind))

@@ -79,13 +79,18 @@ class Work:
         module: tables of what the module is in each row.
         steps: the deltas of each row, innermost first.
         aparts: rows that are computed by themselves.
-        edits: some row's input is edited.
+        is_edited: some row's input is edited.
     """
 
     module: tuple[Use, ...] = ()
     steps: tuple[Step, ...] = ()
     aparts: tuple[Apart, ...] = ()
-    edits: bool = False
+    is_edited: bool = False
+
+    @property
+    def edits(self) -> bool:
+        """Inputs are edited; compiled code does it for any route, so that all share one graph."""
+        return any(step.inputs for step in self.steps) if torch.compiler.is_compiling() else self.is_edited
 
     @property
     def is_idle(self) -> bool:
