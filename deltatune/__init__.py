@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from deltatune.checkpoint.combine import combine
     from deltatune.checkpoint.format import load, save
     from deltatune.injection.state import backbone_state
+    from deltatune.multi.bank import bank
+    from deltatune.multi.routing import route
     from deltatune.structure.tree import tree
     from deltatune.training.opening import open
     from deltatune.training.train import train
@@ -41,6 +43,7 @@ __all__ = [
     "Delta",
     "attach",
     "backbone_state",
+    "bank",
     "combine",
     "compose",
     "deltas",
@@ -52,6 +55,7 @@ __all__ = [
     "open",
     "refresh",
     "reset",
+    "route",
     "save",
     "switch",
     "train",
@@ -61,9 +65,11 @@ __all__ = [
 
 _LATER = {
     "backbone_state": "deltatune.injection.state",
+    "bank": "deltatune.multi.bank",
     "combine": "deltatune.checkpoint.combine",
     "load": "deltatune.checkpoint.format",
     "open": "deltatune.training.opening",
+    "route": "deltatune.multi.routing",
     "save": "deltatune.checkpoint.format",
     "train": "deltatune.training.train",
     "tree": "deltatune.structure.tree",

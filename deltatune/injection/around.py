@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +14,22 @@ from deltatune.injection.draws import Draws
 from deltatune.injection.guard import Guard
 from deltatune.injection.variants import Switch
 from deltatune.structure.index import Index
+
+
+class Guest(ABC):
+    """What another layer keeps with a backbone and wants to know of each of its forwards."""
+
+    @abstractmethod
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward of the root begins with this call."""
+
+    @abstractmethod
+    def rows_of(self, number: int) -> Any:
+        """What the rows of the batch do at the act of that number; None where all rows do what acts."""
+
+    @abstractmethod
+    def forget(self, delta: str) -> None:
+        """A delta was detached."""
 
 
 @dataclass
@@ -22,12 +41,14 @@ class Around:
         guard: shared by all hosts of weight patches.
         switch: of attention implementations; None while no prefix is attached.
         sweep: of what branches keep; None while there are none.
+        guest: the bank of routed deltas (``multi``); None while nothing was routed.
     """
 
     draws: Draws = field(default_factory=Draws)
     guard: Guard = field(default_factory=Guard)
     switch: Switch | None = None
     sweep: Sweep | None = None
+    guest: Guest | None = None
 
     def switch_of(self, backbone: nn.Module, index: Index) -> Switch:
         """The switch, made if there was none."""

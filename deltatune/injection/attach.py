@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
-from typing import overload
+from typing import TypeVar, overload
 
 from torch import nn
 
@@ -13,16 +13,18 @@ from deltatune.errors import InvalidValue
 from deltatune.injection.branches import Given
 from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
-from deltatune.injection.entries import ORDER, Entry, build_entries, check_hits, head_entries, heads_of
+from deltatune.injection.entries import Entry, build_entries, check_hits, head_entries, heads_of, order_of
 from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_of, open_ledger
 from deltatune.injection.refusals import check_alone, check_backbone, check_kind, check_names
-from deltatune.injection.slot import Member, close_slot, open_slot, slot_of
+from deltatune.injection.slot import Act, Member, Slot, close_slot, open_slot, slot_of
 from deltatune.injection.switching import unchanged
 from deltatune.methods.checks import check_types
 from deltatune.methods.kinds import Method, SelectionPatch, Sharing, Surveying
 from deltatune.methods.kinds import methods as registered
 from deltatune.structure.site import Site
 from deltatune.structure.where import Layers, Matches, Where, find_sites
+
+AnyAct = TypeVar("AnyAct", bound=Act)
 
 
 @overload
@@ -223,8 +225,7 @@ def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
         act = slot.acts.get(kind)
         fresh = act is None
         if act is None:
-            act = kind(module)
-            slot.acts = dict(sorted({**slot.acts, kind: act}.items(), key=lambda item: ORDER.index(item[0])))
+            act = add_act(slot, kind(module))
         if k == 0:
             key = next(key for key in _keys(entry.delta) if key not in slot.patches)
             slot.patches[key] = entry.patch
@@ -232,6 +233,13 @@ def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
         if fresh:
             act.join(ledger.around, backbone, ledger.index(backbone), entry.site)
         slot.listen(module)
+
+
+def add_act(slot: Slot, act: AnyAct) -> AnyAct:
+    """Put an act into a slot, at its place among the others."""
+    acts: dict[type[Act], Act] = {**slot.acts, type(act): act}
+    slot.acts = {kind: acts[kind] for kind in sorted(acts, key=order_of)}
+    return act
 
 
 def _keys(delta: str) -> Iterator[str]:

@@ -85,20 +85,23 @@ def attend(
     past = kwargs.pop(PAST, None)
     slot = slot_of(module)
     act = slot.acts.get(PrefixAct) if slot is not None else None
-    if isinstance(act, PrefixAct) and act.length:
-        _refuse(flash, key, act.length, kwargs)
+    if isinstance(act, PrefixAct) and act.columns:
+        _refuse(flash, key, act.columns, kwargs)
         prefix_key, prefix_value = act.prefix(key, value)
-        attention_mask = extend_mask(attention_mask, query, key, act.length, _is_causal(module, name, kwargs))
+        causal, rows = _is_causal(module, name, kwargs), act.rows
+        visible = None if rows is None else rows.visible(key.shape[0])
+        attention_mask = extend_mask(attention_mask, query, key, act.columns, causal, visible)
         if kwargs.get("position_bias") is not None:
             columns = act.bias_columns(kwargs["position_bias"], query, key, past)
-            kwargs["position_bias"] = torch.cat([columns, kwargs["position_bias"]], dim=-1)
+            bias = kwargs["position_bias"]
+            kwargs["position_bias"] = torch.cat([columns, bias.expand(columns.shape[0], *bias.shape[1:])], dim=-1)
         key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
     base = _EAGER[type(module)] if name == MARK + "eager" else _BASES[name]
     return base(_Plain(module, name) if flash else module, query, key, value, attention_mask, **kwargs)
 
 
-def extend_mask(mask: Tensor | None, query: Tensor, key: Tensor, length: int, causal: bool) -> Tensor | None:
-    """The mask with ``length`` visible columns in front.
+def extend_mask(mask: Tensor | None, query: Tensor, key: Tensor, length: int, causal: bool, seen: Tensor | None = None) -> Tensor | None:
+    """The mask with ``length`` columns in front, visible but where ``seen`` tells otherwise.
 
     Args:
         mask: (..., keys), boolean, additive, or a flash kernel's 0/1; None if every key is visible, or causality is left to a flag.
@@ -106,14 +109,27 @@ def extend_mask(mask: Tensor | None, query: Tensor, key: Tensor, length: int, ca
         key: (batch, heads, keys, head_dim).
         length: number of virtual tokens.
         causal: None means causal, with query i seeing keys 0 to i.
+        seen: (batch, length), the columns that a row sees; None for all.
     """
     if mask is None:
         queries, keys = query.shape[2], key.shape[2]
-        if not causal or queries == 1:
+        if (not causal or queries == 1) and seen is None:
             return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril()[None, None]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=key.device)
+        mask = (mask.tril() if causal and queries > 1 else mask)[None, None]
+    if seen is not None:
+        return _joined_mask(mask, seen, key)
     visible = mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(())
     return torch.cat([visible.expand(*mask.shape[:-1], length), mask], dim=-1)
+
+
+def _joined_mask(mask: Tensor, seen: Tensor, key: Tensor) -> Tensor:
+    """The mask with columns (batch, length) in front that differ between rows."""
+    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    front = torch.where(seen, 0 if mask.is_floating_point() else 1, hidden).to(mask.dtype)
+    mask = mask.expand(key.shape[0], *mask.shape[1:])
+    front = front.view(key.shape[0], *[1] * (mask.ndim - 2), -1)
+    return torch.cat([front.expand(*mask.shape[:-1], -1), mask], dim=-1)
 
 
 def _is_causal(module: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:

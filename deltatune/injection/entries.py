@@ -54,6 +54,11 @@ ORDER = [BranchAct, TokensAct, *dict.fromkeys(act for _, act in ACTS)]
 """The acts, in that order; branches begin with what the caller gave."""
 
 
+def order_of(act: type[Act]) -> int:
+    """Place of an act in its slot: those added from outside stand innermost, next to the module's own forward."""
+    return ORDER.index(act) if act in ORDER else len(ORDER)
+
+
 @dataclass(frozen=True)
 class Host:
     """A module whose slot runs a patch.

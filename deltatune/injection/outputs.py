@@ -129,7 +129,7 @@ class OutputAct(Act):
 
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
         """One more step, the outermost; one for each delta of a sequential composition."""
-        for step in self._steps(term, mixers):
+        for step in self.steps_of(term, mixers):
             self.steps = (*self.steps, step)
             patches = [member.patch for member in _flat(step)]
             self._givens += tuple(member.given for member in _flat(step) if member.given is not None)
@@ -137,7 +137,8 @@ class OutputAct(Act):
             self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
             self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
 
-    def _steps(self, term: Term, mixers: nn.ModuleDict) -> Sequence[Step]:
+    def steps_of(self, term: Term, mixers: nn.ModuleDict) -> Sequence[Step]:
+        """The steps that a term stands for here."""
         present = [(name, weight) for name, weight in zip(term.members, term.weights, strict=True) if name in self.members]
         groups = tuple(tuple(self.members[name]) for name, _ in present)
         if term.how == "sequential" or not present:

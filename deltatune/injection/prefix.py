@@ -23,7 +23,8 @@ from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
-    from deltatune.injection.around import Around
+    from deltatune.injection.around import Around, Guest
+    from deltatune.injection.rows import RowPrefixes, RowPrompts
     from deltatune.injection.variants import Switch
 
 
@@ -34,6 +35,8 @@ class PrefixAct(Act):
         length: number of virtual tokens that act.
         ahead: how many of them take the positions ahead of the text.
         switch: the backbone's switch; None until ``Switch.join``.
+        guest: who knows of routes; None while nothing was routed.
+        number: by which it knows this act.
         relative: the attention whose table of relative positions this stack uses; None where positions are absolute or rotary.
     """
 
@@ -47,6 +50,13 @@ class PrefixAct(Act):
         self._inputs: dict[int, Tensor] = {}
         self.switch: Switch | None = None
         self.relative: Any = None
+        self.guest: Guest | None = None
+        self.number = -1
+
+    @property
+    def rows(self) -> RowPrefixes | None:
+        """The prefixes of each row, within a route."""
+        return None if self.guest is None else self.guest.rows_of(self.number)
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -107,7 +117,8 @@ class PrefixAct(Act):
         Raises:
             Unsupported: the attention implementation was changed behind our back, so the prefix would be ignored.
         """
-        if not self.length:
+        rows = self.rows
+        if not self.length and rows is None:
             return args, kwargs
         config: Any = module.config
         name = config._attn_implementation
@@ -116,7 +127,7 @@ class PrefixAct(Act):
                 f"The attention implementation of {type(module).__name__} was set to `{name}` while prefixes act in it, so they would be "
                 "ignored. Detach them, set the implementation, and attach or load them again."
             )
-        if any(isinstance(patch, ConditionalPrefixPatch) for patch in self.patches):
+        if any(isinstance(patch, ConditionalPrefixPatch) for patch in self.patches) or (rows is not None and rows.is_conditional):
             self._inputs[thread_key()] = first_input(args, kwargs, self.names)
         if self.relative is None or kwargs.get("key_value_states") is not None:
             return args, kwargs
@@ -142,8 +153,21 @@ class PrefixAct(Act):
         Raises:
             Unsupported: the keys have another shape than the patches were built for.
         """
+        rows = self.rows
+        if rows is not None:
+            return rows.prefix(key, self._inputs.get(thread_key()), _rows)
         pairs = [patch(self._inputs[thread_key()]) if isinstance(patch, ConditionalPrefixPatch) else patch() for patch in self.patches]
         return torch.cat([_rows(k, key) for k, _ in pairs], dim=2), torch.cat([_rows(v, value) for _, v in pairs], dim=2)
+
+    @property
+    def columns(self) -> int:
+        """How many columns of virtual keys there are now."""
+        rows = self.rows
+        return self.length if rows is None else rows.length
+
+    def lengths(self, delta: str) -> Sequence[tuple[int, bool]]:
+        """Of each prefix of a delta, its length, and whether it takes the positions ahead of the text."""
+        return self._lengths.get(delta, ())
 
     def bias_columns(self, position_bias: Tensor, query: Tensor, key: Tensor, past: int | Tensor | None) -> Tensor:
         """Bias of the virtual keys, at the relative positions -length to -1 before the text: (1, heads, queries, length).
@@ -155,9 +179,22 @@ class PrefixAct(Act):
             past: number of cached tokens; None in cross-attention, where positions have no bias.
         """
         if self.relative is None or past is None:
-            return position_bias.new_zeros(()).expand(*position_bias.shape[:-1], self.length)
-        columns: Tensor = self.relative.compute_bias(query.shape[2], self.length, device=key.device, past_seen_tokens=past + self.length)
+            return position_bias.new_zeros(()).expand(*position_bias.shape[:-1], self.columns)
+        rows = self.rows
+        if rows is not None and rows.prompts is not None:
+            return self._behind_prompts(rows.prompts, position_bias, query, past)
+        columns: Tensor = self.relative.compute_bias(query.shape[2], self.columns, device=key.device, past_seen_tokens=past + self.columns)
         return columns.to(position_bias.dtype)
+
+    def _behind_prompts(self, prompts: RowPrompts, position_bias: Tensor, query: Tensor, past: int | Tensor) -> Tensor:
+        """The same where rows have prompts of different lengths: the hidden tokens between prefix and text do not count."""
+        size, device = self.columns, query.device
+        found = {
+            hidden: self.relative.compute_bias(query.shape[2], size, device=device, past_seen_tokens=past - hidden + size)
+            for hidden in dict.fromkeys(prompts.hidden)
+        }
+        columns = torch.cat([found[hidden] for hidden in prompts.hidden])  # (programs, heads, queries, columns)
+        return columns.index_select(0, prompts.spread(query.shape[0])).to(position_bias.dtype)
 
 
 def _length(patch: PrefixPatch | ConditionalPrefixPatch) -> int:

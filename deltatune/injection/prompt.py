@@ -24,7 +24,8 @@ from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
-    from deltatune.injection.around import Around
+    from deltatune.injection.around import Around, Guest
+    from deltatune.injection.rows import RowPrompts
 
 
 @dataclass
@@ -38,11 +39,14 @@ class Layout:
         virtual: number of virtual tokens.
         total: virtual tokens and the caller's; 0 until something was joined.
         padding: (batch, 1), tokens of padding on the left of each row; None where no row has any.
+        own: (batch, 1), virtual tokens of each row, where the hidden ones of shorter rows go behind the text: for stacks that count
+            positions from the first token on and cannot be told others.
     """
 
     virtual: int
     padding: Tensor | None
     total: int = 0
+    own: Tensor | None = None
 
     @classmethod
     def of(cls, virtual: int, mask: Tensor | None) -> Layout:
@@ -57,23 +61,28 @@ class Layout:
         """(..., virtual, ...) and (..., text, ...) -> (..., virtual + text, ...) along ``dim``."""
         joined = torch.cat([virtual, text], dim=dim)
         self.total = joined.shape[dim]
-        if self.padding is None:
+        if self.padding is None and self.own is None:
             return joined
-        place, padding = torch.arange(self.total, device=joined.device)[None], self.padding.to(joined.device)
-        order = torch.where(place < padding + self.virtual, place - padding, place)
-        order = torch.where(place < padding, place + self.virtual, order)  # (batch, virtual + text)
+        place = torch.arange(self.total, device=joined.device)[None]
+        padding = place.new_zeros(1, 1) if self.padding is None else self.padding.to(joined.device)
+        own = torch.full_like(padding, self.virtual) if self.own is None else self.own.to(joined.device)
+        order = place + self.virtual - own  # (batch, virtual + text): text behind its prompt
+        order = torch.where(place < padding + own, place - padding + self.virtual - own, order)
+        order = torch.where(place < padding, place + self.virtual, order)
+        order = torch.where(order >= self.total, order - self.total, order)  # hidden ones, behind the text
         return torch.take_along_dim(joined, order[..., None] if joined.ndim == 3 and dim == 1 else order, dim=dim)
 
-    def join_mask(self, mask: Tensor) -> Tensor:
-        """The mask (batch, keys) with the virtual tokens visible."""
-        return self.join(mask.new_ones(mask.shape[0], self.virtual), mask)
+    def join_mask(self, mask: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The mask (batch, keys) with the virtual tokens visible, but where ``seen`` (batch, virtual) tells otherwise."""
+        return self.join(mask.new_ones(mask.shape[0], self.virtual) if seen is None else seen.to(mask), mask)
 
     def cut(self, joined: Tensor) -> Tensor:
         """(batch, virtual + text, hidden) -> (batch, text, hidden)."""
-        if self.padding is None:
+        if self.padding is None and self.own is None:
             return joined[:, self.virtual :]
         place = torch.arange(joined.shape[1] - self.virtual, device=joined.device)[None]
-        place = torch.where(place < self.padding.to(joined.device), place, place + self.virtual)
+        padding = place.new_zeros(1, 1) if self.padding is None else self.padding.to(joined.device)
+        place = torch.where(place < padding, place, place + (self.virtual if self.own is None else self.own.to(joined.device)))
         return torch.take_along_dim(joined, place[..., None], dim=1)
 
 
@@ -82,6 +91,8 @@ class PromptAct(Act):
 
     Attributes:
         length: number of virtual tokens that act.
+        guest: who knows of routes; None while nothing was routed.
+        number: by which it knows this act.
     """
 
     listens = True
@@ -94,6 +105,23 @@ class PromptAct(Act):
         self._tables: list[tuple[str, nn.Embedding]] = []
         self._handle: RemovableHandle | None = None
         self._layouts: dict[int, Layout] = {}
+        self.guest: Guest | None = None
+        self.number = -1
+
+    @property
+    def rows(self) -> RowPrompts | None:
+        """The prompts of each row, within a route."""
+        return None if self.guest is None else self.guest.rows_of(self.number)
+
+    @property
+    def virtual(self) -> int:
+        """Number of virtual tokens in front of every row now, hidden ones included."""
+        rows = self.rows
+        return self.length if rows is None else rows.length
+
+    def lengths(self, delta: str) -> int:
+        """Number of virtual tokens of a delta."""
+        return sum(self._lengths.get(delta, ()))
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -146,7 +174,7 @@ class PromptAct(Act):
         seen = seen_tokens(cache)
         if seen:
             self._check_cache(cache)
-        if not self.length:
+        if not self.virtual:
             return args, kwargs
         return (), self._later(call, cache, seen) if seen else self._first(module, call, cache)
 
@@ -156,12 +184,19 @@ class PromptAct(Act):
         queries = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[1]
         if not torch.compiler.is_compiling():
             self._check_count(mask, positions, cache, seen, queries)
+        rows = self.rows
         if is_made_ahead(mask, cache):
             call["attention_mask"] = later_mask(cache, queries)
         elif mask is not None:
-            call["attention_mask"] = Layout.of(self.length, mask).join_mask(mask)[:, : capacity(cache)]
+            seen_of = None if rows is None else rows.visible(mask.shape[0])
+            call["attention_mask"] = Layout.of(self.virtual, mask).join_mask(mask, seen_of)[:, : capacity(cache)]
+        elif rows is not None:
+            call["attention_mask"] = later_mask(cache, queries)
+        if rows is not None and positions is None and "position_ids" in self.names and not self._counts_by_mask:
+            device = stored(cache).mask.device  # type: ignore[union-attr]
+            positions = (seen - self.virtual + torch.arange(queries, device=device))[None]
         if positions is not None:
-            call["position_ids"] = positions + self.length
+            call["position_ids"] = positions + (self.virtual if rows is None else _down(rows, call, positions))
         return call
 
     def _first(self, module: nn.Module, call: dict[str, Any], cache: Any) -> dict[str, Any]:
@@ -174,36 +209,61 @@ class PromptAct(Act):
         batch, length, _ = embeds.shape
         self._check_positions(length)
         mask = first_mask(call.get("attention_mask"), cache, length)
-        layout = Layout.of(self.length, mask)
-        P = torch.cat([patch() for patch in self.patches])  # (virtual, hidden)
-        embeds = layout.join(P.to(embeds)[None].expand(batch, -1, -1), embeds)
+        rows = self.rows
+        if mask is None and rows is not None:
+            mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+        layout = Layout.of(self.virtual, mask)
+        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
+            layout.own = self._lengths_behind(rows, batch, cache)
+        P = rows.prompts(embeds) if rows is not None else torch.cat([patch() for patch in self.patches]).expand(batch, -1, -1).to(embeds)
+        embeds = layout.join(P, embeds)  # P (batch, virtual, hidden)
         call |= {"input_ids": None, "inputs_embeds": embeds}
         if mask is not None:
-            mask = layout.join_mask(mask)
-        if "attention_mask" in call:
+            mask = layout.join_mask(mask, None if rows is None else rows.visible(batch))
+        if "attention_mask" in call or rows is not None:
             call["attention_mask"] = mask
         if "position_ids" in self.names:
             call["position_ids"] = self._positions(call.get("position_ids"), ids, embeds, layout)
         if (types := call.get("token_type_ids")) is not None:
-            call["token_type_ids"] = layout.join(types.new_zeros(types.shape[0], self.length), types)
+            call["token_type_ids"] = layout.join(types.new_zeros(types.shape[0], self.virtual), types)
         if cache is not None:
-            enlarge(cache, self.length, getattr(module.config, "sliding_window", None))
-            store(cache, self.length, mask)
+            enlarge(cache, self.virtual, getattr(module.config, "sliding_window", None))
+            store(cache, self.virtual, mask)
         self._layouts[thread_key()] = layout
         return call
 
     def _positions(self, positions: Tensor | None, ids: Tensor | None, embeds: Tensor, layout: Layout) -> Tensor | None:
         """Positions of [P; X]: P first, X shifted; None where the stack counts them itself, and rightly."""
-        start = self._start()
+        start, rows = self._start(), self.rows
+        ahead: int | Tensor = self.virtual if rows is None else rows.lengths(embeds.shape[0])[:, None]
         if positions is None:
-            if not start or ids is None:
+            if start and ids is not None:
+                real = ids.ne(start - 1)  # RoBERTa counts real tokens, but only if it sees the ids; padding stays at ``start - 1``
+                text = (real.cumsum(1) + ahead) * real + start - 1
+            elif rows is None or self._counts_by_mask:
                 return None
-            real = ids.ne(start - 1)  # RoBERTa counts real tokens, but only if it sees the ids; padding stays at ``start - 1``
-            text = (real.cumsum(1) + self.length) * real + start - 1
+            else:
+                text = torch.arange(start, start + embeds.shape[1] - self.virtual, device=embeds.device)[None] + ahead
         else:
-            text = positions + self.length
-        virtual = torch.arange(start, start + self.length, dtype=text.dtype, device=text.device)
-        return layout.join(virtual.expand(*text.shape[:-1], -1), text, dim=-1)
+            text = positions + ahead
+        virtual = torch.arange(start, start + self.virtual, dtype=text.dtype, device=text.device).expand(*text.shape[:-1], -1)
+        if rows is not None:
+            virtual = (virtual - (self.virtual - rows.lengths(embeds.shape[0])[:, None]).to(text)).clamp_min(start)
+        return layout.join(virtual, text, dim=-1)
+
+    def _lengths_behind(self, rows: RowPrompts, batch: int, cache: Any) -> Tensor:
+        """Virtual tokens of each row, (batch, 1), where hidden ones go behind the text."""
+        if cache is not None:
+            raise Unsupported(
+                "Prompts of different lengths were asked to act in one batch of a decoder that counts its positions itself. "
+                "Use prompts of one length there, or PrefixTuning."
+            )
+        return rows.lengths(batch)[:, None]
+
+    @property
+    def _counts_by_mask(self) -> bool:
+        """The stack counts what the mask shows, as OPT does, so that hidden tokens have no positions."""
+        return any("attention_mask" in input_names(type(table)) for _, table in self._tables)
 
     def _start(self) -> int:
         """The first position of a text: 0, or behind the position that is kept for padding."""
@@ -225,27 +285,27 @@ class PromptAct(Act):
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         for value in values:
             if hasattr(value, "get_seq_length"):
-                store(value, self.length, stored(value).mask)
+                store(value, self.virtual, stored(value).mask)
         return strip(output, layout)
 
     def _check_cache(self, cache: Any) -> None:
         filled = stored(cache).length
-        if filled != self.length:
+        if filled != self.virtual:
             raise InvalidValue(
-                f"The key-value cache was filled with {filled} virtual tokens in front, but {self.length} act now. "
+                f"The key-value cache was filled with {filled} virtual tokens in front, but {self.virtual} act now. "
                 "Start with an empty cache after attaching, detaching, enabling or disabling a prompt."
             )
 
     def _check_count(self, mask: Any, positions: Tensor | None, cache: Any, seen: int, queries: int) -> None:
         """``generate`` on a filled cache drops as many tokens as the cache holds, virtual ones included: the first new ones are lost."""
-        text = seen - self.length
+        text = seen - self.virtual
         if isinstance(mask, Tensor) and mask.ndim == 2 and capacity(cache) is None:
             lost = mask.shape[1] != text + queries
         else:
             lost = mask is None and positions is not None and positions.ndim == 2 and int(positions[0, 0]) != text
         if lost:
             raise Unsupported(
-                f"The key-value cache holds {text} tokens of text and {self.length} virtual ones, and the new tokens do not continue "
+                f"The key-value cache holds {text} tokens of text and {self.virtual} virtual ones, and the new tokens do not continue "
                 "the text: generate() was given a filled cache, and cannot tell the virtual tokens in it from text. "
                 "Give it the whole text and no cache, or call the model itself with the new tokens only."
             )
@@ -253,9 +313,9 @@ class PromptAct(Act):
     def _check_positions(self, length: int) -> None:
         for path, table in self._tables:
             room = table.num_embeddings - self._start() - int(getattr(table, "offset", 0))
-            if self.length + length > room:
+            if self.virtual + length > room:
                 raise InvalidValue(
-                    f"{length} tokens of text and {self.length} virtual ones need {self.length + length} positions, but `{path}` has "
+                    f"{length} tokens of text and {self.virtual} virtual ones need {self.virtual + length} positions, but `{path}` has "
                     f"{room}. Truncate the text, or use fewer virtual tokens."
                 )
 
@@ -269,6 +329,12 @@ class PromptAct(Act):
                 "A prompt was asked to join packed sequences, and only the first sequence of each row would see it. Pad instead of "
                 "packing, or use PrefixTuning, which reaches every sequence."
             )
+
+
+def _down(rows: RowPrompts, call: dict[str, Any], positions: Tensor) -> Tensor:
+    """Virtual tokens of each row, as a column beside its positions."""
+    given = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    return rows.lengths(given.shape[0]).to(positions.device)[:, None]
 
 
 def strip(output: Any, layout: Layout) -> Any:

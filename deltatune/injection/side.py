@@ -8,9 +8,11 @@ anew finds nobody to give its state to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,11 +24,37 @@ from deltatune.structure.index import Index, Stack
 from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
-    from deltatune.injection.around import Around
+    from deltatune.injection.around import Around, Guest
+
+
+@dataclass(frozen=True)
+class RowSide:
+    """Side networks of some rows of a route.
+
+    Attributes:
+        rows: their numbers.
+        total: number of rows of the route.
+        patches: what runs in them, by its weight.
+    """
+
+    rows: Tensor
+    total: int
+    patches: tuple[tuple[SidePatch, float], ...]
+
+    def rows_of(self, batch: int) -> Tensor:
+        """The same rows in a batch that holds each row of the route several times in a row."""
+        factor = batch // self.total
+        place = torch.arange(factor, device=self.rows.device)
+        return (self.rows[:, None] * factor + place).flatten() if factor > 1 else self.rows
 
 
 class SideAct(Act):
-    """Runs the side networks of one text stack."""
+    """Runs the side networks of one text stack.
+
+    Attributes:
+        guest: who knows of routes; None while nothing was routed.
+        number: by which it knows this act.
+    """
 
     listens = True
 
@@ -37,6 +65,13 @@ class SideAct(Act):
         self._is_inner = True
         self._handles: list[RemovableHandle] = []
         self._states: dict[int, dict[int, Tensor]] = {}
+        self.guest: Guest | None = None
+        self.number = -1
+
+    @property
+    def rows(self) -> Sequence[RowSide] | None:
+        """The side networks of some rows, within a route."""
+        return None if self.guest is None else self.guest.rows_of(self.number)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_states": {}}
@@ -90,7 +125,7 @@ class SideAct(Act):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begin to listen."""
-        if self.patches:
+        if self.patches or self.rows:
             self._states[thread_key()] = {}
         return args, kwargs
 
@@ -115,6 +150,10 @@ class SideAct(Act):
         read = [*(states[number] for number in range(self._layers)), y.detach()]
         for patch, weight in self.patches:
             y = y + weight * patch(read)
+        for side in self.rows or ():
+            rows = side.rows_of(y.shape[0])
+            change = sum(weight * patch([state.index_select(0, rows) for state in read]) for patch, weight in side.patches)
+            y = y.index_add(0, rows, change)
         return replace_output(output, y)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

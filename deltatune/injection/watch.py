@@ -34,7 +34,7 @@ class Watch:
     def listen(self, backbone: nn.Module) -> None:
         """Register the hooks."""
         self._handles = [
-            backbone.register_forward_pre_hook(self.before),
+            backbone.register_forward_pre_hook(self.before, with_kwargs=True),
             backbone.register_forward_hook(self.after),
         ]
 
@@ -55,9 +55,14 @@ class Watch:
         """Forget the entries of a delta."""
         self._unseen = [entry for entry in self._unseen if entry.delta != delta]
         self.draws.drop(delta)
+        if self._ledger.around.guest is not None:
+            self._ledger.around.guest.forget(delta)
 
-    def before(self, backbone: nn.Module, args: Any) -> None:
-        """Pre-hook of the root: the random draws of this forward."""
+    def before(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the root: the random draws of this forward; a guest is told of it."""
+        guest = self._ledger.around.guest
+        if guest is not None and not torch.compiler.is_compiling():
+            guest.begin(args, kwargs)
         if backbone.training and self.draws.any:  # else nothing here may depend on which deltas act: compiled code would be bound to it
             self.draws.take(self._ledger.acting_deltas)
 

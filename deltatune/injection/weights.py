@@ -152,18 +152,18 @@ class WeightAct(Act):
         self._settle()
         found: dict[str, list[FoldTerm]] = {}
         for term in terms:
-            for name, entry in self._entries(term).items():
+            for name, entry in self.entries_of(term).items():
                 found.setdefault(name, []).append(entry)
         self.folds = {name: Fold(name, tuple(entries)) for name, entries in found.items()}
 
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
         """One more function on each parameter that it patches."""
         self._settle()
-        for name, entry in self._entries(term).items():
+        for name, entry in self.entries_of(term).items():
             before = self.folds[name].terms if name in self.folds else ()
             self.folds[name] = Fold(name, (*before, entry))
 
-    def _entries(self, term: Term) -> dict[str, FoldTerm]:
+    def entries_of(self, term: Term) -> dict[str, FoldTerm]:
         """Parameter -> what the term does with it."""
         names = dict.fromkeys(member.parameter for delta in term.members for member in self.members.get(delta, ()))
         return {name: self._entry(term, name) for name in names}

@@ -36,7 +36,13 @@ Family = Literal["addition", "specification", "reparameterization", "baseline"]
 
 
 class Patch(nn.Module, ABC):
-    """What a method builds for one site; one of the classes below."""
+    """What a method builds for one site; one of the classes below.
+
+    Class attributes:
+        unroutable: why its delta cannot be used by single rows of a batch; empty where it can.
+    """
+
+    unroutable: ClassVar[str] = ""
 
 
 class OutputPatch(Patch):

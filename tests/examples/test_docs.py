@@ -17,9 +17,9 @@ from deltatune import errors
 from tests.models import MODELS
 from tests.project import ROOT
 
-PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("guide", "files")}
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("guide", "files", "routes")}
 TEXT = PAGES["guide"].read_text()
-COMPARED = {"guide": 10, "files": 3}
+COMPARED = {"guide": 10, "files": 3, "routes": 4}
 """At least so many blocks of a page are compared with what the ones before them print."""
 
 

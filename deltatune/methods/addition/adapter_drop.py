@@ -120,6 +120,11 @@ class Borrowed(nn.Module):
         """(..., width) -> (..., width)."""
         return self._module[0](h)  # type: ignore[no-any-return]
 
+    @property
+    def lent(self) -> nn.Module:
+        """The module."""
+        return self._module[0]
+
 
 class Droppable(OutputPatch):
     """y + U(f(D(y))), or y where the layer is dropped."""

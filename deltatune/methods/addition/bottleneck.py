@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.methods.kinds import OutputPatch
+from deltatune.methods.lanes import Lane
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -19,6 +21,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """f of every adapter; ``gelu_new`` is the approximation by tanh that older checkpoints were trained with."""
+
+
+@runtime_checkable
+class Affine(Protocol):
+    """A map h W^T + b, whatever W is made of."""
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """W (out, in) and b (out,)."""
 
 
 class Dense(nn.Module):
@@ -32,6 +42,10 @@ class Dense(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(h, self.W.to(h), self.b.to(h))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """W and b."""
+        return self.W, self.b
 
 
 class Bottleneck(nn.Module):
@@ -52,6 +66,13 @@ class Bottleneck(nn.Module):
         """(..., width) -> (..., width)."""
         return self.U(ACTIVATIONS[self.activation](self.D(h)))  # type: ignore[no-any-return]
 
+    def lane(self, reads: Literal["input", "output"], scale: float = 1.0) -> Lane | None:
+        """y + s U(f(D(h))) with h = x or y as data; None where a map is none that is known."""
+        if not isinstance(self.D, Affine) or not isinstance(self.U, Affine):
+            return None
+        (W_d, b_d), (W_u, b_u) = self.D.affine(), self.U.affine()
+        return Lane("bottleneck", {"D": W_d.T, "c": b_d, "U": scale * W_u.T, "e": scale * b_u}, (self.activation, reads))
+
 
 class Serial(OutputPatch):
     """y + U(f(D(y)))."""
@@ -63,6 +84,11 @@ class Serial(OutputPatch):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return y + self.bottleneck(y)  # type: ignore[no-any-return]
+
+    def lane(self) -> Lane | None:
+        """The bottleneck."""
+        bottleneck = getattr(self.bottleneck, "lent", self.bottleneck)  # one that several sites share
+        return bottleneck.lane("output") if isinstance(bottleneck, Bottleneck) else None
 
 
 def dense_bottleneck(width: int, r: int, activation: str, init_std: float = 0.0, out: int | None = None) -> Bottleneck:

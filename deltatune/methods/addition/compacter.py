@@ -103,5 +103,10 @@ class Compact(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        W, b = self.affine()
+        return F.linear(h, W.to(h.dtype), b.to(h.dtype))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """W and b."""
         W = kronecker_sum(self._rule[0]().to(self.s), self.s @ self.t.mT)
-        return F.linear(h, W[: self.k, : self.m].to(h.dtype), self.b.to(h.dtype))
+        return W[: self.k, : self.m], self.b

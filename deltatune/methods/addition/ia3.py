@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.methods.kinds import Family, InputPatch, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView
 from deltatune.structure.site import Site
 
@@ -66,6 +67,10 @@ class ScaledOutput(OutputPatch):
         """(..., width) -> (..., width)."""
         return y * self.l.to(y.dtype)
 
+    def lane(self) -> Lane:
+        """l."""
+        return Lane("scale", {"l": self.l})
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """diag(l) W and l * b; W diag(l) for a table of embeddings, (rows, width)."""
         scale = self.l.to(weight.dtype)
@@ -84,6 +89,10 @@ class ScaledInput(InputPatch):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return x * self.l.to(x.dtype)
+
+    def lane(self) -> Lane:
+        """l."""
+        return Lane("scale", {"l": self.l})
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W diag(l)."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from deltatune.errors import InvalidValue
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, TokenPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.structure.site import Site, modules_of
 
 
@@ -100,6 +101,13 @@ class Edit(OutputPatch):
         """y (..., width)."""
         edit: Tensor = self.intervention(y)
         return y + edit
+
+    def lane(self) -> Lane:
+        """A bottleneck without activation: D = (W - R)^T, c = b, U = R."""
+        own = self.intervention
+        R = own.R
+        tensors = {"D": (own.W - R).T, "c": own.b, "U": R, "e": own.b.new_zeros(R.shape[1])}
+        return Lane("bottleneck", tensors, ("identity", "output"))
 
 
 class TokenEdit(TokenPatch):

@@ -71,3 +71,7 @@ class LowRank(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(h @ self.t.to(h.dtype), self.s.to(h.dtype), self.b.to(h.dtype))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """W and b."""
+        return self.s @ self.t.T, self.b

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltatune.methods.addition.bottleneck import ACTIVATIONS, Bottleneck, Dense
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import BranchPatch, Family, Kind, Method, Patch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.structure.site import Site
 
 
@@ -68,3 +69,7 @@ class Parallel(BranchPatch):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., width), (..., width) -> (..., width)."""
         return y + self.scale * self.bottleneck(x.to(y.dtype))  # type: ignore[no-any-return]
+
+    def lane(self) -> Lane | None:
+        """The bottleneck, scaled."""
+        return self.bottleneck.lane("input", self.scale)

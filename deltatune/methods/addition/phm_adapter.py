@@ -72,4 +72,9 @@ class PHM(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(h, kronecker_sum(self.A, self.B)[: self.k, : self.m].to(h.dtype), self.b.to(h.dtype))
+        W, b = self.affine()
+        return F.linear(h, W.to(h.dtype), b.to(h.dtype))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """W and b."""
+        return kronecker_sum(self.A, self.B)[: self.k, : self.m], self.b

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deltatune.errors import InvalidValue
 from deltatune.methods.checks import fraction, not_negative, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs
 from deltatune.structure.site import Site
 
@@ -209,6 +210,11 @@ class TripletLinear(OutputPatch):
         own = self.triplets
         h = F.linear(x.to(y.dtype), own.Q.to(y.dtype)) * own.Lambda.to(y.dtype)  # (..., r)
         return y + own.scale * F.linear(h, own.P.to(y.dtype))
+
+    def lane(self) -> Lane:
+        """(x Q^T) (s P diag(Lambda))^T."""
+        own = self.triplets
+        return Lane("low-rank", {"A": own.Q.T, "B": own.scale * (own.P * own.Lambda).T}, (0.0,))
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(Lambda) Q."""

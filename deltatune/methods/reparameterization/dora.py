@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, kaiming
 from deltatune.methods.reparameterization.original import original
 from deltatune.structure.site import Site
@@ -79,6 +80,14 @@ class DecomposedWeight(WeightPatch):
         """theta -> theta', of the same shape."""
         V = self._direction(theta)
         return self.view.write(self.magnitude / self._norm(V.detach()) * V, theta)
+
+    def lane_of(self, theta: Tensor) -> Lane | None:
+        """g * (y - bias) + x A^T (diag(1 + g) s B)^T, with 1 + g = m / ||V||_c."""
+        if not self.view.is_plain:
+            return None
+        ratio = self.magnitude / self._norm(self._direction(theta).detach())  # (out, 1)
+        B = ratio * self.scale * self.lora_B
+        return Lane("decomposed", {"A": self.lora_A.T, "B": B.T, "g": ratio.squeeze(1) - 1})
 
     def _direction(self, theta: Tensor) -> Tensor:
         """V, (..., out, in), in the finer precision of theta and the factors."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltatune.errors import InvalidValue
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs, kaiming
 from deltatune.structure.site import Site
 
@@ -95,6 +96,12 @@ class Kronecker(nn.Module):
         product = torch.einsum("...ab,...cd->...acbd", self.left, self.right)
         return self.scale * product.flatten(-2).flatten(-3, -2)
 
+    def lane(self) -> Lane | None:
+        """The factors as two matrices; None where a factor is whole."""
+        if "C" in self._parameters or "D" in self._parameters:
+            return None
+        return Lane("low-rank", {"A": torch.kron(self.C_a, self.D_a).T, "B": self.scale * torch.kron(self.C_b, self.D_b).T}, (0.0,))
+
 
 class KroneckerLinear(OutputPatch):
     """y + s (C kron D) x, as s C X D^T."""
@@ -111,6 +118,10 @@ class KroneckerLinear(OutputPatch):
         X = x.to(y.dtype).reshape(*x.shape[:-1], kronecker.in_1, kronecker.in_2)
         change = kronecker.left.to(y.dtype) @ (X @ kronecker.right.to(y.dtype).mT)  # (..., out_1, out_2)
         return y + kronecker.scale * change.flatten(-2)
+
+    def lane(self) -> Lane | None:
+        """(C_b C_a) kron (D_b D_a) = (C_b kron D_b) (C_a kron D_a); None where that is not of low rank."""
+        return self.kronecker.lane()
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s C kron D."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from deltatune.errors import InvalidValue, NoSite
 from deltatune.methods.checks import fraction, one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs, kaiming
 from deltatune.structure.site import Site
 from deltatune.structure.where import expand, spoken
@@ -129,6 +130,10 @@ class LoRALinear(OutputPatch):
         h = F.linear(x, self.lora_A.to(y.dtype))  # (..., rank)
         return y + F.linear(h, self.lora_B.to(y.dtype)) * self.scale
 
+    def lane(self) -> Lane:
+        """(x A^T) (s B)^T."""
+        return Lane("low-rank", {"A": self.lora_A.T, "B": self.scale * self.lora_B.T}, (self.dropout * self.training,))
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, in the precision of W."""
         return weight + self.scale * self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype), bias
@@ -152,6 +157,10 @@ class LoRAEmbedding(OutputPatch):
         h = F.embedding(x, self.lora_A.T, self.padding_idx)  # (..., rank); padding does not train, as in the table
         return y + F.linear(h, self.lora_B).to(y.dtype) * (self.scale * self.embed_scale)
 
+    def lane(self) -> Lane:
+        """A^T[ids] (s e B)^T."""
+        return Lane("lookup", {"A": self.lora_A.T, "B": self.scale * self.embed_scale * self.lora_B.T})
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The table (rows, width) plus s (B A)^T."""
         return weight + (self.scale * self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)).T, bias
@@ -172,6 +181,12 @@ class LoRAWeight(WeightPatch):
     def forward(self, theta: Tensor) -> Tensor:
         """theta -> theta + s B A, of the same shape."""
         return theta + self.view.write(self.scale * self.lora_B @ self.lora_A, theta)
+
+    def lane_of(self, theta: Tensor) -> Lane | None:
+        """x A^T (s B)^T."""
+        if not self.view.is_plain:
+            return None
+        return Lane("low-rank", {"A": self.lora_A.T, "B": self.scale * self.lora_B.T}, (0.0,))
 
 
 def hold(patch: nn.Module, name: str, tensor: Tensor) -> None:

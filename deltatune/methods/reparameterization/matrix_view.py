@@ -46,6 +46,11 @@ class MatrixView:
             rows, columns = columns, rows
         return cls(site.parameter or "weight", stack, rows, columns, kernel, site.transposed)
 
+    @property
+    def is_plain(self) -> bool:
+        """It is one matrix (out, in), however it is stored, and no convolution."""
+        return not self.stack and self.kernel == 1
+
     def read(self, theta: Tensor) -> Tensor:
         """theta as (*stack, out, in)."""
         matrix = theta.mT if self.transposed else theta

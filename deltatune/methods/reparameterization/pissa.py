@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from deltatune.methods.checks import fraction, not_negative, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs
 from deltatune.methods.reparameterization.original import original
 from deltatune.structure.site import Site
@@ -92,6 +93,11 @@ class PrincipalLinear(OutputPatch):
         x = F.dropout(x.to(y.dtype), self.dropout, self.training)
         moved = F.linear(F.linear(x, self.lora_A.to(y.dtype)), self.lora_B.to(y.dtype))
         return y + (moved - F.linear(F.linear(x, self.start_A.to(y.dtype)), self.start_B.to(y.dtype)))
+
+    def lane(self) -> Lane:
+        """x [A; A_0]^T [B, -B_0]^T, of twice the rank."""
+        A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+        return Lane("low-rank", {"A": A.T, "B": B.T}, (self.dropout * self.training,))
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + B A - B_0 A_0."""

@@ -36,6 +36,7 @@ class ProjectedDifference(WeightPatch):
     """theta + lambda P(theta^d) for one parameter; lambda is 1 where the subspace has no groups."""
 
     commutes = "add"
+    unroutable = "what it changes is as large as the weights, and made anew from one vector"
 
     def __init__(self, parameter: str, key: str, theta: Tensor, kind: Kind, seed: int, subspace: Subspace) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from deltatune.methods.checks import fraction, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.methods.reparameterization.matrix_view import MatrixView, acts_on_outputs
 from deltatune.structure.site import Site
 
@@ -62,18 +63,23 @@ class VeRA(Method):
         if not site.has_matrix:
             return []
         if acts_on_outputs(site):
-            return [VectorLinear(site.out_features, shared, self)]
+            return [VectorLinear(site.in_features, site.out_features, shared, self)]
         return [VectorWeight(MatrixView.of(site), shared, self)]
 
 
 class Bases(nn.Module):
-    """A and B, kaiming uniform, the same for a seed on every machine (and in PEFT)."""
+    """A and B, kaiming uniform, the same for a seed on every machine (and in PEFT).
+
+    Attributes:
+        drawn: all that determines them.
+    """
 
     A: Tensor
     B: Tensor
 
     def __init__(self, rank: int, rows: int, columns: int, seed: int) -> None:
         super().__init__()
+        self.drawn = (seed, rank, rows, columns)
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, shape in (("A", (rank, columns)), ("B", (rows, rank))):
             bound = math.sqrt(6 / shape[1])
@@ -86,8 +92,9 @@ class VectorLinear(OutputPatch):
 
     commutes = "add"
 
-    def __init__(self, out_features: int, bases: Bases, method: VeRA) -> None:
+    def __init__(self, in_features: int, out_features: int, bases: Bases, method: VeRA) -> None:
         super().__init__()
+        self.in_features = in_features
         self.bases = (bases,)  # in a tuple, so that it is registered in the delta alone
         self.d = nn.Parameter(torch.full((method.rank,), method.d_init))
         self.b = nn.Parameter(torch.zeros(out_features))
@@ -98,6 +105,13 @@ class VectorLinear(OutputPatch):
         A, B = self.bases[0].A[:, : x.shape[-1]].to(y), self.bases[0].B[: len(self.b)].to(y)
         x = F.dropout(x.to(y.dtype), self.dropout, self.training)
         return y + self.b.to(y.dtype) * F.linear(self.d.to(y.dtype) * F.linear(x, A), B)
+
+    def lane(self) -> Lane:
+        """The two vectors; A and B are the same for all deltas of one seed, rank and size."""
+        bases = self.bases[0]
+        own = (self.in_features, len(self.b))
+        shared = {"A": bases.A[:, : own[0]].T, "B": bases.B[: own[1]].T}
+        return Lane("vectors", {"d": self.d, "b": self.b}, (self.dropout * self.training, *bases.drawn, *own), shared)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + diag(b) B diag(d) A."""

@@ -1,0 +1,258 @@
+"""How routed rows run at one module: tables for what is data, a loop for what is not.
+
+    x <- edits of the input, the last delta of a row first
+    y <- f(x), then what the module itself is in each row: other biases, gains, weights
+    y <- edits of the output, the first delta of a row first
+
+Rows without a delta pick lane 0 everywhere, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import Unsupported
+from deltatune.injection.branches import Given
+from deltatune.injection.outputs import first_output, put_rows, replace_output
+from deltatune.injection.slot import Act, Term, first_input, replace_input, thread_key
+from deltatune.injection.tokens import token_ranks
+from deltatune.methods.kinds import SelectionPatch
+from deltatune.multi.apart import Kept, run_apart
+from deltatune.multi.forms import FORMS
+from deltatune.multi.forms.form import Form
+from deltatune.multi.plan import Use, Work
+from deltatune.multi.table import Key, LaneName, Table
+
+if TYPE_CHECKING:
+    from deltatune.multi.bank import Bank
+    from deltatune.multi.reading import Source, Spot
+
+OWN = -1
+"""Number of the lane of a delta's own task head."""
+
+IDLE = Work()
+
+
+class RouteAct(Act):
+    """Runs what the rows of a route use at one module.
+
+    Attributes:
+        bank: of the backbone.
+        number: by which plans know this act.
+        spots: the patches at this module, by the name of their lane.
+        tables: the tables of this module.
+        table_of: the table of each lane; None where the patch is no data.
+        loose: lanes whose patch is no data.
+        own: deltas with a head of their own here.
+        given: what the sub-layer that ends here was given, where a patch reads that.
+        begins: the same of sub-layers that begin here.
+        reads_tokens: a patch asks where in its row each token stands.
+    """
+
+    listens = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.bank: Bank
+        self.number = -1
+        self.spots: dict[LaneName, Spot] = {}
+        self.tables: dict[Key, Table] = {}
+        self.table_of: dict[LaneName, Table | None] = {}
+        self.loose: set[LaneName] = set()
+        self.own: set[str] = set()
+        self.given: Given | None = None
+        self.begins: list[Given] = []
+        self.reads_tokens = False
+        self._counts: dict[str, int] = {}
+        self._kept: dict[int, Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
+        """What acts outside of routes is for the other acts."""
+
+    def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
+        """The same."""
+
+    def remove(self, module: nn.Module, delta: str) -> None:
+        """Forget the lanes of one delta."""
+        super().remove(module, delta)
+        self.own.discard(delta)
+        for name in [(delta, number) for number in (OWN, *range(self._counts.pop(delta, 0)))]:
+            self.forget(name)
+            self.spots.pop(name, None)
+
+    def _leave(self, name: LaneName) -> None:
+        table = self.table_of.get(name)
+        if table is not None:
+            table.leave(name, self.bank.newest)
+            if not len(table):
+                self.tables = {key: other for key, other in self.tables.items() if other is not table}
+
+    def forget(self, name: LaneName) -> None:
+        """A patch that is read together with another one has no lane."""
+        self._leave(name)
+        self.table_of.pop(name, None)
+        self.loose.discard(name)
+
+    @property
+    def is_plain(self) -> bool:
+        """A row with one delta reads one lane of each table here, and nothing else."""
+        stages = [table for table in self.tables.values() if table.key.stage == "module"]
+        return not (self.loose or self.own) and (len(stages) < 2 or not any(table.form.is_alone for table in stages))
+
+    def lanes_of(self, delta: str) -> list[LaneName]:
+        """The lanes of a delta, in the order in which its patches run; a head of its own stands in for what it selects there."""
+        own = [(delta, OWN)] if delta in self.own else []
+        numbers = range(len(self.members.get(delta, ())))
+        return own + [name for number in numbers if (name := (delta, number)) in self.table_of and not (own and self._selects(name))]
+
+    def _selects(self, name: LaneName) -> bool:
+        return name in self.spots and isinstance(self.spots[name].patch, SelectionPatch)
+
+    def enter(self, name: LaneName, stage: str, source: Source | None, module: nn.Module, reads: str = "module") -> None:
+        """Give a lane its data; None where the patch is none and rows with it run apart."""
+        table: Table | None = None
+        if source is not None:
+            form = FORMS[source.lane.form]
+            fitted = {key: tensor.detach() for key, tensor in form.fitted(source.lane.tensors).items()}
+            table = self._table(Key.of(name, stage, reads, source, fitted), form, module, source, fitted)
+            table.enter(name, fitted, self.bank.oldest, self.bank.newest)
+        if self.table_of.get(name) is not table:
+            self._leave(name)
+        self.table_of[name] = table
+        (self.loose.add if table is None else self.loose.discard)(name)
+        self._counts[name[0]] = max(self._counts.get(name[0], 0), name[1] + 1)
+
+    def _table(self, key: Key, form: Form, module: nn.Module, source: Source, fitted: Mapping[str, Tensor]) -> Table:
+        table = self.tables.get(key)
+        if table is None:
+            table = Table(key, form, module, source, fitted)
+            self.tables = {**self.tables, key: table}
+        return table
+
+    def leave(self, around: Any) -> None:
+        """The bank forgets an act without deltas."""
+        self.bank.acts = {number: act for number, act in self.bank.acts.items() if act is not self}
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Move the tables."""
+        for table in self.tables.values():
+            table.move(function)
+
+    def work(self) -> Work:
+        """What to do now."""
+        plan = self.bank.plan
+        return IDLE if plan is None else plan.works.get(self.number, IDLE)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Edit the input, and keep what is read behind the forward."""
+        if self.bank.plan is None:
+            return args, kwargs
+        for given in self.begins:
+            given.keep(first_input(args, kwargs, self.names))
+        work = self.work()
+        if not (work.edits or work.aparts):
+            return args, kwargs
+        kept = Kept(args, kwargs)
+        if self.reads_tokens and work.aparts:
+            kept.ranks = token_ranks(first_input(args, kwargs, self.names), dict(zip(self.names, args, strict=False)) | kwargs)
+        self._kept[thread_key()] = kept
+        if not work.edits:
+            return args, kwargs
+        x = first_input(args, kwargs, self.names)
+        for step in reversed(work.steps):
+            kept.seen.append(x)
+            for use in step.inputs:
+                x = self._run(use, self._read(use, x), x)
+        kept.seen.reverse()
+        return replace_input(args, kwargs, self.names, x)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Edit the output."""
+        if self.bank.plan is None:
+            return output
+        kept = self._kept.pop(thread_key(), None) if self._kept else None
+        work = self.work()
+        if output is None or not (work.steps or work.module or work.aparts):
+            self._let_go()
+            return output
+        y = first_output(output)
+        x = first_input(args, kwargs, self.names)
+        plain = y
+        for use in work.module:
+            y = self._run(use, x, y)
+        for k, step in enumerate(work.steps):
+            for use in step.outputs:
+                y = self._run(use, self._read(use, kept.seen[k] if kept is not None and work.edits else x), y)
+        for apart in work.aparts:
+            assert kept is not None
+            y = run_apart(self, module, apart, kept, plain, y)
+        self._let_go()
+        return replace_output(output, y)
+
+    def _let_go(self) -> None:
+        """The sub-layer that ends here is over."""
+        if self.given is not None:
+            self.given.drop()
+
+    def _read(self, use: Use, x: Tensor) -> Tensor:
+        """What a patch calls x: what the module, or the sub-layer, was given."""
+        if use.table.key.reads == "module":
+            return x
+        assert self.given is not None
+        return self.given.read()
+
+    def _run(self, use: Use, x: Tensor, y: Tensor) -> Tensor:
+        """One table: rows of the batch, tokens of a row, channels last, and back."""
+        if not (torch.compiler.is_compiling() or use.picks.is_used):
+            return y
+        table, rows = use.table, self.bank.rows
+        axis = table.site.channel_axis if use.table.key.stage != "input" else -1
+        whole = y if axis == -1 else y.movedim(axis, -1)
+        part = table.site.rows_of(whole, -1)
+        spread = part if part.shape[0] % rows == 0 else _spread(part, rows, table.site.path)
+        if table.form.whole:
+            z = use.apply(_apart(x, rows), _apart(spread, rows)).flatten(0, 1)
+        else:
+            flat = spread.reshape(rows, -1, spread.shape[-1])
+            given = _tokens(x, flat, table.form.reads_input)
+            z = use.apply(given, flat)
+            z = z.view(*spread.shape[:-1], z.shape[-1])
+        if table.site.rows is not None:
+            z = put_rows(whole, table.site.rows, z)
+        return z if axis == -1 else z.movedim(-1, axis)
+
+
+def _tokens(x: Tensor, y: Tensor, reads: bool) -> Tensor:
+    """x as (rows, tokens[, in]), with as many tokens as y has."""
+    if not reads:
+        return y
+    rows = y.shape[0]
+    if x.is_floating_point():
+        return x.reshape(rows, -1, x.shape[-1]) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).reshape(rows, -1, x.shape[-1])
+    return (x if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:])).reshape(rows, -1)
+
+
+def _apart(x: Tensor, rows: int) -> Tensor:
+    """(rows * factor, ...) -> (rows, factor, ...)."""
+    return x.reshape(rows, -1, *x.shape[1:]) if x.shape[0] % rows == 0 else x.expand(rows, *x.shape[1:]).unsqueeze(1)
+
+
+def _spread(y: Tensor, rows: int, path: str) -> Tensor:
+    """What a module computes once for all rows, as positions are, for each of them.
+
+    Raises:
+        Unsupported: its rows are those of no batch of this route.
+    """
+    if y.shape[0] != 1:
+        raise Unsupported(
+            f"A route of {rows} rows was open while `{path}` computed {y.shape[0]} rows, no multiple of it, so that they cannot be told "
+            "apart. Leave that module out of the routed deltas (`where`), or switch to one delta at a time."
+        )
+    return y.expand(rows, *y.shape[1:])

@@ -1,0 +1,80 @@
+"""What a form is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.multi.picks import Picks
+from deltatune.multi.table import Table
+
+
+class Form(ABC):
+    """A formula of one patch, and how it runs for many rows with a lane each.
+
+    Class attributes:
+        name: what lanes call it.
+        reads_input: it reads what the module was given.
+        is_alone: of what changes the module itself, it is exact only without another one in the same row.
+        whole: it is given (rows, factor, ..., width), with the axes of a row's tokens apart.
+    """
+
+    name: ClassVar[str]
+    reads_input: ClassVar[bool] = True
+    is_alone: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in the shape in which they stand in a table; differentiable."""
+        return dict(tensors)
+
+    def neutral(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The zero lane: tensors of these shapes that change nothing."""
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+    @abstractmethod
+    def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
+        """The definition, for one lane: x (tokens, in), y (tokens, out) -> (tokens, out)."""
+
+    @abstractmethod
+    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+        """The same for rows with a lane each.
+
+        Args:
+            x: what the module was given, (rows, tokens, in); what is edited, where an input is.
+            y: what is edited, (rows, tokens, out).
+            tensors: name -> (lanes, ...).
+            picks: the lanes of the rows.
+            table: settings, what lanes share, the module.
+
+        Returns:
+            (rows, tokens, out), of y's dtype.
+        """
+
+
+def rank_class(rank: int) -> int:
+    """The next power of two, from 4: ranks of one class stand in one table.
+
+    >>> [rank_class(rank) for rank in (1, 4, 5, 8, 9)]
+    [4, 4, 8, 8, 16]
+    """
+    return max(4, 1 << (rank - 1).bit_length())
+
+
+def padded(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """The tensor with zeros behind it along one axis, up to ``size``."""
+    missing = size - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+
+def dropped(x: Tensor, p: object, module: nn.Module) -> Tensor:
+    """Dropout, where the lanes ask for it: they do in training only."""
+    return nn.functional.dropout(x, p) if isinstance(p, float) and p else x

@@ -1,0 +1,40 @@
+"""LowRank: LoRA and all that is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from deltatune.multi.forms.form import Form, dropped, padded, rank_class
+from deltatune.multi.operators.choice import choose
+from deltatune.multi.picks import Picks
+from deltatune.multi.table import Table
+
+
+class LowRank(Form):
+    """y + (dropout(x) A) B; the setting is dropout's share."""
+
+    name: ClassVar[str] = "low-rank"
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Zero columns of A and rows of B up to the rank's class."""
+        return fitted_rank(tensors)
+
+    def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
+        """y + (x A) B."""
+        x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
+        return y + x @ tensors["A"].to(y.dtype) @ tensors["B"].to(y.dtype)
+
+    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+        """One pair of products."""
+        A, B = tensors["A"], tensors["B"]
+        x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
+        return y + choose(x, A, picks, A.shape[-1]).pair(x, A, B, picks)
+
+
+def fitted_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A (in, r) and B (r, out) with r rounded up to its class by zeros."""
+    size = rank_class(tensors["A"].shape[1])
+    return {**tensors, "A": padded(tensors["A"], 1, size), "B": padded(tensors["B"], 0, size)}

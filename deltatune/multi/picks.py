@@ -1,0 +1,54 @@
+"""Picks: which lane of a table each row of a batch uses, and what operators derive from that once for all modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Picks:
+    """The lanes of a batch's rows; lane 0 is the zero delta.
+
+    Attributes:
+        numbers: one per row.
+        lanes: the same, (rows,).
+        distinct: the lanes in use, 0 included where a row has none, in order.
+        mask: rows that use a lane, (rows, 1, 1).
+    """
+
+    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers = numbers
+        self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
+        self.distinct = tuple(sorted(set(numbers)))
+        self.mask = (self.lanes > 0)[:, None, None]
+        self._bags: dict[tuple[int, int], Tensor] = {}
+        self._used: Tensor | None = None
+        self._places: dict[int, Tensor] = {}
+
+    @property
+    def is_used(self) -> bool:
+        """Some row uses a lane."""
+        return self.distinct != (0,)
+
+    def bags(self, width: int, tokens: int) -> Tensor:
+        """Rows of a table (lanes * width, ...) that each token reads: (rows * tokens, width)."""
+        found = self._bags.get((width, tokens))
+        if found is None:
+            first = self.lanes.repeat_interleave(tokens) if tokens > 1 else self.lanes
+            found = self._bags[width, tokens] = first[:, None] * width + torch.arange(width, device=self.lanes.device)
+        return found
+
+    @property
+    def used(self) -> Tensor:
+        """``distinct`` as a tensor."""
+        if self._used is None:
+            self._used = torch.tensor(self.distinct, device=self.lanes.device)
+        return self._used
+
+    def places(self, width: int) -> Tensor:
+        """Which of ``distinct`` each row uses, as 0 and 1, each ``width`` times: (rows, 1, number of them * width)."""
+        found = self._places.get(width)
+        if found is None:
+            own = (self.lanes[:, None] == self.used).float()
+            found = self._places[width] = own.repeat_interleave(width, 1)[:, None]
+        return found

@@ -1,0 +1,135 @@
+"""A plan: what one route does at every module, made once when it opens and never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.injection.slot import Term
+from deltatune.multi.picks import Picks
+from deltatune.multi.table import Table
+
+Program = tuple[Term, ...]
+"""What acts in a row, in order: one entry of a route."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One table in use by a route.
+
+    Attributes:
+        table: the table.
+        tensors: its tensors when the route opened.
+        picks: the lane of each row.
+        trained: the deltas' own tensors as lanes, that gradients reach; none where nothing trains.
+        compact: the lane of each row among those.
+    """
+
+    table: Table
+    tensors: Mapping[str, Tensor]
+    picks: Picks
+    trained: tuple[Callable[[], Mapping[str, Tensor]], ...] = ()
+    compact: Picks | None = None
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """The form, for rows with a lane each: x (rows, tokens, in), y (rows, tokens, out)."""
+        form = self.table.form
+        if self.compact is None or not torch.is_grad_enabled():
+            return form.many(x, y, self.tensors, self.picks, self.table)
+        own = [form.fitted(source()) for source in self.trained]
+        tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.tensors.items()}
+        return form.many(x, y, tensors, self.compact, self.table)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the k-th delta of every row does at a module.
+
+    Attributes:
+        inputs: tables that edit what the module is given, in the order in which they run.
+        outputs: tables that edit what it returns.
+    """
+
+    inputs: tuple[Use, ...]
+    outputs: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Rows with one program that no table holds at a module.
+
+    Attributes:
+        rows: their numbers, (n,).
+        program: what acts in them.
+    """
+
+    rows: Tensor
+    program: Program
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a route does at one module.
+
+    Attributes:
+        module: tables of what the module is in each row.
+        steps: the deltas of each row, innermost first.
+        aparts: rows that are computed by themselves.
+        is_edited: some row's input is edited.
+    """
+
+    module: tuple[Use, ...] = ()
+    steps: tuple[Step, ...] = ()
+    aparts: tuple[Apart, ...] = ()
+    is_edited: bool = False
+
+    @property
+    def edits(self) -> bool:
+        """Inputs are edited; compiled code does it for any route, so that all share one graph."""
+        return any(step.inputs for step in self.steps) if torch.compiler.is_compiling() else self.is_edited
+
+    @property
+    def is_idle(self) -> bool:
+        """No row uses anything here."""
+        uses = [*self.module, *(use for step in self.steps for use in (*step.inputs, *step.outputs))]
+        return not self.aparts and not any(use.picks.is_used for use in uses)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one route does.
+
+    Attributes:
+        number: of the route; later ones have higher numbers.
+        entries: what each row uses.
+        works: number of an act -> what it does.
+        contexts: number of a context act -> what the rows do there.
+        has_prefixes: some row has one.
+    """
+
+    number: int
+    entries: tuple[Program, ...]
+    works: Mapping[int, Work] = field(default_factory=dict)
+    contexts: Mapping[int, Any] = field(default_factory=dict)
+    has_prefixes: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.entries)
+
+    @property
+    def deltas(self) -> tuple[str, ...]:
+        """The deltas in it, each once."""
+        return tuple(dict.fromkeys(name for program in dict.fromkeys(self.entries) for term in program for name in term.members))
+
+
+def members_of(program: Program) -> Sequence[str] | None:
+    """The deltas of a row that act one behind the other; None where some are weighed against each other."""
+    if any(term.how != "sequential" for term in program):
+        return None
+    return [name for term in program for name in term.members]

@@ -1,0 +1,124 @@
+"""Each operator is the loop over rows, and each form is what its patch computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deltatune as dt
+from deltatune.injection.slot import slot_of
+from deltatune.methods import IA3, Adapter, BitFit, DoRA, LoRA, NormTuning, VeRA
+from deltatune.multi.act import RouteAct
+from deltatune.multi.forms import FORMS
+from deltatune.multi.operators.choice import DENSE, GATHER, SEGMENT, choose
+from deltatune.multi.operators.operator import Operator
+from deltatune.multi.picks import Picks
+from deltatune.multi.table import FIRST
+from tests.conformance.cells import fresh, shake
+from tests.multi.rows import batch, routed
+
+CPU = torch.device("cpu")
+LANES = ((0, 1, 2, 0), (1, 1, 1, 1), (3, 2, 1, 0), (0, 0, 0, 0))
+
+
+def tables(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(4, 6, 4, generator=generator), torch.randn(4, 4, 5, generator=generator)
+    A[0], B[0] = 0, 0
+    return A, B
+
+
+@pytest.mark.parametrize("operator", [GATHER, SEGMENT, DENSE], ids=lambda operator: type(operator).__name__)
+@pytest.mark.parametrize("lanes", LANES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int) -> None:
+    (A, B), picks = tables(), Picks(lanes, CPU)
+    x = torch.randn(4, tokens, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(operator.matrix(x, A, picks), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
+    torch.testing.assert_close(operator.pair(x, A, B, picks), torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)]))
+
+
+def test_the_shape_chooses() -> None:
+    many, few = Picks(tuple(range(1, 33)), CPU), Picks((1, 2) * 16, CPU)
+    A = torch.zeros(40, 6, 8)
+    assert choose(torch.zeros(32, 1, 6), A, many, 8) is GATHER
+    assert choose(torch.zeros(32, 16, 6), A, many, 8) is SEGMENT
+    assert choose(torch.zeros(32, 1, 6), A, few, 8) is DENSE
+    assert choose(torch.zeros(32, 1, 6), A.requires_grad_(), many, 8) is SEGMENT, "its gradient is a batched product, too"
+
+
+@torch.no_grad()
+def test_the_definition_of_every_form_is_what_its_patch_computes() -> None:
+    """One lane by the form's formula, against the batch that the patches computed."""
+    backbone, _ = fresh("bert")
+    methods = {"a": LoRA(rank=3), "b": IA3(), "c": BitFit(), "d": Adapter(bottleneck_dim=3), "e": DoRA(rank=2), "f": VeRA(rank=4)}
+    methods |= {"g": NormTuning(), "h": LoRA(rank=2)}
+    for seed, (name, method) in enumerate(methods.items()):
+        where = "embedding" if name == "h" else None
+        shake(dt.attach(backbone, method, where, name=name), seed=seed)
+    dt.switch(backbone, None)
+    seen = set()
+    routed(backbone, list(methods), batch(len(methods)))
+    for module in backbone.modules():
+        slot = slot_of(module)
+        act = slot.acts.get(RouteAct) if slot is not None else None
+        for table in act.tables.values() if isinstance(act, RouteAct) else ():
+            if table.form.whole:
+                continue
+            seen.add(table.form.name)
+            lane = next(iter(table.lanes.values()))
+            picks = Picks((lane, 0), CPU)
+            x, y = sample(module, table.form.name), sample(module, "")
+            y = torch.randn(2, 3, (table.tensors.get("b", table.tensors.get("e", y[0]))).shape[-1]) if table.form.name == "shift" else y
+            y = matching(table.form.name, table.tensors, y)
+            x = matching_input(table.form.name, table.tensors, x)
+            found = table.form.many(x, y, table.tensors, picks, table)
+            own = {name: tensor[lane] for name, tensor in table.tensors.items()}
+            torch.testing.assert_close(found[0], table.form.one(x[0], y[0], own, table), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[1], y[1], rtol=1e-6, atol=1e-6, msg="lane 0 changes nothing")
+    assert seen == set(FORMS) - {"stacked"}
+
+
+def sample(module: nn.Module, form: str) -> Tensor:
+    if form == "lookup":
+        return torch.randint(1, 20, (2, 3), generator=torch.Generator().manual_seed(4))
+    return torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(5))
+
+
+OUT = {"low-rank": "B", "lookup": "B", "vectors": "b", "decomposed": "B", "scale": "l", "shift": "b", "norm": "gamma", "affine": "W"}
+OUT |= {"bottleneck": "U"}
+IN = {"low-rank": "A", "decomposed": "A", "affine": "W"}
+
+
+def matching(form: str, tensors: dict[str, Tensor], y: Tensor) -> Tensor:
+    return torch.randn(2, 3, tensors[OUT[form]].shape[-1], generator=torch.Generator().manual_seed(6))
+
+
+def matching_input(form: str, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.randn(2, 3, tensors[IN[form]].shape[1], generator=torch.Generator().manual_seed(7)) if form in IN else x
+
+
+@torch.no_grad()
+def test_a_table_grows_and_uses_lanes_again() -> None:
+    backbone, _ = fresh("mlp")
+    for k in range(FIRST + 1):
+        dt.attach(backbone, LoRA(rank=2), "0", name=f"d{k}").disable()
+    bank = dt.bank(backbone)
+    for k in range(FIRST + 1):
+        bank.add(f"d{k}")
+    [table] = bank.acts[0].tables.values()
+    assert table.tensors["A"].shape[0] == 2 * FIRST
+    assert sorted(table.lanes.values()) == list(range(1, FIRST + 2))
+    before = table.tensors
+    for _ in range(20):
+        bank.remove("d1")
+        bank.add("d1")
+    assert table.tensors is before, "lanes that nobody reads are used again"
+    with dt.route(backbone, ["d2", "d3"]) as plan:
+        own = next(iter(plan.works.values())).steps[0].outputs[0]
+        held = {lane: own.tensors["A"][lane].clone() for lane in own.picks.distinct}
+        for _ in range(20):
+            bank.remove("d2")
+            bank.add("d2")
+        assert all(torch.equal(own.tensors["A"][lane], value) for lane, value in held.items()), "an open route reads what it read"
