@@ -64,11 +64,17 @@ def rows() -> Rows:
     return Rows({"text": ["a fine film", "the plot is thin", "boring, too long and bad"], "label": [1, 0, 0]})
 
 
-@pytest.fixture
-def mirror(monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="session")
+def mirror_folder() -> Path:
     """The mirror of real datasets, from DELTATUNE_MIRROR or beside the project."""
     found = Path(os.environ.get("DELTATUNE_MIRROR") or Path(__file__).parents[3] / "shared" / "data")
     if not (found / "index.json").is_file():
         pytest.skip("no mirror: set DELTATUNE_MIRROR to its folder")
-    monkeypatch.setenv("DELTATUNE_MIRROR", str(found))
     return found
+
+
+@pytest.fixture
+def mirror(mirror_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The mirror, and the setting that names it."""
+    monkeypatch.setenv("DELTATUNE_MIRROR", str(mirror_folder))
+    return mirror_folder

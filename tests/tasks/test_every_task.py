@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,19 @@ def tokenizer(backbone: str) -> Any:
     return found
 
 
-@functools.lru_cache(maxsize=2)
-def loaded(name: str) -> TaskData:
-    return load_task(name)
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of the module, so that all tests of a task stand together and its rows are loaded once."""
+    return str(request.param)
 
 
-@pytest.fixture
-def data(name: str, request: pytest.FixtureRequest) -> TaskData:
-    if not get_task(name).is_runnable:
-        request.getfixturevalue("mirror")
-    if not get_task(name).is_runnable:
-        pytest.skip("on the hub only")
-    return loaded(name)
+@pytest.fixture(scope="module")
+def data(name: str, mirror_folder: Path) -> Iterator[TaskData]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTATUNE_MIRROR", str(mirror_folder))
+        if not get_task(name).is_runnable:
+            pytest.skip("on the hub only")
+        yield load_task(name)
 
 
 def sample(data: TaskData) -> list[Row]:
@@ -51,7 +53,6 @@ def sample(data: TaskData) -> list[Row]:
     return [data.test[place] for place in range(0, len(data.test), step)][:SAMPLE]
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_definition(name: str, mirror: Path) -> None:
     task = get_task(name)
     assert [*faults(task), *index_faults(task)] == []
@@ -60,7 +61,6 @@ def test_definition(name: str, mirror: Path) -> None:
         assert not any(name in template.prompt for name in named), "templates are written, not made from column names"
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_rows(name: str, data: TaskData) -> None:
     task = data.task
     assert min(map(len, data.splits.values())) >= 10
@@ -73,7 +73,6 @@ def test_rows(name: str, data: TaskData) -> None:
             assert "{" + template.columns[0] + "}" not in prompt and prompt == prompt.rstrip()
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_tokens_of_two_backbones(name: str, data: TaskData) -> None:
     task, rows = data.task, sample(data)
     for backbone in BACKBONES:
@@ -91,7 +90,6 @@ def test_tokens_of_two_backbones(name: str, data: TaskData) -> None:
                 assert answer[: len(ids)] == ids and len(answer) - len(ids) <= 1
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_answers_come_back(name: str, data: TaskData) -> None:
     task, spoken = data.task, data.task.kind.spoken
     for template in [*task.templates, chosen(task, 0, manual=False)]:
@@ -112,7 +110,6 @@ def _same(task: Task, template: Any, row: Row, value: Any, said: str) -> bool:
     return bool(task.kind.spoken.say(task, template, {**row, task.label: value}) == said)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_both_ends_of_the_metrics(name: str, data: TaskData) -> None:
     task, rows = data.task, data.test[:200]
     perfect = [task.kind.perfect(task, row) for row in rows]
@@ -130,7 +127,6 @@ def test_both_ends_of_the_metrics(name: str, data: TaskData) -> None:
     assert worst.value < 1.0 if metrics[task.metric].higher else worst.value > 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_framings(name: str) -> None:
     task = get_task(name)
     assert "text2text" in framings_of(task)
