@@ -5,7 +5,7 @@ top of nothing, of each adapter alone, and of all three: added up, and fused by 
 The adapters are frozen throughout. An adapter trained on the target itself stands beside them. ``best single`` is the
 adapter whose mean over the seeds is highest on the test rows, which favours it. Bar: fusion's mean is not below it.
 
-Tasks of the mirror need ``DELTATUNE_MIRROR``. Takes about half an hour on two cores; ``--steps 3 --seeds 13`` tries it out.
+Tasks of the mirror need ``DELTATUNE_MIRROR``. Takes about half an hour of one core; ``--steps 3 --seeds 13`` tries it out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deltatune.methods import LinearProbe, PfeifferAdapter
 from deltatune.tasks import TaskData, k_shot, load_task
 from deltatune.training.result import Result
 
-LENGTH = 64
+LENGTH = 32
 """Most tokens of a text."""
 
 RATE = 3e-3
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["tweet-sentiment", "bbc-news", "trec-coarse"])
     parser.add_argument("--target", default="glue-sst2")
     parser.add_argument("--shots", type=int, default=32, help="training rows a class of the target task")
-    parser.add_argument("--steps", type=int, default=300, help="of every training")
+    parser.add_argument("--steps", type=int, default=200, help="of every training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[13, 21, 42])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

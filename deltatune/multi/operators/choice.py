@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deltatune.multi.operators.dense import Dense
+from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.operators.segment import Segment
@@ -17,7 +18,7 @@ FEW = 64
 TOKENS = 8
 """From so many tokens a row on, copying the matrices of its lane costs less than reading them token by token."""
 
-GATHER, SEGMENT, DENSE = Gather(), Segment(), Dense()
+GATHER, SEGMENT, DENSE, FUSED = Gather(), Segment(), Dense(), Fused()
 
 
 def choose(x: Tensor, W: Tensor, picks: Picks, width: int) -> Operator:
@@ -31,8 +32,14 @@ def choose(x: Tensor, W: Tensor, picks: Picks, width: int) -> Operator:
     """
     if torch.compiler.is_compiling():
         return SEGMENT  # one graph for all routes
+    if x.device.type == "cuda" and FUSED.is_available() and not _trains(x, W):
+        return FUSED
     if len(picks.distinct) == 1 or len(picks.distinct) * width <= FEW:
         return DENSE
     if x.shape[1] < TOKENS and x.device.type == "cpu" and not W.requires_grad:
         return GATHER
     return SEGMENT
+
+
+def _trains(x: Tensor, W: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
