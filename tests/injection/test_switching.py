@@ -20,8 +20,8 @@ from tests.models import MODELS, output
 
 def test_one_more_delta_adds_one_step_however_many_act(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    steps, step_of = [], OutputAct._steps
-    monkeypatch.setattr(OutputAct, "_steps", lambda *args: steps.append(args) or step_of(*args))
+    steps, step_of = [], OutputAct.steps_of
+    monkeypatch.setattr(OutputAct, "steps_of", lambda *args: steps.append(args) or step_of(*args))
     counts = []
     for k in range(20):
         steps.clear()
