@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,41 @@ def test_pickles_only_where_allowed(folder: Path, tmp_path: Path) -> None:
     (place / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         dt.load(evil, place, allow_bin=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_pickles_that_stand_for_more_than_they_hold(folder: Path, tmp_path: Path) -> None:
+    """Views of one number, sparse tensors and compressed archives would take gigabytes, or none of our checks would see through them."""
+    place, good = tmp_path / "bin", load_file(folder / WEIGHTS)
+    shutil.copytree(folder, place)
+    (place / WEIGHTS).unlink()
+    first, *rest = good
+
+    def refused(words: str, tensor: torch.Tensor) -> None:
+        torch.save({name: good[name] for name in rest} | {first: tensor}, place / "adapter_model.bin")
+        with pytest.raises(CheckpointError, match=words):
+            dt.load(fresh("bert")[0], place, allow_bin=True)
+
+    refused("one by one", torch.ones(1).expand(10**6, 10**7))
+    refused("one by one", torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (10**6, 10**7)))
+    refused("one by one", torch.empty(10**6, 10**7, device="meta"))
+    torch.save(good, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(place / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        dt.load(fresh("bert")[0], place, allow_bin=True)
+
+
+def test_names_without_end(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "long"
+    shutil.copytree(folder, place)
+    save_file(load_file(folder / WEIGHTS) | {"base_model.model." + "a." * 10**6: torch.ones(1)}, place / WEIGHTS)
+    with pytest.raises(CheckpointError, match="has a name of 2,000,017 letters"):
+        dt.load(fresh("bert")[0], place)
 
 
 def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
