@@ -105,6 +105,7 @@ class PromptAct(Act):
         self._columns: dict[str, list[bool]] = {}
         self._tables: list[tuple[str, nn.Embedding]] = []
         self._handles: list[RemovableHandle] = []
+        self._shown: tuple[str, ...] = ()
         self._layouts: dict[int, Layout] = {}
         self.guest: Guest | None = None
         self.number = -1
@@ -148,13 +149,15 @@ class PromptAct(Act):
         if stack.inner is not module:
             self._handles.append(stack.inner.register_forward_hook(self.end))
         for decoder in decoders_of(site, index):
+            self._shown = input_names(type(decoder))
             self._handles.append(decoder.register_forward_pre_hook(self.show, with_kwargs=True))
 
     def add(self, module: nn.Module, member: Member) -> None:
         """Measure the prompt now: later its tensors may be shards."""
         super().add(module, member)
         with torch.no_grad():
-            self._columns.setdefault(member.delta, []).extend([member.patch.seen_by_decoder] * member.patch().shape[0])
+            seen = isinstance(member.patch, PromptPatch) and member.patch.seen_by_decoder
+            self._columns.setdefault(member.delta, []).extend([seen] * member.patch().shape[0])
 
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the prompts of one delta, and with the last one the hooks on other modules."""
@@ -299,7 +302,7 @@ class PromptAct(Act):
         """Pre-hook of a decoder: its mask of the encoder's outputs has the virtual tokens among them that it sees."""
         if not self.keeps:
             return None
-        call = dict(zip(input_names(type(module)), args, strict=False)) | kwargs
+        call = dict(zip(self._shown, args, strict=False)) | kwargs
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if states is None:
             return None

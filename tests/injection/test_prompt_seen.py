@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -130,3 +132,27 @@ def test_where_no_decoder_is_behind_it_is_refused(name: str, where: str | None) 
     with pytest.raises(Unsupported, match="no encoder with a decoder behind it"):
         dt.attach(model, SEEN, where=where)
     assert not dt.deltas(model)
+
+
+def test_it_compiles_whole() -> None:
+    torch.compiler.reset()
+    model, inputs = padded("t5")
+    dt.attach(model, SEEN)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected)
+
+
+def test_generation_is_that_of_peft() -> None:
+    """PEFT's prompts are ahead of the padding, and ours too where it is on the right."""
+    model, inputs = padded("t5")
+    text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(model), peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)).eval()
+        with torch.no_grad():
+            theirs.prompt_encoder["default"].embedding.weight.mul_(2)
+            dt.attach(model, SEEN).patches[0].P.copy_(theirs.prompt_encoder["default"].embedding.weight[:5])
+        wanted = theirs.generate(**text, **SETTINGS)
+    assert torch.equal(model.generate(**text, **SETTINGS), wanted)
