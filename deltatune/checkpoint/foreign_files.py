@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from deltatune.checkpoint.record import MAX_RECORD
 from deltatune.checkpoint.strict_json import parse
 from deltatune.checkpoint.tensors import named, read_tensors, regular_file_size
 from deltatune.errors import CheckpointError, Unsupported, nearest
+
+MAX_NAME = 1000
+"""Letters of a tensor's name."""
+ZIPPED = (zipfile.BadZipFile, NotImplementedError)
+"""What reading a zip archive raises beside the rest."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -63,26 +69,46 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that ``weights_file`` found: a safetensors file, or a pickle, by ``torch.load(weights_only=True)`` alone.
 
     Raises:
-        CheckpointError: it is a link, or damaged.
+        CheckpointError: it is a link, or damaged, or has names beyond all sense.
     """
-    return read_tensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    found = read_tensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    longest = max(map(len, found), default=0)
+    if longest > MAX_NAME:
+        raise CheckpointError(f"`{file}` has a name of {longest:,} letters; {MAX_NAME:,} are the most. It was edited; copy it again.")
+    return found
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of ``torch.save``, read by ``torch.load(weights_only=True)``.
 
     Raises:
-        CheckpointError: it is missing, a link, damaged, or holds anything but tensors under names.
+        CheckpointError: it is missing, a link, damaged, or holds anything but tensors under names, each in full length.
     """
     regular_file_size(file)
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as packed:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in packed.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")  # a few bytes could stand for gigabytes
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError) as cause:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError, *ZIPPED) as cause:
         reason = str(cause).strip().splitlines()
         raise CheckpointError(f"`{file}` cannot be read as tensors alone: {reason[0] if reason else cause!r}. Copy it again.") from cause
     if not isinstance(state, Mapping) or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise CheckpointError(f"`{file}` holds more than tensors under names. Save the delta's state_dict alone.")
+    odd = [name for name, tensor in state.items() if not _is_whole(tensor)]
+    if odd:
+        raise CheckpointError(
+            f"`{file}` holds {named(odd)} as something else than its numbers, one by one. Save the delta's state_dict alone."
+        )
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """It is a plain tensor, and the file has every number of it: a view could say that one number stands for gigabytes."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 class Fields:

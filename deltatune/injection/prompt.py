@@ -2,6 +2,7 @@
 
 Ahead of the stack's forward the ids become embeddings with P in front, and mask, positions and token types grow with
 them; behind it the outputs of the virtual tokens are cut off again, so that labels and heads keep the caller's length.
+An encoder keeps the outputs of those that its decoder is to see, and the decoder's mask of the encoder grows with them.
 With a key-value cache P enters at the first step, and the later steps only reckon with it. The cache remembers the
 length of its prompt, because one that was filled under another prompt would give wrong logits unnoticed.
 """
@@ -90,7 +91,7 @@ class PromptAct(Act):
     """Runs the prompts of one text stack.
 
     Attributes:
-        length: number of virtual tokens that act.
+        seen: of every virtual token that acts, whether the decoder sees what the encoder makes of it.
         guest: who knows of routes; None while nothing was routed.
         number: by which it knows this act.
     """
@@ -100,10 +101,11 @@ class PromptAct(Act):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.patches: list[PromptPatch] = []
-        self.length = 0
-        self._lengths: dict[str, list[int]] = {}
+        self.seen: list[bool] = []
+        self._columns: dict[str, list[bool]] = {}
         self._tables: list[tuple[str, nn.Embedding]] = []
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+        self._shown: tuple[str, ...] = ()
         self._layouts: dict[int, Layout] = {}
         self.guest: Guest | None = None
         self.number = -1
@@ -117,42 +119,56 @@ class PromptAct(Act):
     def virtual(self) -> int:
         """Number of virtual tokens in front of every row now, hidden ones included."""
         rows = self.rows
-        return self.length if rows is None else rows.length
+        return len(self.seen) if rows is None else rows.length
 
-    def lengths(self, delta: str) -> int:
-        """Number of virtual tokens of a delta."""
-        return sum(self._lengths.get(delta, ()))
+    @property
+    def keeps(self) -> bool:
+        """The outputs of virtual tokens stay, because a decoder sees some of them."""
+        rows = self.rows
+        return any(self.seen) if rows is None else rows.keeps
+
+    def columns(self, delta: str) -> Sequence[bool]:
+        """Of every virtual token of a delta, whether the decoder sees what the encoder makes of it."""
+        return self._columns.get(delta, ())
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
-        """Refuse a module that is no text stack."""
+        """Refuse a module that is no text stack, or no decoder sees the outputs of."""
         check_prompt(site, index)
+        if isinstance(patch, PromptPatch) and patch.seen_by_decoder and not decoders_of(site, index):
+            raise Unsupported(
+                f"A prompt with seen_by_decoder=True was asked for at `{site.path or '(the backbone)'}` ({type(site.module).__name__}), "
+                "which is no encoder with a decoder behind it. Leave `seen_by_decoder` out."
+            )
 
     def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
-        """Learn what the stack is made of; hook the module that ends its token sequence, where that is not the stack itself."""
+        """Learn what the stack is made of; hook the module that ends its token sequence, where not the stack itself, and its decoders."""
         module = site.module
         stack = next(stack for stack in index.stacks if stack.site.module is module)
         self._tables = [(site.path, site.module) for site in stack.positions if isinstance(site.module, nn.Embedding)]
-        if stack.inner is not module and self._handle is None:
-            self._handle = stack.inner.register_forward_hook(self.end)
+        if stack.inner is not module:
+            self._handles.append(stack.inner.register_forward_hook(self.end))
+        for decoder in decoders_of(site, index):
+            self._shown = input_names(type(decoder))
+            self._handles.append(decoder.register_forward_pre_hook(self.show, with_kwargs=True))
 
     def add(self, module: nn.Module, member: Member) -> None:
         """Measure the prompt now: later its tensors may be shards."""
         super().add(module, member)
         with torch.no_grad():
-            self._lengths.setdefault(member.delta, []).append(member.patch().shape[0])
+            seen = isinstance(member.patch, PromptPatch) and member.patch.seen_by_decoder
+            self._columns.setdefault(member.delta, []).extend([seen] * member.patch().shape[0])
 
     def remove(self, module: nn.Module, delta: str) -> None:
-        """Forget the prompts of one delta, and with the last one the hook on the inner module."""
+        """Forget the prompts of one delta, and with the last one the hooks on other modules."""
         super().remove(module, delta)
-        self._lengths.pop(delta, None)
-        if not self.members and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._columns.pop(delta, None)
+        while not self.members and self._handles:
+            self._handles.pop().remove()
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Concatenate the prompts in the order of the terms."""
-        self.patches, self.length = [], 0
+        self.patches, self.seen = [], []
         for term in terms:
             self.append(module, term, mixers)
 
@@ -160,7 +176,7 @@ class PromptAct(Act):
         """Concatenate its prompts, too."""
         for name in term.members:
             self.patches += [member.patch for member in self.members.get(name, []) if isinstance(member.patch, PromptPatch)]
-            self.length += sum(self._lengths.get(name, []))
+            self.seen += self.columns(name)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put P in front at the first step; later reckon with the P that the cache holds.
@@ -212,9 +228,7 @@ class PromptAct(Act):
         rows = self.rows
         if mask is None and rows is not None:
             mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-        layout = Layout.of(self.virtual, mask)
-        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
-            layout.own = self._lengths_behind(rows, batch, cache)
+        layout = self._layout(mask, batch, cache)
         P = rows.prompts(embeds) if rows is not None else torch.cat([patch() for patch in self.patches]).expand(batch, -1, -1).to(embeds)
         embeds = layout.join(P, embeds)  # P (batch, virtual, hidden)
         call |= {"input_ids": None, "inputs_embeds": embeds}
@@ -251,6 +265,13 @@ class PromptAct(Act):
             virtual = (virtual - (self.virtual - rows.lengths(embeds.shape[0])[:, None]).to(text)).clamp_min(start)
         return layout.join(virtual, text, dim=-1)
 
+    def _layout(self, mask: Tensor | None, batch: int, cache: Any) -> Layout:
+        """Where the virtual tokens stand for a mask of the text."""
+        rows, layout = self.rows, Layout.of(self.virtual, mask)
+        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
+            layout.own = self._lengths_behind(rows, batch, cache)
+        return layout
+
     def _lengths_behind(self, rows: RowPrompts, batch: int, cache: Any) -> Tensor:
         """Virtual tokens of each row, (batch, 1), where hidden ones go behind the text."""
         if cache is not None:
@@ -275,7 +296,25 @@ class PromptAct(Act):
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Post-hook of the inner module: cut the virtual tokens off before anything reads single positions."""
         layout = self._layouts.get(thread_key())
-        return output if layout is None else strip(output, layout)
+        return output if layout is None or self.keeps else strip(output, layout)
+
+    def show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Pre-hook of a decoder: its mask of the encoder's outputs has the virtual tokens among them that it sees."""
+        if not self.keeps:
+            return None
+        call = dict(zip(self._shown, args, strict=False)) | kwargs
+        states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+        if states is None:
+            return None
+        batch, length = states.shape[0], states.shape[1] - self.virtual
+        if mask is None:
+            mask = torch.ones(batch, max(length, 0), dtype=torch.long, device=states.device)
+        if mask.ndim != 2 or mask.shape[1] != length:
+            return None  # the encoder ran without this prompt, or the caller's mask tells of it
+        rows = self.rows
+        seen = mask.new_tensor(self.seen).expand(batch, -1) if rows is None else rows.seen(batch)
+        call["encoder_attention_mask"] = self._layout(mask, batch, None).join_mask(mask, seen)
+        return (), call
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Cut the virtual tokens off the last hidden state and the hidden states; attentions keep their columns."""
@@ -286,7 +325,7 @@ class PromptAct(Act):
         for value in values:
             if hasattr(value, "get_seq_length"):
                 store(value, self.virtual, stored(value).mask)
-        return strip(output, layout)
+        return output if self.keeps else strip(output, layout)
 
     def _check_cache(self, cache: Any) -> None:
         filled = stored(cache).length
@@ -346,6 +385,15 @@ def strip(output: Any, layout: Layout) -> Any:
     if isinstance(output, tuple):
         return tuple(strip(value, layout) for value in output)
     return output
+
+
+def decoders_of(site: Site, index: Index) -> list[nn.Module]:
+    """The decoders that attend to the outputs of an encoder; none where the site is none."""
+    stacks = {stack.side: stack.site.module for stack in index.stacks}
+    decoder = stacks.get("decoder")
+    wanted = {"encoder_hidden_states", "encoder_attention_mask"}
+    alone = decoder is None or stacks.get("encoder") is not site.module or not wanted <= set(input_names(type(decoder)))
+    return [] if alone or decoder is None else [decoder]
 
 
 def check_prompt(site: Site, index: Index) -> None:

@@ -144,12 +144,22 @@ class RowPrompts(RowTokens):
     Args:
         chosen: one per row: which of the programs it uses.
         programs: the prompts that act together; one program is empty where rows have none.
-        lengths: of each program.
+        columns: of each virtual token of each program, whether a decoder sees what the encoder makes of it.
+
+    Attributes:
+        keeps: some are seen.
     """
 
-    def __init__(self, chosen: Tensor, programs: Sequence[Sequence[PromptPatch]], lengths: Sequence[int]) -> None:
+    def __init__(self, chosen: Tensor, programs: Sequence[Sequence[PromptPatch]], columns: Sequence[Sequence[bool]]) -> None:
+        lengths = [len(own) for own in columns]
         super().__init__(chosen, lengths, lengths)
         self.programs = tuple(tuple(program) for program in programs)
+        self.keeps = any(any(own) for own in columns)
+        self._seen = torch.tensor([[False] * (self.length - len(own)) + [*own] for own in columns], device=chosen.device)
+
+    def seen(self, batch: int) -> Tensor:
+        """Which of the ``length`` columns in front a decoder sees, (batch, length)."""
+        return self._seen[self.spread(batch)]
 
     def prompts(self, embeds: Tensor) -> Tensor:
         """P of every row: (batch, length, hidden), hidden ones in front."""

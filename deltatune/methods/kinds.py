@@ -167,7 +167,13 @@ class ConditionalPrefixPatch(Patch):
 
 
 class PromptPatch(Patch):
-    """X <- [P; X] at the embeddings of one text stack."""
+    """X <- [P; X] at the embeddings of one text stack.
+
+    Attributes:
+        seen_by_decoder: of an encoder, the decoder attends to its outputs at the virtual tokens, too.
+    """
+
+    seen_by_decoder: bool = False
 
     @abstractmethod
     def forward(self) -> Tensor:

@@ -76,8 +76,8 @@ def _prompts(planner: ContextPlanner, act: ContextAct, programs: Sequence[Progra
     assert isinstance(act, PromptAct)
     deltas = [[name for term in program for name in term.members] for program in programs]
     patches: list[list[Any]] = [[member.patch for name in names for member in act.members.get(name, ())] for names in deltas]
-    lengths = [sum(act.lengths(name) for name in names) for names in deltas]
-    return RowPrompts(planner.chosen(programs, device), [*patches, []], [*lengths, 0])
+    columns = [[seen for name in names for seen in act.columns(name)] for names in deltas]
+    return RowPrompts(planner.chosen(programs, device), [*patches, []], [*columns, []])
 
 
 def _sides(planner: ContextPlanner, act: ContextAct, programs: Sequence[Program], device: torch.device) -> tuple[RowSide, ...]:

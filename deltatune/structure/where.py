@@ -35,6 +35,8 @@ Layers = int | str | range | Iterable[int]
 """``range(0, 6)``, ``[0, 11]``, ``5``, ``"top:3"`` (the last three) or ``"bottom:2"`` (the first two)."""
 
 SIDES = ("encoder.", "decoder.")
+MAX_LETTERS = 2**20
+"""Of all that the braces of a pattern write out: few of them must not stand for gigabytes, as a file from elsewhere could have it."""
 GLOB = re.compile(r"[*?\[]")
 
 
@@ -195,18 +197,26 @@ def expand(pattern: str) -> list[str]:
     """``pattern`` with its braces written out.
 
     Raises:
-        InvalidValue: a brace without its partner.
+        InvalidValue: a brace without its partner, or too many forms.
 
     >>> expand("attention.{query,value}")
     ['attention.query', 'attention.value']
     """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        if "{" in pattern or "}" in pattern:
-            raise InvalidValue(f"`{pattern}` has a brace without its partner. Write alternatives as `attention.{{query,value}}`.")
-        return [pattern]
-    forms = [pattern[: found.start()] + part.strip() + pattern[found.end() :] for part in found.group(1).split(",")]
-    return [form for part in forms for form in expand(part)]
+    done, left, letters = [], [pattern], 0
+    while left:
+        form = left.pop()
+        found = re.search(r"\{([^{}]*)\}", form)
+        if found is None:
+            done.append(form)
+            continue
+        forms = [form[: found.start()] + part.strip() + form[found.end() :] for part in found[1].split(",")]
+        letters += sum(map(len, forms))
+        if letters > MAX_LETTERS:
+            raise InvalidValue(f"`{pattern:.80}` stands for more than {MAX_LETTERS:,} letters. Write fewer braces, or a list.")
+        left += reversed(forms)
+    if any("{" in form or "}" in form for form in done):
+        raise InvalidValue(f"`{pattern}` has a brace without its partner. Write alternatives as `attention.{{query,value}}`.")
+    return done
 
 
 def _regular(expression: str) -> re.Pattern[str]:

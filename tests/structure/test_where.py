@@ -269,6 +269,12 @@ def test_what_cannot_be_read_is_an_error(backbones: dict[str, Index], where: Any
         keys(backbones["bert"], where, layers)
 
 
+@pytest.mark.parametrize("pattern", ["{a,b}" * 40, "{" + "a," * 2000 + "}" + "{b,c}" * 12, "{{a,b},{a,b}}" * 12, "x" * 10**6 + "{a,b}"])
+def test_few_braces_do_not_stand_for_gigabytes(pattern: str) -> None:
+    with pytest.raises(InvalidValue, match="stands for more than"):
+        expand(pattern)
+
+
 def test_braces_are_written_out() -> None:
     assert expand("a.{b,c}.{d,e}") == ["a.b.d", "a.b.e", "a.c.d", "a.c.e"]
     assert expand("a.{b,{c,d}}") == ["a.b", "a.c", "a.b", "a.d"]

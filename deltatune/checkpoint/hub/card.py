@@ -66,7 +66,7 @@ def _front_matter(record: Record) -> Iterator[str]:
     yield f"library_name: {LIBRARY}"
     if record.origin.id and HUB_ID.fullmatch(record.origin.id):
         yield f"base_model: {json.dumps(record.origin.id)}"
-    yield f"tags: {json.dumps(tags, ensure_ascii=False)}"
+    yield f"tags: {json.dumps([_plain(tag) for tag in tags], ensure_ascii=False)}"
     yield "---"
     yield ""
 
@@ -74,7 +74,8 @@ def _front_matter(record: Record) -> Iterator[str]:
 def _sentence(record: Record) -> str:
     about, origin = record.about, record.origin
     kind = f"A composition ({record.how}) of {len(record.members)} deltas" if record.is_composition else f"A {record.method} delta"
-    backbone = f"`{_plain(origin.id)}` ({origin.fingerprint.class_name})" if origin.id else f"a {origin.fingerprint.class_name}"
+    seen = _plain(origin.fingerprint.class_name)
+    backbone = f"`{_plain(origin.id)}` ({seen})" if origin.id else f"a {seen}"
     task = f", trained for `{_plain(about.task)}`" if about.task else ""
     return f"{kind} for {backbone}{task}. The backbone itself is not in it."
 
@@ -117,8 +118,9 @@ def _code(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot break out of its cell or line."""
-    return " ".join(str(text).split()).replace("`", "'").replace("|", "/").replace("<", "&lt;")
+    """Text that cannot break out of its cell or line, or steer a terminal."""
+    shown = (letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(str(text).split()))
+    return "".join(shown).replace("`", "'").replace("|", "/").replace("<", "&lt;")
 
 
 def _folder(title: str) -> str:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltatune.checkpoint.header import described
+from deltatune.checkpoint.hub.manifest import ID
 from deltatune.checkpoint.record import Record
 from deltatune.checkpoint.tensors import MAX_HEADER
 from deltatune.errors import CheckpointError
 
 MIXED = "composition"
+MAX_LETTERS = 2000
+"""Of a text that is listed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,12 @@ class Entry:
 
 
 def entry_of(record: Record, id: str, parameters: int, size_bytes: int) -> Entry:
-    """The facts of one record."""
+    """The facts of one record, in letters that can be shown."""
+    facts = vars(_facts(record, id, parameters, size_bytes))
+    return Entry(**{**_shown(facts), "names": (), "methods": tuple(_shown(facts["methods"]))})
+
+
+def _facts(record: Record, id: str, parameters: int, size_bytes: int) -> Entry:
     parts = record.member_records or (record,)
     seen = record.origin.fingerprint
     return Entry(
@@ -98,9 +106,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def entry_from(data: object) -> Entry | None:
     """What ``to_json`` gave; None for anything else, which an index is made anew for."""
-    if not isinstance(data, dict) or any(not isinstance(data.get(key), types) for key, types in _TYPES.items() if key in data):
+    if not isinstance(data, dict) or any(type(data.get(key)) not in types for key, types in _TYPES.items() if key in data):
         return None
     if data.keys() - {"names"} != _TYPES.keys() or not all(isinstance(name, str) for name in data["methods"]):
+        return None
+    if not ID.fullmatch(data["id"]) or min(data["parameters"], data["size_bytes"]) < 0 or _shown(data) != data:
         return None
     return Entry(**{**data, "names": (), "methods": tuple(data["methods"])})
 
@@ -137,6 +147,15 @@ class Query:
             and self.metric in (None, entry.metric)
             and (self.min_score is None or (entry.score is not None and entry.score >= self.min_score))
         )
+
+
+def _shown(value: Any) -> Any:
+    """The value as JSON has it, with nothing in its texts that could steer a terminal or is no text at all, and no text without end."""
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value[:MAX_LETTERS])
+    if isinstance(value, dict):
+        return {_shown(key): _shown(inner) for key, inner in value.items()}
+    return [_shown(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def count_values(read: Callable[[int, int], bytes], place: str) -> int:

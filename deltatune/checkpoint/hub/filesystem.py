@@ -22,13 +22,15 @@ from typing import Any
 
 from deltatune.checkpoint.hub.entry import Entry, count_values, entry_from, named_entries
 from deltatune.checkpoint.hub.manifest import ID, MANIFEST, MAX_MANIFEST, Parcel, unpack
-from deltatune.checkpoint.hub.shelf import Held, Shelf, check_name, pick, reached, refuse_move
+from deltatune.checkpoint.hub.shelf import NAME, Held, Shelf, check_name, pick, reached, refuse_move
 from deltatune.checkpoint.record import TENSORS
 from deltatune.checkpoint.strict_json import parse
 from deltatune.errors import CheckpointError, InvalidValue, OutputError, missing_extra
 
 OBJECTS, NAMES, INDEX, STAGING, CARD = "objects", "names", "index.json", "staging", "README.md"
 INDEX_VERSION = 1
+MAX_INDEX = 2**26
+"""Bytes; an entry has some 600."""
 ABANDONED = 86_400
 """Seconds after which what lies in ``staging`` was left by a push that was killed."""
 
@@ -121,7 +123,7 @@ class FolderShelf(Shelf):
     def _names(self) -> dict[str, str]:
         """Name -> id, of those that point to something; a broken one does not hide the others, and ``find`` tells what is wrong."""
         found: dict[str, str] = {}
-        for name in self._listed(NAMES):
+        for name in filter(NAME.fullmatch, self._listed(NAMES)):
             with contextlib.suppress(CheckpointError):
                 id = self._pointed(name)
                 found |= {} if id is None else {name: id}
@@ -191,10 +193,10 @@ class FolderShelf(Shelf):
                     self.files.rm(self._at(f"{STAGING}/{left}"), recursive=True)
 
     def _index(self) -> dict[str, Entry]:
-        """What the index says; empty where it is missing or broken."""
+        """What the index says; empty where it is missing, broken or beyond all sense."""
         try:
-            data = parse(self.files.cat_file(self._at(INDEX)))
-        except (FileNotFoundError, ValueError, RecursionError):
+            data = parse(self.files.cat_file(self._at(INDEX), end=MAX_INDEX))  # one that is cut is no JSON
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(data, dict) or data.get("version") != INDEX_VERSION or not isinstance(data.get("entries"), list):
             return {}

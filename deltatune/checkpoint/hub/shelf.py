@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from deltatune.errors import CheckpointError, DeltaError, InvalidValue, OutputEr
 from deltatune.registry import Registry
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+MAX_RECORDS = 2**26
+"""Bytes of all records of a composition."""
 SHORTEST = 6
 """Digits of an id that may stand for it."""
 
@@ -85,8 +88,12 @@ class Shelf(ABC):
 
     def record(self, held: Held) -> Record:
         """Its record, those of a composition's members included; no tensor is fetched."""
+        names = [name for name in held.manifest.sums if name.endswith(RECORD)]
+        size = sum(held.sizes.get(name, 0) for name in names)
+        if size > MAX_RECORDS:
+            raise CheckpointError(f"`{held.place}` has records of {size:,} bytes; {MAX_RECORDS:,} are the most. Push it again.")
         with TemporaryDirectory() as folder:
-            self.bring(held, Path(folder), [name for name in held.manifest.sums if name.endswith(RECORD)])
+            self.bring(held, Path(folder), names)
             return read(folder)
 
     def bring(self, held: Held, folder: Path, names: Iterable[str]) -> None:
@@ -94,7 +101,12 @@ class Shelf(ABC):
 
         Raises:
             CheckpointError: one is not what the id stands for.
+            OutputError: there is no room for them.
         """
+        names = list(names)
+        size, room = sum(held.sizes.get(name, 0) for name in names), shutil.disk_usage(folder).free
+        if size > room:
+            raise OutputError(f"`{held.place}` has {size:,} bytes, and there is room for {room:,} at `{folder.parent}`. Make room.")
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             self.copy(held, name, folder / name)

@@ -17,7 +17,6 @@ HARMLESS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",  # of what trains beside the tuner; the tensors say what is tied
         "fan_in_fan_out",  # the module itself says how it stores its weight
         "inference_mode",
         "megatron_core",  # a name that only counts with megatron_config

@@ -15,6 +15,8 @@ from deltatune.checkpoint.peft.tuner import Content, Output, cannot
 from deltatune.checkpoint.tensors import named
 from deltatune.errors import CheckpointError
 from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
+from deltatune.injection.state import originals
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import FullFineTuning
@@ -22,6 +24,7 @@ from deltatune.methods.specification.trainable_tokens import TrainableTokens
 
 STRAY = ("original_module.", "modules_to_save.")
 """Of a saved module with ``bias="all"``: copies of its own and of the backbone's bias."""
+SECOND, B_BIAS = "lora_B.weight", "lora_B.bias"
 ROWS = "token_adapter.trainable_tokens_delta"
 BASE_BIAS, BASE_WEIGHT = "base_layer.bias", "base_layer.weight"
 
@@ -137,15 +140,16 @@ def write_extra(delta: Delta, output: Output, biased: str) -> None:
 
 
 def _write_biases(delta: Delta, output: Output, biased: str) -> None:
-    """``bias``: those of exactly the targets, or all."""
+    """``bias``: those of exactly the targets, or all; ``lora_bias`` where modules have none."""
     state = delta.state_dict()
-    found = {}
-    for entry in delta.entries:
-        if entry.head and not only_biases(delta):
-            continue
-        if not isinstance(entry.patch, SelectionPatch) or entry.patch.parameter != "bias":
-            raise cannot(delta, f"it adds a bias at `{entry.key}`, and PEFT trains those that are there")
-        found[output.modules.path(entry.site)] = state[entry.key]
+    entries = [entry for entry in delta.entries if not entry.head or only_biases(delta)]
+    added = next((entry for entry in entries if not isinstance(entry.patch, SelectionPatch) or entry.patch.parameter != "bias"), None)
+    if added is not None:
+        if not output.scales.keys() >= {output.modules.path(entry.site) for entry in entries}:
+            raise cannot(delta, f"it adds a bias at `{added.key}`, and PEFT does so at modules of LORA, but for embeddings")
+        _write_added(delta, entries, output)
+        return
+    found = {output.modules.path(entry.site): state[entry.key] for entry in entries}
     own = {entry.key.rpartition(".")[0] for entry in delta.entries if entry.head and not only_biases(delta)} | output.heads
     have = {path for path, module in output.modules.first.items() if _has_bias(module) and not any(_within(path, head) for head in own)}
     if set(found) == have & set(output.paths):
@@ -157,6 +161,22 @@ def _write_biases(delta: Delta, output: Output, biased: str) -> None:
     output.config["bias"] = kind
     for path, bias in found.items():
         output.add(TUNED, path, {BASE_BIAS if path in output.paths else "bias": bias})
+
+
+def _write_added(delta: Delta, entries: Sequence[Entry], output: Output) -> None:
+    """``lora_bias``: B x becomes B x + c at every module, so that the outputs grow by s c; c = 0 where nothing is added."""
+    state, before = delta.state_dict(), originals(output.modules.backbone)
+    added: dict[str, Tensor] = {}
+    for entry in entries:
+        if isinstance(entry.patch, SelectionPatch):
+            change = state[entry.key] - before[id(entry.parameter)].to(state[entry.key].device)
+        else:
+            change = entry.patch.get_parameter("b").detach()
+        added[output.modules.path(entry.site)] = change
+    output.config["lora_bias"] = True
+    for path, scale in output.scales.items():
+        none = torch.zeros(len(output.tensors[f"{TUNED}{path}.{SECOND}"]))
+        output.add(TUNED, path, {B_BIAS: added[path] / scale if path in added else none})
 
 
 def _write_whole(delta: Delta, output: Output, biased: str) -> None:

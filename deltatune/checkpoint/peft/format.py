@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from deltatune.checkpoint.foreign import Foreign, Format, Part, Reading, formats
 from deltatune.checkpoint.foreign_files import Fields, read_json, read_weights, weights_file
 from deltatune.checkpoint.peft.config import CONFIG, HARMLESS, PICKLE, WEIGHTS, base_fields, task_of, write_config
+from deltatune.checkpoint.peft.expressions import Expressions
 from deltatune.checkpoint.peft.extras import (
     add_default_heads,
     is_extra,
@@ -51,19 +51,19 @@ class PeftFormat(Format):
         tuner = _tuner(kind, folder)
         file = weights_file(folder, WEIGHTS, PICKLE, allow_bin=reading.allow_bin)
         modules = Modules(sites)
-        content = Content(fields, Stored(read_weights(file), modules, file, tuner.prefix), modules)
-        try:
-            parts, heads = self._parts(tuner, content)
-        except re.error as cause:
-            raise CheckpointError(f"`{folder / CONFIG}` has a malformed expression: {cause}. Correct it.") from cause
+        content = Content(fields, Stored(read_weights(file), modules, file, tuner.prefix), modules, Expressions(folder / CONFIG))
+        parts, heads = self._parts(tuner, content)
         fields.end(allow_unknown=reading.allow_unknown)
         content.stored.end()
         name = config.get("base_model_name_or_path")
         return Foreign(tuple(parts), heads, name if isinstance(name, str) else None)
 
     def _parts(self, tuner: Tuner, content: Content) -> tuple[list[Part], Any]:
-        expected = targets(content.fields, content.modules) if tuner.targeted else None
+        tied = content.fields.take("ensure_weight_tying", False)
+        expected = targets(content.fields, content.modules, content.expressions) if tuner.targeted else None
         parts = [*tuner.read(content), *read_biases(content), *read_rows(content)]
+        if expected is not None and tied:  # then PEFT's targets name the input embedding alone
+            expected += [path for path in content.found if path in content.modules.tied_to(expected) and path not in expected]
         check_targets(expected, content.found, content.stored.file)
         whole, heads = read_saved(content)
         return [*parts, *whole], heads

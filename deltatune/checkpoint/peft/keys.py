@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.checkpoint.foreign_files import Fields, left_over
+from deltatune.checkpoint.peft.expressions import Expressions
 from deltatune.checkpoint.tensors import named
 from deltatune.errors import CheckpointError, Unsupported, nearest
 from deltatune.structure.index import Index
@@ -68,6 +69,11 @@ class Modules:
         found = [path for path, module in self.first.items() if any(own is site.weight for own in module._parameters.values())]
         embedding = getattr(self.backbone, "get_input_embeddings", lambda: None)()
         return sorted(found, key=lambda path: self.first[path] is not embedding)
+
+    def tied_to(self, paths: Collection[str]) -> set[str]:
+        """All modules that hold the weight of one of these, where it is tied."""
+        sites = [site for path in paths if (site := self._sites.get(id(self.all[path]))) is not None and site.tied]
+        return {other for site in sites for other in self.tied_paths(site)}
 
     def parameter_site(self, path: str) -> Site:
         """The site of a parameter that is read without calling a module.
@@ -148,7 +154,7 @@ class Stored:
             raise left_over(rest, self.file, self.modules.first)
 
 
-def targets(fields: Fields, modules: Modules) -> list[str] | None:
+def targets(fields: Fields, modules: Modules, expressions: Expressions) -> list[str] | None:
     """The modules that a config's ``target_modules`` hit by PEFT's rules; None where it does not say.
 
     A text is a regular expression for the whole path; an entry of a list is a path or its end behind a dot.
@@ -160,33 +166,36 @@ def targets(fields: Fields, modules: Modules) -> list[str] | None:
     layers = fields.take("layers_to_transform", None, int, list)
     pattern = fields.take("layers_pattern", None, str, list)
     kept = fields.peek("modules_to_save") or []
+    wanted = [layers] if isinstance(layers, int) else layers or []
     if not asked or asked == "all-linear":
         return None
     return [
         path
         for path in modules.first
         if path
-        and _hits(asked, path)
-        and not (excluded and _hits(excluded, path))
-        and not any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in kept)
-        and (layers in (None, []) or isinstance(asked, str) or _layer(path, pattern) in ([layers] if isinstance(layers, int) else layers))
+        and _hits(asked, path, expressions)
+        and not (excluded and _hits(excluded, path, expressions))
+        and not any(expressions.match(rf"(^|.*\.){name}($|\..*)", path) for name in kept)
+        and (layers in (None, []) or isinstance(asked, str) or _layer(path, pattern, expressions) in wanted)
     ]
 
 
 def hits(asked: Sequence[str], modules: Modules) -> set[str]:
     """The modules that a list of ``target_modules`` hits."""
-    return {path for path in modules.first if path and _hits(list(asked), path)}
+    return {path for path in modules.first if path and _ends_in(asked, path)}
 
 
-def _hits(asked: Any, path: str) -> bool:
-    if isinstance(asked, str):
-        return re.fullmatch(asked, path) is not None
+def _hits(asked: Any, path: str, expressions: Expressions) -> bool:
+    return expressions.fits(asked, path) if isinstance(asked, str) else _ends_in(asked, path)
+
+
+def _ends_in(asked: Sequence[str], path: str) -> bool:
     return path in asked or any(path.endswith(f".{entry}") for entry in asked)
 
 
-def _layer(path: str, pattern: Any) -> int | None:
+def _layer(path: str, pattern: Any, expressions: Expressions) -> int | None:
     names = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
+    found = (expressions.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
     return next((int(match.group(1)) for match in found if match), None)
 
 
@@ -212,8 +221,3 @@ def as_targets(paths: Collection[str], modules: Modules) -> list[str] | str:
     if hits(listed, modules) == set(paths):
         return listed
     return "|".join(re.escape(path) for path in listed)
-
-
-def of_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of ``rank_pattern`` or ``alpha_pattern`` for a module: its keys are expressions for the end of a path, the first counts."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deltatune.checkpoint.foreign import Part
 from deltatune.checkpoint.foreign_files import Fields
-from deltatune.checkpoint.peft.keys import TUNED, of_pattern
+from deltatune.checkpoint.peft.keys import TUNED
+from deltatune.checkpoint.peft.tied import TABLE_A, TABLE_B, A, B, join_tied, spread_tied
 from deltatune.checkpoint.peft.tuner import (
     Content,
     Output,
@@ -37,8 +38,7 @@ from deltatune.methods.reparameterization.matrix_view import MatrixView
 from deltatune.methods.reparameterization.pissa import PiSSA
 from deltatune.structure.site import Site
 
-A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
-TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
+B_BIAS, MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
 
 LORA_FIELDS: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -132,6 +132,10 @@ class Setting:
     rank_stabilized: bool = False
     dora: bool = False
 
+    def scale(self, rank: int) -> float:
+        """s."""
+        return self.alpha / (rank**0.5 if self.rank_stabilized else rank)
+
 
 SETTINGS: dict[type[Method], Callable[[Any, int], Setting]] = {
     LoRA: lambda method, rank: Setting(method.alpha, method.dropout, method.rank_stabilized),
@@ -170,9 +174,10 @@ class Lora(SiteTuner):
             fields.lenient.append(f"init_lora_weights = {start!r}, {ALIKE[start]}")
 
         def at(path: str, theirs: dict[str, Tensor]) -> Method:
-            rank, scaled = of_pattern(ranks, path, r), float(of_pattern(alphas, path, alpha))
+            value = content.expressions.value
+            rank, scaled = value(ranks, path, r), float(value(alphas, path, alpha))
             method = make(rank, scaled)
-            scale = scaled / (rank**0.5 if stable else rank)
+            scale = Setting(scaled, rank_stabilized=stable).scale(rank)
             if biased != (B_BIAS in theirs):
                 raise CheckpointError(f"`{content.stored.file}`: `{path}.{B_BIAS}` does not go with lora_bias = {biased}. Copy it again.")
             if biased:
@@ -188,7 +193,8 @@ class Lora(SiteTuner):
 
     def check(self, site: Site, method: Method) -> None:
         """PEFT's A forgets dilation and padding modes, and adds the change of attentions twice."""
-        refuse_traits(site, method, "LORA", "grouped", "dilated", "padded otherwise", "attention", "tied")
+        tied = () if isinstance(method, LoRA | LoRAPlus | LoRAFA) else ("tied",)
+        refuse_traits(site, method, "LORA", "grouped", "dilated", "padded otherwise", "attention", *tied)
         if isinstance(method, PiSSA) and isinstance(site.module, nn.Embedding):
             raise Unsupported(f"{method} at `{site.key}`: PEFT has no PiSSA for embeddings. Keep it in the native format.")
 
@@ -201,6 +207,14 @@ class Lora(SiteTuner):
                 found[name] = OURS[name](theirs[suffix], stack)
         return found
 
+    def joined(self, stored: Iterable[Placed], content: Content) -> Iterable[Placed]:
+        """The changes of one tied weight as one."""
+        return join_tied(stored, content)
+
+    def spread(self, place: Placed, output: Output) -> Iterable[Placed]:
+        """The change of a tied weight at each of its modules."""
+        return spread_tied(place, output)
+
     def theirs(self, site: Site, method: Method, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors in the shapes of PEFT's layers."""
         ours = dict(ours)
@@ -211,7 +225,7 @@ class Lora(SiteTuner):
                 "lora_A": torch.cat([ours["lora_A"], ours["start_A"]], -2),
                 "lora_B": torch.cat([ours["lora_B"], -ours["start_B"]], -1),
             }
-        is_table = isinstance(site.module, nn.Embedding) and site.parameter is None
+        is_table = isinstance(site.module, nn.Embedding) and site.parameter is None and not site.tied
         kernel = site.weight.shape[1:] if site.parameter is None and site.weight.ndim > 2 else None
         A_, B_ = _factors(ours["lora_A"], ours["lora_B"], kernel)
         found = {TABLE_A: A_, TABLE_B: B_} if is_table else {A: A_, B: B_}
@@ -229,9 +243,12 @@ class Lora(SiteTuner):
             raise Unsupported("PEFT's LoRA on raw parameters takes no dropout. Save in the native format, or set dropout=0.")
         alphas = {path: whole(setting.alpha) for path, setting in settings.items()}
         r, alpha = commonest(ranks), commonest(alphas)
+        if not any(place.site.parameter or isinstance(place.site.module, nn.Embedding) for place in placed.values()):
+            output.scales = {path: settings[path].scale(ranks[path]) for path in placed}
         output.config |= {
             "r": r,
             "lora_alpha": alpha,
+            "ensure_weight_tying": any(place.site.tied for place in placed.values()),
             "lora_dropout": rest.dropout,
             "use_rslora": rest.rank_stabilized,
             "use_dora": rest.dora,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltatune.checkpoint.foreign import Part
-from deltatune.checkpoint.peft.keys import TUNED, of_pattern
+from deltatune.checkpoint.peft.keys import TUNED
 from deltatune.checkpoint.peft.tuner import (
     LAYERS,
     Content,
@@ -72,7 +72,8 @@ def _sizes(content: Content) -> tuple[Any, Any]:
     if content.stored.paths(CORES.keys()):
         fields.lenient.append("use_effective_conv2d = True, whose three factors we have as two,")
     fields.data.pop("use_effective_conv2d", None)  # it counts for convolutions only
-    return lambda path: of_pattern(ranks, path, r), lambda path: float(of_pattern(alphas, path, alpha))
+    value = content.expressions.value
+    return lambda path: value(ranks, path, r), lambda path: float(value(alphas, path, alpha))
 
 
 def _as_matrices(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

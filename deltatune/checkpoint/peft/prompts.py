@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltatune.checkpoint.foreign import Part
+from deltatune.checkpoint.peft.config import task_of
 from deltatune.checkpoint.peft.keys import ROOT, Modules
 from deltatune.checkpoint.peft.tuner import Content, Output, Tuner, cannot, tuners
 from deltatune.errors import CheckpointError, Unsupported
@@ -53,7 +54,8 @@ class Prompts(Tuner):
         for key in ("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"):
             content.fields.data.pop(key, None)
         stack, P = read_rows(content)
-        method = PromptTuning(num_virtual_tokens=len(P), init="random" if start == "RANDOM" else "vocabulary")
+        begun = "random" if start == "RANDOM" else "vocabulary"
+        method = PromptTuning(num_virtual_tokens=len(P), init=begun, seen_by_decoder=bool(stack.side))
         return [Part("prompt", method, {(stack.site.key, "P"): P})]
 
     def write(self, deltas: Sequence[Delta], output: Output) -> None:
@@ -81,7 +83,7 @@ class MadePrompts(Tuner):
             content.fields.data.pop(key, None)  # of what made P, which is gone
         width, layers = content.fields.take("encoder_hidden_size", None, int), content.fields.take("encoder_num_layers", 2)
         stack, P = read_rows(content)
-        method = PTuning(num_virtual_tokens=len(P), hidden_dim=width, num_layers=layers)
+        method = PTuning(num_virtual_tokens=len(P), hidden_dim=width, num_layers=layers, seen_by_decoder=bool(stack.side))
         return [Part("prompt", method, {(stack.site.key, "P"): P}, exported=True)]
 
     def write(self, deltas: Sequence[Delta], output: Output) -> None:
@@ -96,16 +98,16 @@ class MadePrompts(Tuner):
 
 
 def read_rows(content: Content) -> tuple[Stack, Tensor]:
-    """The text stack, and P: (num_virtual_tokens, hidden).
+    """The text stack, and P: (num_virtual_tokens, hidden). For encoder-decoders PEFT stores as many rows again, which it never reads.
 
     Raises:
         CheckpointError: it is missing, or of another size than the config says.
     """
     stack = text_stack(content.modules)
     P, length = read_stored(content)
-    if P.ndim != 2 or len(P) != length:
+    if P.ndim != 2 or len(P) not in ((length, 2 * length) if stack.side else (length,)):
         raise CheckpointError(f"`{content.stored.file}` holds {tuple(P.shape)} for {length} virtual tokens. Copy or save it again.")
-    return stack, P
+    return stack, P[:length].clone()
 
 
 def read_stored(content: Content) -> tuple[Tensor, int]:
@@ -120,17 +122,16 @@ def read_stored(content: Content) -> tuple[Tensor, int]:
 
 
 def text_stack(modules: Modules) -> Stack:
-    """The stack whose embeddings PEFT puts prompts ahead of.
+    """The stack whose embeddings PEFT puts prompts ahead of: of an encoder-decoder the encoder.
 
     Raises:
-        Unsupported: there is none, or there are several. Of an encoder-decoder, PEFT's decoder sees what the encoder makes of virtual
-            tokens, and ours does not.
+        Unsupported: there is none, or there are several, or PEFT cannot run prompts there or reads other positions.
     """
-    stacks, kind = modules.sites.stacks, type(modules.backbone).__name__
-    if any(stack.side for stack in stacks):
+    stacks, kind = [stack for stack in modules.sites.stacks if stack.side != "decoder"], type(modules.backbone).__name__
+    if any(stack.side for stack in stacks) and task_of(modules.backbone, set()) not in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         raise Unsupported(
-            f"A soft prompt of PEFT's for {kind} is none of ours: there the decoder attends to the encoder's outputs at virtual tokens, "
-            "here these are cut off. Use LoRA, which is the same in both, or the native format."
+            f"A soft prompt of PEFT's for {kind} is none of ours: PEFT cannot run it, because that model makes its decoder's ids from the "
+            "text's. Use LoRA, which is the same in both, or the native format."
         )
     attention = stacks[0].attentions[0].module if stacks and stacks[0].attentions else None
     if kind.endswith("ForSequenceClassification") and not getattr(attention, "is_causal", False):
@@ -155,16 +156,19 @@ def write_rows(deltas: Sequence[Delta], output: Output) -> Any:
     patches = [(entry.site.key, entry.patch) for entry in delta.entries if not entry.head]
     if len(patches) != 1 or patches[0][0] != stack.site.key or not isinstance(patches[0][1], PromptPatch):
         raise cannot(delta, f"PEFT's soft prompts are at `{stack.site.key or '(the backbone)'}` alone")
+    if stack.side and not patches[0][1].seen_by_decoder:
+        raise cannot(delta, "in PEFT the decoder attends to the encoder's outputs at virtual tokens, which takes seen_by_decoder=True here")
     with torch.no_grad():
         P = patches[0][1]().detach()
-    output.tensors[STORED] = P
+    doubled = task_of(output.modules.backbone, set()) == "SEQ_2_SEQ_LM"
+    output.tensors[STORED] = torch.cat([P, torch.zeros_like(P)]) if doubled else P
     attention = heads_of(stack.attentions[0].module) if stack.attentions else None
     output.config |= {
         "num_virtual_tokens": len(P),
         "token_dim": P.shape[1],
         "num_layers": stack.layers,
         "num_attention_heads": attention.query if attention else 1,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if doubled else 1,
     }
     return delta.method
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.checkpoint.foreign import Part
 from deltatune.checkpoint.foreign_files import Fields
+from deltatune.checkpoint.peft.expressions import Expressions
 from deltatune.checkpoint.peft.keys import Modules, Stored
 from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.delta import Delta
@@ -34,6 +35,7 @@ class Content:
         fields: of the config.
         stored: the tensors.
         modules: of the backbone.
+        expressions: of the config.
         found: paths of the modules at which the type found its tensors.
         added: path of a module -> what the type adds to all that it returns.
     """
@@ -41,6 +43,7 @@ class Content:
     fields: Fields
     stored: Stored
     modules: Modules
+    expressions: Expressions
     found: list[str] = field(default_factory=list)
     added: dict[str, Tensor] = field(default_factory=dict)
 
@@ -72,6 +75,7 @@ class Output:
         paths: of the modules they sit at.
         config: fields that are not as by default.
         heads: paths of the task heads in it.
+        scales: path of a module -> what the type multiplies a bias of its own by; empty where it has none.
     """
 
     modules: Modules
@@ -79,6 +83,7 @@ class Output:
     paths: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     heads: set[str] = field(default_factory=set)
+    scales: dict[str, float] = field(default_factory=dict)
 
     def add(self, prefix: str, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Tensors at one module.
@@ -205,18 +210,26 @@ class SiteTuner(Tuner):
         """One part per method that the config asks for somewhere."""
         recipe = self.recipe(content)
         groups: dict[Method, dict[tuple[str, str], Tensor]] = {}
-        for path, site, theirs in content.places(self.suffixes()):
-            method = recipe(path, theirs)
-            self.check(site, method)
-            tensors = {(site.key, name): tensor for name, tensor in self.ours(site, method, theirs).items()}
-            groups.setdefault(method, {}).update(tensors)
+        stored = (Placed(path, site, recipe(path, theirs), theirs) for path, site, theirs in content.places(self.suffixes()))
+        for place in self.joined(stored, content):
+            self.check(place.site, place.method)
+            tensors = {(place.site.key, name): tensor for name, tensor in self.ours(place.site, place.method, place.theirs).items()}
+            groups.setdefault(place.method, {}).update(tensors)
         if not groups:
             raise CheckpointError(f"`{content.stored.file}` holds none of the tensors of its type. Copy or save it again.")
         return self.gathered(groups, content)
 
+    def joined(self, stored: Iterable[Placed], content: Content) -> Iterable[Placed]:
+        """What several of PEFT's places are together here, as one of them; each for itself, unless a type says otherwise."""
+        return stored
+
+    def spread(self, place: Placed, output: Output) -> Iterable[Placed]:
+        """The places of PEFT's that one of ours is; the same one, unless a type says otherwise."""
+        return [place]
+
     def write(self, deltas: Sequence[Delta], output: Output) -> None:
         """The tensors of every patch, and the config."""
-        placed = [place for delta in deltas for place in self._placed(delta, output)]
+        placed = [one for delta in deltas for place in self._placed(delta, output) for one in self.spread(place, output)]
         for place in placed:
             depth = 0
             if place.site.parameter is not None:

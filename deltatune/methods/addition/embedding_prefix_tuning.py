@@ -30,6 +30,8 @@ class EmbeddingPrefixTuning(Method):
     Args:
         num_virtual_tokens: l.
         mid_dim: width of E and of the MLP's hidden layer.
+        seen_by_decoder: the decoder behind an encoder attends to the encoder's outputs at the virtual tokens, too, so that
+            these stay in the outputs; else they are cut off.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -45,6 +47,7 @@ class EmbeddingPrefixTuning(Method):
 
     num_virtual_tokens: int = 20
     mid_dim: int = 512
+    seen_by_decoder: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "mid_dim")
@@ -68,7 +71,7 @@ class EmbeddingPrefix(MadePrompt):
     def __init__(self, width: int, method: EmbeddingPrefixTuning) -> None:
         super().__init__()
         bound = 1 / math.sqrt(method.mid_dim)
-        self.layer = SharedLayer(method)
+        self.layer, self.seen_by_decoder = SharedLayer(method), method.seen_by_decoder
         self.W_2 = nn.Parameter(torch.empty(width, method.mid_dim).uniform_(-bound, bound))
         self.c_2 = nn.Parameter(torch.zeros(width))
 

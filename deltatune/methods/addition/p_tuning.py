@@ -31,6 +31,8 @@ class PTuning(Method):
         num_virtual_tokens: p.
         hidden_dim: width of the LSTM in each direction; half the backbone's if left out.
         num_layers: of the LSTM.
+        seen_by_decoder: the decoder behind an encoder attends to the encoder's outputs at the virtual tokens, too, so that
+            these stay in the outputs; else they are cut off.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -47,6 +49,7 @@ class PTuning(Method):
     num_virtual_tokens: int = 20
     hidden_dim: int | None = None
     num_layers: int = 2
+    seen_by_decoder: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "num_layers", *([] if self.hidden_dim is None else ["hidden_dim"]))
@@ -70,6 +73,7 @@ class LSTMPrompt(MadePrompt):
     def __init__(self, width: int, method: PTuning) -> None:
         super().__init__()
         self.hidden_dim, self.num_layers = method.hidden_dim or max(1, width // 2), method.num_layers
+        self.seen_by_decoder = method.seen_by_decoder
         both = 2 * self.hidden_dim
         self.E = nn.Parameter(torch.randn(method.num_virtual_tokens, width))
         for name, shape in _lstm_shapes(width, self.hidden_dim, self.num_layers).items():

@@ -35,6 +35,8 @@ class PromptTuning(Method):
         init_ids: tokens whose embeddings come first.
         init_lengths: how many of ``init_ids``, in their order, are averaged into each virtual token; 1 if left out.
         init_text: a text, such as an instruction, for ``init="text"``.
+        seen_by_decoder: the decoder behind an encoder attends to the encoder's outputs at the virtual tokens, too, so that
+            these stay in the outputs; else they are cut off.
 
     Raises:
         InvalidValue: a field out of its range, or fields that contradict each other.
@@ -55,6 +57,7 @@ class PromptTuning(Method):
     init_ids: tuple[int, ...] = ()
     init_lengths: tuple[int, ...] = ()
     init_text: str = ""
+    seen_by_decoder: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "init_range", "init_vocabulary")
@@ -114,7 +117,7 @@ class PromptTuning(Method):
                 f"PromptTuning(init={self.init!r}) is written in words, and attach sees no tokenizer. Attach "
                 "method.spell(tokenizer, labels), which holds their ids; dt.train does so by itself."
             )
-        return [Prompt(self._fresh(token_embedding(site), site.device))]
+        return [Prompt(self._fresh(token_embedding(site), site.device), self.seen_by_decoder)]
 
     @torch.no_grad()
     def _fresh(self, embedding: nn.Module, device: torch.device) -> Tensor:
@@ -138,9 +141,9 @@ class PromptTuning(Method):
 class Prompt(PromptPatch):
     """P, (num_virtual_tokens, hidden)."""
 
-    def __init__(self, P: Tensor) -> None:
+    def __init__(self, P: Tensor, seen_by_decoder: bool) -> None:
         super().__init__()
-        self.P = nn.Parameter(P)
+        self.P, self.seen_by_decoder = nn.Parameter(P), seen_by_decoder
 
     def forward(self) -> Tensor:
         """P."""

@@ -36,8 +36,8 @@ class Case:
         config: makes PEFT's config.
         virtual: tokens that PEFT's outputs have ahead of ours.
         lost: fields of the config that we cannot give back, because they only say how a stored tensor came to be.
-        refused: what our error says, where the two cannot be the same.
-        spare: PEFT stores what nothing reads: of an encoder-decoder's prefixes, every second pair if the layers are even.
+        spare: PEFT stores what nothing reads: of an encoder-decoder's prompts the second half, of its prefixes every second pair if the
+            layers are even.
     """
 
     name: str
@@ -45,7 +45,6 @@ class Case:
     config: Callable[[], Any] = field(repr=False, compare=False)
     virtual: int = 0
     lost: frozenset[str] = frozenset()
-    refused: str = ""
     spare: bool = False
 
     def __str__(self) -> str:
@@ -64,7 +63,7 @@ class Case:
 
 def over(name: str, config: Callable[..., Any], targets: Mapping[str, Sequence[str] | str] = LINEARS, **settings: Any) -> list[Case]:
     """One case per backbone that has such targets."""
-    known = {key: settings.pop(key) for key in ("virtual", "lost", "refused") if key in settings}
+    known = {key: settings.pop(key) for key in ("virtual", "lost") if key in settings}
     return [
         Case(name, model, lambda model=model, asked=asked: config(target_modules=asked, **settings), **known)  # type: ignore[misc]
         for model, asked in targets.items()
@@ -74,14 +73,13 @@ def over(name: str, config: Callable[..., Any], targets: Mapping[str, Sequence[s
 def prompts(name: str, config: Callable[..., Any], **settings: Any) -> list[Case]:
     """One case per backbone."""
     known: dict[str, Any] = {key: settings.pop(key) for key in ("lost", "virtual") if key in settings}
-    refused = {"refused": "attends to the encoder's outputs"} if config is not peft.PrefixTuningConfig else {}
     return [
         Case(
             name,
             model,
             lambda model=model: config(task_type=TASKS[model], num_virtual_tokens=4, **settings),  # type: ignore[misc]
-            spare=model == "t5" and not refused,
-            **known | (refused if model == "t5" else {}),
+            spare=model == "t5",
+            **known | ({"virtual": 0} if model == "t5" else {}),
         )
         for model in MODELS
     ]

@@ -12,11 +12,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import deltatune as dt
 from deltatune.errors import CheckpointError, DeltaError, Unsupported
+from deltatune.methods import BitFit, LoRA
 from tests.checkpoint.peft.cases import Case, adalora, lora, meaning, reopened, result, save, theirs
-from tests.conformance.cells import fresh
+from tests.conformance.cells import fresh, shake
 from tests.methods.oracles.hosts import HOSTS
 from tests.models import Example, tokens
 
@@ -203,17 +205,46 @@ def test_a_bias_behind_the_second_factor(name: str, targets: list[str], settings
     assert isinstance(both, dt.Composition) and both.members[-1] == "read-bias"
     torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
     dt.save(both, tmp_path / "native")
-    if name == "bert":
-        dt.save(both, tmp_path / "ours", format="peft")
-        assert meaning(tmp_path / "ours")["bias"] == "lora_only"
-        torch.testing.assert_close(result(reopened(fresh(name)[0], tmp_path / "ours"), inputs), expected, atol=1e-5, rtol=1e-5)
-    else:
-        with pytest.raises(Unsupported, match="adds a bias"):
-            dt.save(both, tmp_path / "ours", format="peft")
+    dt.save(both, tmp_path / "ours", format="peft")
+    written = meaning(tmp_path / "ours")
+    assert (written["bias"], written["lora_bias"]) == (("lora_only", False) if name == "bert" else ("none", True))
+    torch.testing.assert_close(result(reopened(fresh(name)[0], tmp_path / "ours"), inputs), expected, atol=1e-5, rtol=1e-5)
     dt.detach(both)
     assert result(backbone, inputs).equal(plain)
     dt.load(backbone, tmp_path / "native")
     torch.testing.assert_close(result(backbone, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_biases_where_only_some_modules_have_one(tmp_path: Path) -> None:
+    """What trained of a module's own is its difference; a module whose bias does not train gets zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    linear = ["0", "1", "2"]
+    members = [dt.attach(model, LoRA(rank=2, alpha=3), linear, name="lora"), dt.attach(model, BitFit(), linear[:2], name="bias")]
+    for member in members:
+        shake(member)
+    both = dt.compose(model, members)
+    expected = model(x)
+    dt.save(both, tmp_path / "ours", format="peft")
+    assert meaning(tmp_path / "ours")["lora_bias"] and meaning(tmp_path / "ours")["bias"] == "none"
+    dt.detach(both)
+    torch.testing.assert_close(reopened(model, tmp_path / "ours")(x), expected)
+    dt.load(model, tmp_path / "ours", name="again")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_added_biases_that_peft_has_no_place_for(tmp_path: Path) -> None:
+    backbone, _ = fresh("llama")
+    recipes: list[tuple[Any, Any, Any]] = [(LoRA(rank=2), "q_proj", "k_proj"), (LoRA(rank=2), "embed_tokens", "q_proj")]
+    for method, where, biased in recipes:
+        members = [dt.attach(backbone, method, where, name="lora"), dt.attach(backbone, BitFit(), biased, name="bias")]
+        both = dt.compose(backbone, members)
+        with pytest.raises(Unsupported, match="adds a bias"):
+            dt.save(both, tmp_path / "ours", format="peft")
+        assert not (tmp_path / "ours").exists()
+        dt.detach(both)
 
 
 @pytest.mark.parametrize(

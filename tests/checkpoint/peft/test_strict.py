@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import deltatune as dt
 from deltatune.checkpoint.foreign import format_of, formats
+from deltatune.checkpoint.peft import expressions
 from deltatune.errors import CheckpointError, DeltaError, InvalidValue, Unsupported
+from deltatune.methods import LoRA
 from tests.checkpoint.peft.cases import Case, lora, reopened, result, save, theirs
 from tests.conformance.cells import fresh
 
@@ -101,6 +107,49 @@ def test_fields_that_do_not_fit(folder: Path, tmp_path: Path, fields: dict[str, 
     with pytest.raises(CheckpointError, match=words):
         dt.load(backbone, changed(folder, tmp_path / "new", **fields), name="read")
     assert not dt.deltas(backbone)
+
+
+EXPRESSIONS = ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"]
+ENDLESS = ["(a|a)*$", "(a|aa)+$", "((a?){3}){3}(a*)*(a|a)*$"]
+
+
+def named_badly() -> nn.Module:
+    """Modules whose names keep such an expression busy for longer than there is time."""
+    return nn.Sequential(OrderedDict({"a" * 100 + "!" + "b" * k: nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for k in range(3)}))
+
+
+@pytest.mark.parametrize("expression", ENDLESS)
+@pytest.mark.parametrize("field", EXPRESSIONS)
+def test_expressions_that_would_take_for_ever(field: str, expression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "MAX_SECONDS", 0.05)
+    model = named_badly()
+    delta = dt.attach(model, LoRA(rank=2), "*", name="ours")
+    dt.save(delta, tmp_path / "lora", format="peft")
+    dt.detach(delta)
+    expression = expression.removesuffix("$") if field == "layers_pattern" else expression  # there, a number comes behind it
+    given: Any = {"rank_pattern": {expression: 2}, "alpha_pattern": {expression: 2}, "modules_to_save": [expression]}.get(field, expression)
+    beside = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
+    with pytest.raises(CheckpointError, match=r"takes more than 0.05 seconds"):
+        dt.load(model, changed(tmp_path / "lora", tmp_path / "new", **{field: given}, **beside))
+    assert not dt.deltas(model)
+
+
+HUGE = ["((a{0,5000}){0,5000}){0,5000}", "(?:(?:a?){1000}){1000}", "a" * 300_000, "(" * 50_000, "a{9999999999}"]
+
+
+@pytest.mark.parametrize("expression", HUGE)
+def test_expressions_that_would_take_all_memory(expression: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"stands for more than 262,144 letters|malformed expression"):
+        dt.load(fresh("bert")[0], changed(folder, tmp_path / "new", target_modules=expression), name="read")
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"), [(r"a{b}", "a{b}"), (r"(?:ab){e<=2}", "ab{e<=2}"), (r"\{x\}{2}", "{x}}"), (r"[{}]{2}", "{}"), ("a{,2}", "aa")]
+)
+def test_braces_mean_what_they_mean_to_python(expression: str, text: str) -> None:
+    found = expressions.Expressions(Path("config"))
+    assert re.fullmatch(expression, text) and found.fits(expression, text)
+    assert not found.fits(expression, text + "x") and not found.fits(expression, "ax")
 
 
 @pytest.mark.parametrize("fields", [{"r": 0}, {"r": -4}, {"rank_pattern": {"query": 0}}, {"lora_alpha": float("nan")}])
@@ -196,6 +245,41 @@ def test_pickles_only_where_allowed(folder: Path, tmp_path: Path) -> None:
     (place / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         dt.load(evil, place, allow_bin=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_pickles_that_stand_for_more_than_they_hold(folder: Path, tmp_path: Path) -> None:
+    """Views of one number, sparse tensors and compressed archives would take gigabytes, or none of our checks would see through them."""
+    place, good = tmp_path / "bin", load_file(folder / WEIGHTS)
+    shutil.copytree(folder, place)
+    (place / WEIGHTS).unlink()
+    first, *rest = good
+
+    def refused(words: str, tensor: torch.Tensor) -> None:
+        torch.save({name: good[name] for name in rest} | {first: tensor}, place / "adapter_model.bin")
+        with pytest.raises(CheckpointError, match=words):
+            dt.load(fresh("bert")[0], place, allow_bin=True)
+
+    refused("one by one", torch.ones(1).expand(10**6, 10**7))
+    refused("one by one", torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (10**6, 10**7)))
+    refused("one by one", torch.empty(10**6, 10**7, device="meta"))
+    torch.save(good, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(place / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        dt.load(fresh("bert")[0], place, allow_bin=True)
+
+
+def test_names_without_end(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "long"
+    shutil.copytree(folder, place)
+    save_file(load_file(folder / WEIGHTS) | {"base_model.model." + "a." * 10**6: torch.ones(1)}, place / WEIGHTS)
+    with pytest.raises(CheckpointError, match="has a name of 2,000,017 letters"):
+        dt.load(fresh("bert")[0], place)
 
 
 def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
