@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from deltatune.injection.slot import Member
-from deltatune.methods.lanes import Laned
-
-FORM = "low-rank"
+from deltatune.methods.kinds import LowRank
 
 
 class Shrink(torch.autograd.Function):
@@ -76,17 +74,17 @@ class Lean:
 
     Args:
         member: the patch.
-        patch: the same, as what says what it is as data.
+        patch: the same, with its factors.
     """
 
-    def __init__(self, member: Member, patch: Laned) -> None:
+    def __init__(self, member: Member, patch: LowRank) -> None:
         self.member, self.patch = member, patch
 
     @classmethod
     def of(cls, module: nn.Module, member: Member) -> Lean | None:
         """None where the module's output may be somebody else's, or is made of it in parts."""
         plain = type(module) is nn.Linear or (member.site.transposed and member.site.is_linear)
-        if not plain or member.given is not None or member.site.rows is not None or not isinstance(member.patch, Laned):
+        if not plain or member.given is not None or member.site.rows is not None or not isinstance(member.patch, LowRank):
             return None
         return cls(member, member.patch)
 
@@ -96,10 +94,11 @@ class Lean:
             return None
         if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
             return None
-        lane = self.patch.lane()
-        if lane is None or lane.form != FORM or any(lane.settings):
+        found = self.patch.factors()
+        if found is None:
             return None
-        return lane.tensors["A"].to(x.dtype), lane.tensors["B"].to(x.dtype).contiguous()
+        A, B = found
+        return A.to(x.dtype), B.to(x.dtype).contiguous()
 
 
 def _is_watched(module: nn.Module) -> bool:
