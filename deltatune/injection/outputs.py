@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
+from deltatune.injection import lean
 from deltatune.injection.branches import Given
 from deltatune.injection.draws import Draws
 from deltatune.injection.mixers import Mixer
@@ -97,6 +98,11 @@ class OutputAct(Act):
         self._givens: tuple[Given, ...] = ()
         self._stochastic: tuple[Patch, ...] = ()
         self._draws: Draws | None = None
+        self._lean: lean.Lean | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
 
     @classmethod
     def check(cls, index: Index, site: Site, patch: Patch) -> None:
@@ -124,6 +130,7 @@ class OutputAct(Act):
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""
         self.steps, self._edits_input, self._reads_input, self._givens, self._stochastic = (), False, False, (), ()
+        self._lean = None
         for term in terms:
             self.append(module, term, mixers)
 
@@ -136,6 +143,8 @@ class OutputAct(Act):
             self._stochastic += tuple(patch for patch in patches if isinstance(patch, Stochastic))
             self._edits_input |= any(isinstance(patch, EDIT_INPUT) for patch in patches)
             self._reads_input |= isinstance(step, Group) or any(isinstance(patch, OutputPatch) for patch in patches)
+        members = _flat(self.steps[0]) if len(self.steps) == 1 and isinstance(self.steps[0], Single) else ()
+        self._lean = lean.Lean.of(module, members[0]) if len(members) == 1 else None
 
     def steps_of(self, term: Term, mixers: nn.ModuleDict) -> Sequence[Step]:
         """The steps that a term stands for here."""
@@ -150,6 +159,8 @@ class OutputAct(Act):
         """Edit the input, outermost step first; keep what each step saw where an output patch reads it."""
         if self._draws is not None and not torch.compiler.is_compiling() and any(patch.training for patch in self._stochastic):
             self._draws.read()
+        if self._lean is not None:
+            return self._leanly(self._lean, module, args, kwargs)
         if not self._edits_input:
             return args, kwargs
         x = first_input(args, kwargs, self.names)
@@ -161,6 +172,16 @@ class OutputAct(Act):
             self._seen[thread_key()] = seen[::-1]
         return replace_input(args, kwargs, self.names, x)
 
+    def _leanly(
+        self, way: lean.Lean, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs, self.names)
+        given, kept = lean.before(way, module, x)
+        if kept is None:
+            return args, kwargs
+        self._kept[thread_key()] = kept
+        return (args, kwargs) if given is x else replace_input(args, kwargs, self.names, given)
+
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Edit the output, innermost step first; let go of what the sub-layer was given."""
         try:
@@ -170,6 +191,9 @@ class OutputAct(Act):
                 given.drop()
 
     def _edited(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        kept = self._kept.pop(thread_key(), None) if self._kept else None
+        if kept is not None and output is not None:
+            return lean.after(output, kept)
         seen = self._seen.pop(thread_key(), None) if self._edits_input else None
         if output is None or not self._reads_input:
             return output

@@ -211,6 +211,14 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
+class LowRank(Protocol):
+    """An output patch on a linear map that is y + (x A) B."""
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (in, r) and B (r, out), with gradients to what trains; None while it is more than that, as with dropout."""
+
+
+@runtime_checkable
 class Commuting(Protocol):
     """A patch that commutes with those of the same group: ``add`` (y + d(x), theta + d) or ``multiply`` (l * y)."""
 

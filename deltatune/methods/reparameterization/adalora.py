@@ -211,10 +211,15 @@ class TripletLinear(OutputPatch):
         h = F.linear(x.to(y.dtype), own.Q.to(y.dtype)) * own.Lambda.to(y.dtype)  # (..., r)
         return y + own.scale * F.linear(h, own.P.to(y.dtype))
 
-    def lane(self) -> Lane:
-        """(x Q^T) (s P diag(Lambda))^T."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Q^T and (s P diag(Lambda))^T."""
         own = self.triplets
-        return Lane("low-rank", {"A": own.Q.T, "B": own.scale * (own.P * own.Lambda).T}, (0.0,))
+        return own.Q.T, own.scale * (own.P * own.Lambda).T
+
+    def lane(self) -> Lane:
+        """The factors."""
+        A, B = self.factors()
+        return Lane("low-rank", {"A": A, "B": B}, (0.0,))
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(Lambda) Q."""

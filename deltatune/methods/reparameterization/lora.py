@@ -130,6 +130,10 @@ class LoRALinear(OutputPatch):
         h = F.linear(x, self.lora_A.to(y.dtype))  # (..., rank)
         return y + F.linear(h, self.lora_B.to(y.dtype)) * self.scale
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A^T and (s B)^T."""
+        return None if self.dropout and self.training else (self.lora_A.T, self.scale * self.lora_B.T)
+
     def lane(self) -> Lane:
         """(x A^T) (s B)^T."""
         return Lane("low-rank", {"A": self.lora_A.T, "B": self.scale * self.lora_B.T}, (self.dropout * self.training,))

@@ -1,0 +1,128 @@
+"""What does a training step cost beside its floor?
+
+The floor is the frozen backbone's forward plus the backward of its activations, measured in the same run by training one bias at the
+bottom. Beside ours stand PEFT and full fine-tuning: MiniLM (16 x 128), SmolLM2-135M (4 x 128) and an OPT of width 512 with 8 layers
+and random weights (4 x 128), fp32. A step is forward, backward and the optimiser; competitors take turns, medians of paired ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from paired import interleave, ratio, report, timed
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+import deltatune as dt
+from deltatune.backbones import load_backbone
+from deltatune.methods import LoRA
+
+LINEARS = ["attention.*", "feed_forward.*"]
+RANK, TOKENS = 8, 128
+
+
+def minilm() -> nn.Module:
+    return load_backbone("minilm", auto_class="AutoModelForSequenceClassification", num_labels=2)
+
+
+def smollm2() -> nn.Module:
+    return load_backbone("smollm2-135m", auto_class="AutoModelForCausalLM")
+
+
+def opt() -> nn.Module:
+    shape = dict(hidden_size=512, ffn_dim=2048, num_hidden_layers=8, num_attention_heads=8, word_embed_proj_dim=512, dropout=0.0)
+    return OPTForCausalLM(OPTConfig(vocab_size=8000, max_position_embeddings=256, **shape))
+
+
+BACKBONES: dict[str, tuple[Callable[[], nn.Module], int]] = {"minilm": (minilm, 16), "smollm2-135m": (smollm2, 4), "opt": (opt, 4)}
+TARGETS = {
+    "minilm": r".*(query|key|value|attention\.output\.dense|intermediate\.dense|output\.dense)",
+    "smollm2-135m": r".*(q|k|v|o|gate|up|down)_proj",
+    "opt": r".*((q|k|v|out)_proj|fc1|fc2)",
+}
+
+
+def quiet(backbone: nn.Module) -> nn.Module:
+    """In training, but without dropout, so that all compute the same."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return backbone.train()
+
+
+def floor(backbone: nn.Module) -> list[nn.Parameter]:
+    """One bias at the bottom: that of the first norm or linear map."""
+    backbone.requires_grad_(False)
+    for module in backbone.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.LayerNorm) or (weight is not None and type(module).__name__.endswith("RMSNorm")):
+            parameter = module.bias if getattr(module, "bias", None) is not None else weight
+            return [parameter.requires_grad_()]
+    raise SystemExit("no norm at the bottom")
+
+
+def ours(backbone: nn.Module) -> list[nn.Parameter]:
+    return list(dt.attach(backbone, LoRA(rank=RANK), LINEARS, head=False).parameters())
+
+
+def theirs(name: str, backbone: nn.Module) -> list[nn.Parameter]:
+    config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS[name])
+    return [parameter for parameter in peft.get_peft_model(backbone, config).parameters() if parameter.requires_grad]  # type: ignore[arg-type]
+
+
+def full(backbone: nn.Module) -> list[nn.Parameter]:
+    return list(backbone.requires_grad_().parameters())
+
+
+def stepper(name: str, made: Callable[[nn.Module], list[nn.Parameter]]) -> Callable[[], float]:
+    """Seconds of one step."""
+    build, rows = BACKBONES[name]
+    backbone = quiet(build())
+    parameters = made(backbone)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    ids = torch.randint(5, 5000, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
+    labels = ids if "CausalLM" in type(backbone).__name__ else torch.arange(rows) % 2
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def step() -> None:
+        backbone(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return lambda: timed(step)
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    competitors = {
+        "floor": stepper(name, floor),
+        "ours": stepper(name, ours),
+        "peft": stepper(name, lambda backbone: theirs(name, backbone)),
+        "full": stepper(name, full),
+    }
+    seconds = interleave(competitors, rounds)
+    return {
+        "ours / floor": round(ratio(seconds["ours"], seconds["floor"]), 3),
+        "peft / floor": round(ratio(seconds["peft"], seconds["floor"]), 3),
+        "full / floor": round(ratio(seconds["full"], seconds["floor"]), 3),
+        "ours / full": round(ratio(seconds["ours"], seconds["full"]), 3),
+        "milliseconds": {who: round(1e3 * sorted(times)[len(times) // 2], 1) for who, times in seconds.items()},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="backbones; all if left out")
+    parser.add_argument("--rounds", type=int, default=15)
+    asked = parser.parse_args()
+    found = {}
+    for name in asked.names or BACKBONES:
+        print(name, file=sys.stderr)
+        found[name] = measure(name, asked.rounds)
+    report(f"a step of LoRA of rank {RANK} on all linear maps, medians of paired ratios", **found)

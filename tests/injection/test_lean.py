@@ -1,0 +1,201 @@
+"""The lean way of a low-rank change gives what the plain way gives, and leaves alone what others may see."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import deltatune as dt
+from deltatune.injection.lean import Lean, Shrink
+from deltatune.methods import AdaLoRA, LoRA, Method
+from tests.models import MODELS, output
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
+    """What a function gives where nothing runs leanly."""
+
+    def run(function: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lean, "factors", lambda *_: None)
+            return function()
+
+    return run
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each lean call with gradients."""
+    calls: list[int] = []
+    own = Shrink.forward
+    monkeypatch.setattr(Shrink, "forward", staticmethod(lambda *args: calls.append(1) or own(*args)))
+    return calls
+
+
+def shaken(module: nn.Module, method: Method, where: Any) -> dt.Delta:
+    torch.manual_seed(1)
+    delta = dt.attach(module, method, where)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return delta
+
+
+def gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    y = module(x)
+    return y.detach().clone(), list(torch.autograd.grad(y.square().sum(), [x, *trained]))
+
+
+def equal(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=1e-6)
+    for one, other in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=3), LoRA(rank=2, rank_stabilized=True), AdaLoRA()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.Linear(6, 5), lambda: nn.Linear(6, 5, bias=False), lambda: Conv1D(5, 6)], ids=["linear", "bare", "conv1d"]
+)
+def test_it_equals_the_plain_way(kind: Callable[[], nn.Module], method: Method, count: list[int], plainly: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(kind())
+    shaken(module, method, "0")
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    found = gradients(module, x)
+    assert count == [1]
+    equal(found, plainly(lambda: gradients(module, x)))
+    assert count == [1]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_whole_models(name: str, plainly: Callable[..., Any]) -> None:
+    backbone, inputs = MODELS[name]()
+    delta = shaken(backbone, LoRA(rank=2), ["attention.*", "feed_forward.*"])
+    backbone.double()
+
+    def run() -> list[Tensor]:
+        backbone.zero_grad()
+        y = output(backbone, inputs)
+        y.square().mean().backward()
+        return [y.detach().clone(), *(parameter.grad.clone() for parameter in delta.parameters() if parameter.grad is not None)]
+
+    found = run()
+    assert len(found) > 10
+    for one, other in zip(found, plainly(run), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_an_input_without_gradient_asks_for_none_of_the_weight() -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    delta = shaken(module, LoRA(rank=1), "0")
+    y = module(torch.randn(2, 4))
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in delta.parameters()) and module[0].weight.grad is None
+
+
+def test_what_another_hook_keeps_stays_as_it_was() -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    kept: list[Tensor] = []
+    module[0].register_forward_hook(lambda _, __, y: kept.append(y))
+    x = torch.randn(2, 4)
+    plain = module(x).clone()
+    shaken(module, LoRA(rank=1), "0")
+    changed = module(x)
+    assert torch.equal(kept[1], plain) and not torch.allclose(changed, plain)
+
+
+def test_a_backward_hook_sees_the_whole_gradient(plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    shaken(module, LoRA(rank=1), "0")
+    seen: list[Tensor] = []
+    module[0].register_full_backward_hook(lambda _, given, __: seen.append(given[0].clone()))
+    x = torch.randn(2, 4, requires_grad=True)
+    [gradient] = torch.autograd.grad(module(x).sum(), x)
+    assert torch.equal(seen[0], gradient)
+
+
+def test_gradients_of_gradients(count: list[int], plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    shaken(module, LoRA(rank=2), ["0", "2"])
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def twice() -> list[Tensor]:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        [first] = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), trained))
+
+    found = twice()
+    assert len(count) == 2
+    for one, other in zip(found, plainly(twice), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant: bool, count: list[int], plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    delta = shaken(module, LoRA(rank=2), ["0", "2"])
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        module.zero_grad()
+        checkpoint(module, x, use_reentrant=reentrant).square().sum().backward()
+        return [parameter.grad.clone() for parameter in delta.parameters() if parameter.grad is not None]
+
+    found = run()
+    assert count
+    for one, other in zip(found, plainly(run), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_run_plainly(count: list[int], plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    delta = shaken(module, LoRA(rank=1), "0")
+    x = torch.randn(5, 4)
+    trained = dict(delta.named_parameters())
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(x)
+    x.requires_grad_()
+    [whole] = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(each, whole)
+    assert trained and len(count) == 1
+
+
+def test_autocast_keeps_to_its_precision(count: list[int]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    shaken(module, LoRA(rank=1), "0")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(2, 4, requires_grad=True)).dtype == torch.bfloat16
+    assert not count
+
+
+def test_dropout_and_several_deltas_run_plainly(count: list[int]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    shaken(module, LoRA(rank=1, dropout=0.5), "0")
+    x = torch.randn(2, 4, requires_grad=True)
+    module.train()(x)
+    assert not count
+    module.eval()(x)
+    assert len(count) == 1
+    shaken(module, LoRA(rank=1), "0")
+    module(x)
+    assert len(count) == 1
+
+
+def test_copies_and_pickles(plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3))
+    shaken(module, LoRA(rank=1), "0")
+    x = torch.randn(2, 4, requires_grad=True)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        equal(gradients(module, x), gradients(other, x))
