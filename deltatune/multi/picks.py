@@ -21,7 +21,7 @@ class Picks:
         self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
         self.distinct = tuple(sorted(set(numbers)))
         self.mask = (self.lanes > 0)[:, None, None]
-        self._bags: dict[tuple[int, int], Tensor] = {}
+        self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._used: Tensor | None = None
         self._places: dict[int, Tensor] = {}
 
@@ -30,12 +30,15 @@ class Picks:
         """Some row uses a lane."""
         return self.distinct != (0,)
 
-    def bags(self, width: int, tokens: int) -> Tensor:
-        """Rows of a table (lanes * width, ...) that each token reads: (rows * tokens, width)."""
+    def bags(self, width: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Rows of a table (lanes * width, ...) that each token reads, (rows * tokens * width,), and where each token's begin."""
         found = self._bags.get((width, tokens))
         if found is None:
             first = self.lanes.repeat_interleave(tokens) if tokens > 1 else self.lanes
-            found = self._bags[width, tokens] = first[:, None] * width + torch.arange(width, device=self.lanes.device)
+            each = first[:, None] * width + torch.arange(width, device=self.lanes.device)
+            begins = torch.arange(0, each.numel(), width, device=self.lanes.device)
+            kind = torch.int32 if int(each.max()) < 2**31 else torch.int64
+            found = self._bags[width, tokens] = each.flatten().to(kind), begins.to(kind)
         return found
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,16 @@ class Work:
     steps: tuple[Step, ...] = ()
     aparts: tuple[Apart, ...] = ()
     is_edited: bool = False
+
+    @cached_property
+    def only(self) -> Use | None:
+        """The one table in use, where it edits the whole output of the module and nothing else is done."""
+        uses = [use for step in self.steps for use in step.outputs if use.picks.is_used]
+        if self.aparts or self.is_edited or len(uses) != 1 or any(use.picks.is_used for use in self.module):
+            return None
+        table = uses[0].table
+        plain = table.key.reads == "module" and table.site.rows is None and table.site.channel_axis == -1 and not table.form.whole
+        return uses[0] if plain else None
 
     @property
     def edits(self) -> bool:

@@ -31,7 +31,7 @@ class LowRank(Form):
         """One pair of products."""
         A, B = tensors["A"], tensors["B"]
         x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
-        return y + choose(x, A, picks, A.shape[-1]).pair(x, A, B, picks)
+        return choose(x, A, picks, A.shape[-1]).added(y, x, A, B, picks)
 
 
 def fitted_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

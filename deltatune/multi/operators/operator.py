@@ -28,3 +28,7 @@ class Operator(ABC):
     def pair(self, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
         """(x A) B, by way of the few numbers between them."""
         return self.matrix(self.matrix(x, A, picks), B, picks)
+
+    def added(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
+        """y + (x A) B."""
+        return y + self.pair(x, A, B, picks)

@@ -15,3 +15,7 @@ class Segment(Operator):
     def matrix(self, x: Tensor, W: Tensor, picks: Picks) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
         return torch.bmm(x, W.index_select(0, picks.lanes).to(x.dtype))
+
+    def added(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
+        """y + (x A) B, the sum made by the second product."""
+        return torch.baddbmm(y, self.matrix(x, A, picks), B.index_select(0, picks.lanes).to(x.dtype))
