@@ -42,7 +42,7 @@ class EmbeddingPrefixTuning(Method):
     kind: ClassVar[Kind] = "context"
     where: ClassVar[tuple[str, ...]] = ("stack", "!decoder.stack?")
     identity: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2101.00190"
 
     num_virtual_tokens: int = 20

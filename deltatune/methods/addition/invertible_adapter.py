@@ -39,7 +39,7 @@ class InvertibleAdapter(Method):
     sub_family: ClassVar[str] = "adapter-like"
     kind: ClassVar[Kind] = "output"
     where: ClassVar[tuple[str, ...]] = ("embedding", "lm_head?")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     source: ClassVar[str] = "arXiv:2005.00052"
 
     reduction: int = 2

@@ -43,7 +43,7 @@ class PTuning(Method):
     kind: ClassVar[Kind] = "context"
     where: ClassVar[tuple[str, ...]] = ("stack", "!decoder.stack?")
     identity: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-2
     source: ClassVar[str] = "arXiv:2103.10385"
 
     num_virtual_tokens: int = 20

@@ -34,7 +34,7 @@ class SelectiveModules(Method):
     family: ClassVar[Family] = "specification"
     kind: ClassVar[Kind] = "selection"
     where: ClassVar[tuple[str, ...]] = ("*",)
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = "arXiv:2203.06904"
 
     budget: float = 0.1

@@ -35,7 +35,7 @@ class TrainableTokens(Method):
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("embedding", "lm_head?")
     reads_weights: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     source: ClassVar[str] = "PEFT's method of the same name"
 
     token_ids: tuple[int, ...] = ()
