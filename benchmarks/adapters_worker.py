@@ -1,7 +1,7 @@
 """Times AdapterHub's ``BatchSplit`` for ``many_adapters.py``; runs in an environment of its own, because it pins an older transformers.
 
-Reads the name of what to time from each line of its input, answers with seconds. ``plain`` is the backbone without adapters; a kind
-is eight adapters of that kind, four rows each.
+Reads the name of what to time from each line of its input, answers with seconds. ``plain ROWS`` is the backbone without adapters; ``split
+KIND`` is eight adapters of that kind with four rows each, ``alone KIND`` one adapter with four rows.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def backbone() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=4000, max_position_embeddings=256, **shape)).eval()
 
 
-def cached(model: Any) -> Callable[[], Any]:
+def cached(model: Any, rows: int) -> Callable[[], Any]:
     """A decode step: one token a row behind the cached ones."""
-    cache, rows = DynamicCache(), DELTAS * EACH
+    cache = DynamicCache()
     model(input_ids=torch.zeros(rows, CACHED, dtype=torch.long), past_key_values=cache, use_cache=True)
     ids = torch.ones(rows, 1, dtype=torch.long)
 
@@ -48,15 +48,18 @@ def cached(model: Any) -> Callable[[], Any]:
     return step
 
 
-def made(kind: str) -> Callable[[], Any]:
-    """The step of eight adapters of one kind."""
+def made(what: str, of: str) -> Callable[[], Any]:
+    """The step that a line asks for."""
     model = backbone()
+    if what == "plain":
+        return cached(model, int(of))
     adapters.init(model)
-    names = [f"{kind}{k}" for k in range(DELTAS)]
+    names = [f"{of}{k}" for k in range(DELTAS if what == "split" else 1)]
     for name in names:
-        model.add_adapter(name, config=KINDS[kind])
-    model.active_adapters = composition.BatchSplit(*names, batch_sizes=[EACH] * DELTAS)
-    return cached(model)
+        model.add_adapter(name, config=KINDS[of])
+    split = composition.BatchSplit(*names, batch_sizes=[EACH] * DELTAS) if what == "split" else names[0]
+    model.active_adapters = split
+    return cached(model, EACH * len(names))
 
 
 @torch.no_grad()
@@ -67,7 +70,7 @@ def serve() -> None:
         name = line.strip()
         try:
             if name not in steps:
-                steps[name] = cached(backbone()) if name == "plain" else made(name)
+                steps[name] = made(*name.split())
             steps[name]()
             began = time.perf_counter()
             steps[name]()

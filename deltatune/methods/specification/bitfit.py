@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, SelectionPatch, WeightPatch, methods
+from deltatune.methods.lanes import Lane
 from deltatune.structure.site import Site
 
 
@@ -75,6 +76,10 @@ class AddedBias(OutputPatch):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return y + self.b.to(y.dtype)
+
+    def lane(self) -> Lane:
+        """The bias."""
+        return Lane("shift", {"b": self.b})
 
 
 class BiasRows(WeightPatch):
