@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from deltatune import attach, find_sites
 from deltatune.backbones import load_backbone, load_tokenizer
 from deltatune.methods import LinearProbe
-from deltatune.tasks import Rows, Task, TaskData, get_task, load_task, subset, tasks
+from deltatune.tasks import Rows, Task, compute, get_task, load_task, subset, tasks
 from deltatune.tasks.framing import HeadFraming
-from deltatune.tasks.metrics import Measured, measure
+from deltatune.tasks.metrics import measure
 from deltatune.tasks.tensors import SEVERAL, Features, by_length
 
 OUT = Path(__file__).parent / "results" / "tasks.jsonl"
 KINDS = ("classification", "multilabel", "regression", "choice")
-TRAIN, TEST, LENGTH = 600, 400, 64
+TRAIN, TEST, LENGTH = 400, 300, 64
 """Most rows to learn from and to test on, and most tokens of an input."""
-CHOICES = 1200
+CHOICES = 800
 """Most inputs of a choice task's split, which has one an option; so many rows fewer."""
 EPOCHS, BATCH = 20, 32
 
@@ -109,7 +109,9 @@ def examples(framing: HeadFraming, encoder: Encoder, rows: Rows) -> tuple[dict[s
     counts = torch.tensor([len(feature.get(SEVERAL, [feature])) for feature in encoded])
     labels = framing.collate(encoded)["labels"]
     found = encoder(framing, inputs)
-    return {place: Examples(rows, features, counts, labels) for place, features in found.items()}, sum(len(one["input_ids"]) for one in inputs)
+    return {place: Examples(rows, features, counts, labels) for place, features in found.items()}, sum(
+        len(one["input_ids"]) for one in inputs
+    )
 
 
 def learnt(framing: HeadFraming, train: Examples) -> Readout:
@@ -131,17 +133,10 @@ def learnt(framing: HeadFraming, train: Examples) -> Readout:
 
 
 @torch.no_grad()
-def scored(framing: HeadFraming, model: Readout, test: Examples) -> dict[str, Measured]:
-    """The task's metrics of what the head says to each row."""
+def predicted(framing: HeadFraming, model: Readout, test: Examples) -> list[Any]:
+    """What the head says to each row."""
     logits = model(test.features).logits.split(test.counts.tolist())  # a row: (its inputs, outputs)
-    said = [framing.head.value(framing, {}, scores.flatten()) for scores in logits]
-    return measure(framing.task.metrics, said, framing.references(test.rows), test.rows)
-
-
-def baseline(data: TaskData, test: Rows) -> dict[str, Measured]:
-    """The task's metrics of a predictor that has only seen the answers of train."""
-    references = [data.task.kind.reference(data.task, row) for row in test]
-    return measure(data.task.metrics, [data.majority] * len(test), references, test)
+    return [framing.head.value(framing, {}, scores.flatten()) for scores in logits]
 
 
 def sample(task: Task, rows: Rows, most: int) -> Rows:
@@ -161,8 +156,12 @@ def probed(name: str, encoder: Encoder) -> dict[str, Any]:
     (train, seen), (test, more) = (
         examples(framing, encoder, sample(task, rows, most)) for rows, most in ((data.train, TRAIN), (data.test, TEST))
     )
-    found = {place: scored(framing, learnt(framing, train[place]), test[place]) for place in train}
-    plain, metric = baseline(data, test["mean"].rows), task.metric
+    rows, metric = test["mean"].rows, task.metric
+    references = framing.references(rows)
+    said = {place: predicted(framing, learnt(framing, train[place]), test[place]) for place in train}
+    found = {place: measure(metric, answers, references, rows)[metric] for place, answers in said.items()}
+    said["baseline"] = [data.majority] * len(rows)  # a predictor that has only seen the answers of train
+    scores = {place: compute(task.metrics, answers, references, rows) for place, answers in said.items()}
     return {
         "task": name,
         "category": task.category,
@@ -171,11 +170,11 @@ def probed(name: str, encoder: Encoder) -> dict[str, Any]:
         "options": round(float(test["mean"].counts.float().mean()), 1),
         "sizes": {split: len(rows) for split, rows in data.splits.items()},
         "train": len(train["mean"].rows),
-        "test": len(test["mean"].rows),
+        "test": len(rows),
         "metric": metric,
-        "baseline": round(plain[metric].value, 4),
-        **{place: [round(number, 4) for number in (one[metric].value, one[metric].low, one[metric].high)] for place, one in found.items()},
-        "all": {place: {each: round(one.value, 4) for each, one in measured.items()} for place, measured in {"baseline": plain, **found}.items()},
+        "baseline": round(scores["baseline"][metric], 4),
+        **{place: [round(number, 4) for number in (one.value, one.low, one.high)] for place, one in found.items()},
+        "all": {place: {each: round(value, 4) for each, value in values.items()} for place, values in scores.items()},
         "tokens": seen + more,
         "cpu_seconds": round(time.process_time() - began, 1),
     }

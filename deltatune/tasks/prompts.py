@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
+from deltatune.tasks.inputs import BARE
 from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import OPTIONS, Template, Verbalizer
@@ -33,7 +34,7 @@ class Prompts:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of some texts."""
-        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if len(texts) else []
+        return list(self.tokenizer(list(texts), add_special_tokens=False, **BARE)["input_ids"]) if len(texts) else []
 
     def encode(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[list[int]]:
         """The prompts of some rows, each in so many tokens at most.
