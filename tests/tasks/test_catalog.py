@@ -15,7 +15,7 @@ from deltatune.tasks.metrics import metrics
 from deltatune.tasks.split import overlap
 from deltatune.tasks.task import Packaged, Task, read_task
 
-BUILT_IN = 225
+BUILT_IN = 281
 TEST_TEXTS = {
     "bbc-news": "b946b6d83801df12",
     "tweet-sentiment": "2d9691e4dffc90e5",
