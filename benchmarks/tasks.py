@@ -208,6 +208,7 @@ def main() -> None:
             print(name, line["metric"], line["baseline"], *line["readout"], "mean", *line["mean"], line["cpu_seconds"], flush=True)
             with arguments.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            done.add(name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Python's garbage collector, held while many small objects are made that stay; it would look over them, and over torch's, again and again."""
+"""Python's garbage collector, held while many small objects are made that stay; it would look over them all, again and again."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from deltatune.tasks.schema import checked, label_words
 from deltatune.tasks.template import Template, Verbalizer
 from deltatune.tasks.types.base import TaskType, task_types
 
-
 SPLITS = ("train", "validation", "test")
 
 
