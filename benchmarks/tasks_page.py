@@ -28,7 +28,7 @@ HARD = {
     ),
     "takes calculation": "math-qa aqua-rat",
     "twenty emojis and 400 rows; many emojis stand for much the same": "tweet-eval-emoji",
-    "test rows of another time than the training rows": "tweet-eval-hate",
+    "the test rows are unlike the training rows": "tweet-eval-hate",
     "the answer lies between two texts, which one frozen vector of both hardly compares": (
         "anli-r1 anli-r2 anli-r3 snli snli-cad glue-mnli glue-rte glue-qnli glue-mrpc sick-entailment sick-relatedness sts12 sts13 sts14 "
         "sts15 sts16 stsb stsb-de mpe joci med fracas super-glue-cb pan-paraphrase trec-qa super-glue-multirc mc-taco pubmedqa add-one-rte"
