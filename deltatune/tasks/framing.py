@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
 from deltatune.registry import Registry
+from deltatune.tasks.collector import collector_held
 from deltatune.tasks.inputs import Inputs
 from deltatune.tasks.metrics import compute
 from deltatune.tasks.rows import Row, text_of
@@ -233,6 +234,7 @@ class HeadFraming(Framing):
         """Numbers of the head."""
         return self.task.outputs
 
+    @collector_held()
     def encode(self, rows: Sequence[Row]) -> list[Features]:
         """Token ids with ``labels``."""
         return self.head.encode(self, rows, labelled=True)

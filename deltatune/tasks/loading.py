@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from deltatune.errors import DataError, DeltaError, MissingExtra
+from deltatune.tasks.collector import collector_held
 from deltatune.tasks.rows import Row, Rows
-from deltatune.tasks.sources import SPLITS, Found, packaged_name, read_hub, read_mirror, read_packaged
+from deltatune.tasks.sources import Found, packaged_name, read_hub, read_mirror, read_packaged
 from deltatune.tasks.split import LEAST, Stratum, cut, overlap, text_key, without_duplicates
-from deltatune.tasks.task import Split, Task, get_task, mirror_root, mirrored
+from deltatune.tasks.task import SPLITS, Split, Task, get_task, mirror_root, mirrored
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TaskData:
         return self.task.kind.constant(self.task, self.train)
 
 
+@collector_held()
 def load_task(name: str | Task) -> TaskData:
     """The rows of a task, from its package where installed, else from ``DELTATUNE_MIRROR``, else from the hub.
 
@@ -121,7 +123,8 @@ def build(task: Task, found: Found | Mapping[str, Sequence[Row]], source: str) -
                 warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on {name} say less than they seem to.", stacklevel=3)
     for name in SPLITS:
         if not parts[name]:
-            told = ", ".join([f"{sum(map(len, found.splits.values()))} rows were read", *notes])
+            read, labelled = (sum(map(len, rows.values())) for rows in (found.splits, encoded))
+            told = ", ".join([f"{read} rows were read", *([f"{read - labelled} without a label"] * (labelled < read)), *notes])
             raise DataError(f"The split `{name}` of `{task.name}` is empty ({told}). {_wanted(task, parts)}")
     train, validation, test = (Rows.of(parts[name], columns) for name in SPLITS)
     return TaskData(task, train, validation, test, source, tuple(notes))
@@ -129,8 +132,6 @@ def build(task: Task, found: Found | Mapping[str, Sequence[Row]], source: str) -
 
 def _wanted(task: Task, parts: Mapping[str, Sequence[Row]]) -> str:
     """How many rows would do, and how many there are."""
-    if task.split is None:
-        return "It needs rows with texts that no earlier split has."
     kind = task.kind
     texts: dict[Hashable, set[str]] = defaultdict(set)
     for row in itertools.chain(*parts.values()):
@@ -138,7 +139,10 @@ def _wanted(task: Task, parts: Mapping[str, Sequence[Row]]) -> str:
     classes = any(stratum is not None for stratum in texts)
     most = max(map(len, texts.values()), default=0)
     found = f"the largest class has {most}" if classes else f"there are {most}"
-    return f"Rows to train, to choose and to test by take at least {LEAST} different texts{' of a class' * classes}; {found}. Add rows."
+    use = (
+        "Rows to train, to choose and to test by take" if task.split else "A split that the source lacks is cut from train, and that takes"
+    )
+    return f"{use} at least {LEAST} different texts{' of a class' * classes}; {found}. Add rows."
 
 
 def encode_rows(task: Task, rows: Sequence[Row], names: Sequence[str] = ()) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import DataError, InvalidValue, Unsupported
+from deltatune.tasks.inputs import BARE
 from deltatune.tasks.rows import Row, text_of
 from deltatune.tasks.task import Task
 from deltatune.tasks.template import OPTIONS, Template, Verbalizer
@@ -33,7 +34,7 @@ class Prompts:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of some texts."""
-        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if len(texts) else []
+        return list(self.tokenizer(list(texts), add_special_tokens=False, **BARE)["input_ids"]) if len(texts) else []
 
     def encode(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[list[int]]:
         """The prompts of some rows, each in so many tokens at most.
@@ -45,11 +46,16 @@ class Prompts:
         long = [index for index, room in enumerate(rooms) if len(bodies[index]) > room]
         texts = dict(zip(long, self._texts([rows[index] for index in long]), strict=True))
         while long:  # again where the cut text has more tokens than its parts had
-            fits = [texts[index].shorten(len(bodies[index]) - rooms[index]) for index in long]
-            if not all(fits):
+            excess = [len(bodies[index]) - rooms[index] for index in long]
+            beyond = [over - sum(texts[index].kept) + 1 for index, over in zip(long, excess, strict=True)]
+            if max(beyond) > 0:
                 raise InvalidValue(
-                    f"The template of `{self.task.name}` and its answer need more than {self.max_length} tokens alone. Raise `max_length`."
+                    f"The template of `{self.task.name}` and its answer need more than {self.max_length} tokens alone "
+                    f"in {sum(most > 0 for most in beyond)} of {len(rows)} rows. "
+                    f"Raise `max_length` to {self.max_length + max(beyond)} or more."
                 )
+            for index, over in zip(long, excess, strict=True):
+                texts[index].shorten(over)
             cut = self.tokens([self.template.render({**rows[index], **texts[index].values()}) for index in long])
             for index, body in zip(long, cut, strict=True):
                 bodies[index] = body
@@ -85,13 +91,9 @@ class Texts:
         self.ends = ends
         self.kept = [len(places) for places in ends]
 
-    def shorten(self, excess: int) -> bool:
-        """Take ``excess`` tokens away, from the longest text first; False if that leaves nothing."""
-        room = sum(self.kept) - excess
-        if room <= 0:
-            return False
-        self.kept = kept(self.kept, room)
-        return True
+    def shorten(self, excess: int) -> None:
+        """Take ``excess`` tokens away, of which there are more, from the longest text first."""
+        self.kept = kept(self.kept, sum(self.kept) - excess)
 
     def values(self) -> dict[str, Any]:
         """The columns as they are cut now."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from deltatune.errors import DataError, nearest
+
 Row = Mapping[str, Any]
 
 
@@ -65,12 +67,24 @@ def text_of(value: Any) -> str:
 
 
 def inside(row: Row, path: str) -> Any:
-    """A column, or with dots a field of the struct in it.
+    """A column, or with dots a field of the struct in it; of a list of structs, the field of each.
 
     >>> inside({"choices": {"text": ["a", "b"]}}, "choices.text")
     ['a', 'b']
+    >>> inside({"answers": [{"text": "a"}, {"text": "b"}]}, "answers.text")
+    ['a', 'b']
+
+    Raises:
+        DataError: there is no such field; those that there are, are named.
     """
     if path in row:
         return row[path]
     name, _, rest = path.partition(".")
-    return inside(row[name], rest) if rest else row[name]
+    if name not in row or not rest:
+        raise DataError(f"A row has no field `{name}`. {nearest(name, row)}")
+    value = row[name]
+    if isinstance(value, list):
+        return [inside(one, rest) for one in value]
+    if not isinstance(value, Mapping):
+        raise DataError(f"`{path}` was asked for, but `{name}` holds {str(value)[:80]!r}, which has no fields. Name it without the dot.")
+    return inside(value, rest)

@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +18,7 @@ from urllib.request import getproxies
 
 from deltatune.errors import DataError, MissingExtra, missing_extra, nearest
 from deltatune.tasks.rows import Row, inside
-from deltatune.tasks.task import Hub, Packaged, Task, mirror_root
-
-SPLITS = ("train", "validation", "test")
+from deltatune.tasks.task import SPLITS, Hub, Packaged, Task, mirror_root
 
 
 def read_packaged(task: Task, source: Packaged, location: Path) -> list[Row]:
@@ -96,20 +94,20 @@ def read_mirror(task: Task, folder: Path) -> Found:
 
 def _table(task: Task, file: Path) -> list[Row]:
     """The task's columns of one Parquet file, as ``datasets`` reads them, without a copy in its cache."""
-    datasets, source, columns = _opened(task, file)
-    rows: list[Row] = datasets.Dataset(datasets.table.InMemoryTable(source.read(columns=columns)), fingerprint=file.stem).to_list()
-    return rows
+    datasets, source, columns, theirs = _opened(task, file)
+    rows = datasets.Dataset(datasets.table.InMemoryTable(source.read(columns=columns)), fingerprint=file.stem).to_list()
+    return list(_ours(task, rows, columns, file.stem, theirs))
 
 
 def mirror_file(task: Task, file: Path) -> Iterator[Row]:
     """The same row by row, without all of them in memory."""
-    _, source, columns = _opened(task, file)
+    _, source, columns, theirs = _opened(task, file)
     for batch in source.iter_batches(batch_size=1000, columns=columns):
-        yield from batch.to_pylist()
+        yield from _ours(task, batch.to_pylist(), columns, file.stem, theirs)
 
 
-def _opened(task: Task, file: Path) -> tuple[Any, Any, list[str]]:
-    """``datasets``, an open Parquet file, and the task's columns of it."""
+def _opened(task: Task, file: Path) -> tuple[Any, Any, list[str], Mapping[str, str]]:
+    """``datasets``, an open Parquet file, the task's columns of it, and which of them go by the hub's names there."""
     try:
         import datasets
         import pyarrow
@@ -120,7 +118,9 @@ def _opened(task: Task, file: Path) -> tuple[Any, Any, list[str]]:
         source = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as cause:
         raise DataError(f"`{file}` cannot be read as Parquet: {cause}. Copy it again.") from cause
-    return datasets, source, _columns(task, source.schema_arrow.names, file.stem, {})
+    found = source.schema_arrow.names
+    theirs = {ours: path for ours, path in (task.hub.columns if task.hub else {}).items() if ours not in found}
+    return datasets, source, _columns(task, found, file.stem, theirs), theirs
 
 
 def mirror_names(folder: Path) -> tuple[str, ...]:
@@ -147,11 +147,14 @@ def read_hub(task: Task, source: Hub) -> Found:
         DataError: a column the task names is missing.
     """
     found = _from_hub(task, source)
-    names = {name: source.splits.get(name, name) for name in SPLITS}
+    names = {name: theirs for name in SPLITS if (theirs := source.theirs(name)) is not None}
     splits = {name: found[theirs] for name, theirs in names.items() if theirs in found}
-    if not splits:
-        raise DataError(f"The hub's `{source.id}` has none of the splits {', '.join(names.values())}. Found: {', '.join(found)}.")
-    rows = {name: list(_renamed(task, split, name, source.columns)) for name, split in splits.items()}
+    if "train" not in splits:
+        told = f"`{names['train']}`, of which `train` is made" if "train" in names else "that `train` could be made of"
+        raise DataError(
+            f"The hub's `{source.id}` has no split {told}. Found: {', '.join(found)}. Say `splits: {{train: ...}}` in the task's `hub`."
+        )
+    rows = {name: list(_selected(task, split, name, source.columns)) for name, split in splits.items()}
     return Found(rows, _feature_names(next(iter(splits.values())), task, source))
 
 
@@ -160,10 +163,13 @@ def stream_hub(task: Task, source: Hub, split: str) -> tuple[Iterator[Row], tupl
 
     Raises:
         MissingExtra: the hub is out of reach.
-        DataError: a column the task names is missing.
+        DataError: a column the task names is missing, or the split is one that would have to be cut from train.
     """
-    found = _from_hub(task, source, split=source.splits.get(split, split), streaming=True)
-    return _renamed(task, found, split, source.columns), _feature_names(found, task, source)
+    theirs = source.theirs(split)
+    if theirs is None:
+        raise DataError(f"`{task.name}` has no split `{split}` on the hub: it would be cut from train. Load it: load_task(...).")
+    found = _from_hub(task, source, split=theirs, streaming=True)
+    return _selected(task, found, split, source.columns), _feature_names(found, task, source)
 
 
 def _from_hub(task: Task, source: Hub, **options: Any) -> Any:
@@ -189,12 +195,21 @@ def _out_of_reach(task: Task, source: Hub, cause: Exception) -> MissingExtra:
     )
 
 
-def _renamed(task: Task, split: Any, name: str, theirs: Mapping[str, str]) -> Iterator[Row]:
-    """The task's columns of a split, under the task's names."""
+def _selected(task: Task, split: Any, name: str, theirs: Mapping[str, str]) -> Iterator[Row]:
+    """The task's columns of a split on the hub."""
     columns = _columns(task, split.column_names, name, theirs)
-    wanted = {ours: theirs.get(ours, ours) for ours in task.kind.read(task)}
-    for row in split.select_columns(columns):
-        yield {**row, **{ours: inside(row, path) for ours, path in wanted.items()}} if theirs else row
+    return _ours(task, split.select_columns(columns), columns, name, theirs)
+
+
+def _ours(task: Task, rows: Iterable[Row], found: Sequence[str], split: str, theirs: Mapping[str, str]) -> Iterator[Row]:
+    """The rows with the task's columns under its own names: renamed, and taken out of structs and lists of them."""
+    paths = {ours: theirs.get(ours, ours) for ours in task.kind.read(task)}
+    elsewhere = {ours: path for ours, path in paths.items() if ours != path or path not in found}
+    for row in rows:
+        try:
+            yield {**row, **{ours: inside(row, path) for ours, path in elsewhere.items()}} if elsewhere else row
+        except DataError as cause:
+            raise DataError(f"Split `{split}` of `{task.name}`: {cause}") from cause
 
 
 def _columns(task: Task, found: Sequence[str], split: str, theirs: Mapping[str, str]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks.loading import encode_rows, nowhere
 from deltatune.tasks.rows import Row
-from deltatune.tasks.sources import SPLITS, mirror_file, mirror_names, stream_hub
-from deltatune.tasks.task import Task, get_task, mirrored
+from deltatune.tasks.sources import mirror_file, mirror_names, stream_hub
+from deltatune.tasks.task import SPLITS, Task, get_task, mirrored
 
 BATCH = 1000
 

@@ -16,6 +16,8 @@ from deltatune.tasks.schema import checked, label_words
 from deltatune.tasks.template import Template, Verbalizer
 from deltatune.tasks.types.base import TaskType, task_types
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True)
 class Packaged:
@@ -54,7 +56,8 @@ class Hub:
         config: its configuration.
         mirror: folder in the mirror where that is not ``<id>/<config>``.
         labels: label names in the order of the file's integers, where neither the mirror's index nor the hub's features say it.
-        splits: our split -> the hub's, where the names differ.
+        splits: our split -> the hub's, where the names differ; what one of ours takes, no other one reads under its own name, so that
+            ``{train: test}`` is a dataset that only has a test split, from which we cut.
         columns: our column -> the hub's, where the names differ; dots lead into structs.
     """
 
@@ -69,6 +72,30 @@ class Hub:
     def location(self) -> Path | None:
         """The folder in the mirror; None without a mirror, or if it lacks this task."""
         return next((folder for path in self.paths if (folder := mirrored(path)) is not None), None)
+
+    def __post_init__(self) -> None:
+        """Of the splits, each is named once on either side.
+
+        Raises:
+            InvalidValue: a split that is none of ours, or one of theirs twice.
+        """
+        if odd := [name for name in self.splits if name not in SPLITS]:
+            raise InvalidValue(f"`splits` has the entry `{odd[0]}`; it maps our splits ({', '.join(SPLITS)}) to the hub's.")
+        if len(set(self.splits.values())) < len(self.splits):
+            raise InvalidValue(
+                f"`splits` takes a split of the hub twice ({self.splits}). Name each once; what is missing is cut from train."
+            )
+
+    def theirs(self, split: str) -> str | None:
+        """The hub's split for ours; None where another one of ours takes it.
+
+        >>> hub = Hub("some/set", splits={"train": "test"})
+        >>> hub.theirs("train"), hub.theirs("validation"), hub.theirs("test")
+        ('test', 'validation', None)
+        """
+        if split in self.splits:
+            return self.splits[split]
+        return None if split in self.splits.values() else split
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import Unsupported
+from deltatune.tasks.collector import collector_held
 from deltatune.tasks.framing import Answer, Framing, How, Judge, framings
 from deltatune.tasks.metrics import compute
 from deltatune.tasks.prompts import Prompts, chosen, distinct, special_tokens
@@ -117,6 +118,7 @@ class TextToTextFraming(Framing):
         self._known.update({answer: ids for answer, ids in tokens.items() if len(self._known) < 1000})
         return [self._known.get(answer) or tokens[answer] for answer in answers]
 
+    @collector_held()
     def encode(self, rows: Sequence[Row]) -> list[Features]:
         """Decoder: prompt + answer + end, ``labels`` -100 on the prompt. Encoder-decoder: the prompt; ``labels`` the answer."""
         spoken = self.task.kind.spoken

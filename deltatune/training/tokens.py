@@ -11,6 +11,7 @@ from typing import Any
 
 from deltatune.backbones.gguf import cache_folder
 from deltatune.tasks import TaskData
+from deltatune.tasks.collector import collector_held
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.tensors import Features
 
@@ -63,6 +64,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
+@collector_held()
 def _read(file: Path) -> list[Features]:
     import pyarrow
 

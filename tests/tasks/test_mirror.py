@@ -10,6 +10,8 @@ from deltatune.tasks import get_task, load_task, tasks
 from deltatune.tasks.sources import mirror_index
 from deltatune.tasks.task import Hub, Split
 
+HUB_ONLY = 56
+
 
 def test_label_names_fit_the_numbers(mirror: Path) -> None:
     data = load_task("glue-sst2")
@@ -85,6 +87,11 @@ def test_a_file_of_a_mirror_that_is_broken_or_empty(tmp_path: Path, monkeypatch:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"], "label": [0, 1]}), folder / "train.parquet")
     with pytest.raises(DataError, match=r"has no column `text`.* Found: `body`, `label`"):
         load_task(task)
+
+
+def test_what_only_the_hub_has(mirror: Path) -> None:
+    elsewhere = [name for name in tasks if not get_task(name).is_runnable]
+    assert len(elsewhere) == HUB_ONLY and all(get_task(name).hub for name in elsewhere)
 
 
 def test_every_dataset_of_the_mirror_is_a_task(mirror: Path) -> None:

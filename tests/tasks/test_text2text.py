@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -179,8 +180,15 @@ def test_only_the_texts_are_cut_and_the_longer_first(first: str, second: str, ma
 
 
 def test_a_template_longer_than_the_limit(films: Task, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
-    with pytest.raises(InvalidValue, match=r"template of `films` and its answer need more than 6 tokens alone"):
+    wanted = r"template of `films` and its answer need more than 6 tokens alone in 3 of 3 rows. Raise `max_length` to (\d+) or more"
+    with pytest.raises(InvalidValue, match=wanted) as refused:
         TextToTextFraming(films, tokenizer, max_length=6, template=1).encode(rows)
+    said = re.search(wanted, str(refused.value))
+    assert said is not None
+    least = int(said[1])
+    assert max(len(one["input_ids"]) for one in TextToTextFraming(films, tokenizer, max_length=least, template=1).encode(rows)) <= least
+    with pytest.raises(InvalidValue):
+        TextToTextFraming(films, tokenizer, max_length=least - 1, template=1).encode(rows)
 
 
 def test_generation_keeps_the_whole_answer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -60,7 +60,7 @@ class TaskType(ABC):
         """
 
     def read(self, task: Task) -> tuple[str, ...]:
-        """The columns that a source has to have; dots lead into structs."""
+        """The columns that a source has to have; dots lead into structs and lists of them."""
         return (*task.text, task.label)
 
     def columns(self, task: Task) -> tuple[str, ...]:
