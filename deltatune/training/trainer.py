@@ -13,7 +13,6 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltatune.errors import CheckpointError
-from deltatune.injection.compose import optimizer_groups
 from deltatune.tasks import Rows
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.tensors import Features, length_of
@@ -23,6 +22,7 @@ from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
 from deltatune.training.life import Life, Trained, deltas_of, phase_starts
 from deltatune.training.objective import Objective
+from deltatune.training.optimizer import optimizer_of
 from deltatune.training.state import check_finite, read_state, write_state
 
 SCORE = "eval_score"
@@ -126,10 +126,9 @@ class DeltaTrainer(Trainer):
         return LengthGrouped(lengths, self.args.train_batch_size, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The arguments' optimiser over the deltas' own groups of parameters."""
+        """AdamW over the deltas' own groups of parameters."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(optimizer_groups(self.deltas, self.args.learning_rate), **options)
+            self.optimizer = optimizer_of(self.deltas, self.args)
         return self.optimizer
 
     def compute_loss(

@@ -30,6 +30,21 @@ def test_warmup_is_the_share_of_steps_in_which_the_rate_rises(warmup: float) -> 
     assert rates == pytest.approx(expected)
 
 
+def test_weight_decay_shrinks_what_trains_and_is_off_unless_asked_for() -> None:
+    """Of a parameter without a gradient (LoRA's A, as long as B is zero) a step leaves (1 - lr * decay)."""
+    found = {}
+    for decay in (0.0, 0.3):
+        [delta] = run(tiny.backbone("bert"), weight_decay=decay, max_steps=1, warmup=0.0).deltas
+        found[decay] = {name: tensor.clone() for name, tensor in delta.named_parameters() if name.endswith("lora_A")}
+    plain = train(
+        tiny.backbone("bert"), tiny.data(), LoRA(rank=2), tokenizer=tiny.tokenizer(), progress="none", lr=1e-30, max_steps=1, evaluations=0
+    )
+    for name, start in plain.deltas[0].named_parameters():
+        if name.endswith("lora_A"):
+            assert torch.equal(found[0.0][name], start)
+            assert torch.allclose(found[0.3][name], start * (1 - 1e-2 * 0.3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_bf16_runs_the_forward_in_bfloat16_and_keeps_the_parameters(bf16: bool) -> None:
     model: Any = tiny.backbone("bert")
