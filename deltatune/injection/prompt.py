@@ -213,7 +213,7 @@ class PromptAct(Act):
         if mask is None and rows is not None:
             mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
         layout = Layout.of(self.virtual, mask)
-        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
+        if rows is not None and self.fills_behind:
             layout.own = self._lengths_behind(rows, batch, cache)
         P = rows.prompts(embeds) if rows is not None else torch.cat([patch() for patch in self.patches]).expand(batch, -1, -1).to(embeds)
         embeds = layout.join(P, embeds)  # P (batch, virtual, hidden)
@@ -259,6 +259,11 @@ class PromptAct(Act):
                 "Use prompts of one length there, or PrefixTuning."
             )
         return rows.lengths(batch)[:, None]
+
+    @property
+    def fills_behind(self) -> bool:
+        """In a route, the hidden tokens of rows with shorter prompts stand behind the text: positions are counted, and not to be told."""
+        return bool(self._tables) and "position_ids" not in self.names and not self._counts_by_mask
 
     @property
     def _counts_by_mask(self) -> bool:

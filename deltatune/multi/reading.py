@@ -235,8 +235,14 @@ class Selected:
         return self.choice.original
 
     def __call__(self) -> Tensor:
-        """The value; its gradient goes to the parameter while the delta is live there, and waits for that else."""
-        value = self.choice.value(self.name, self.theta).detach()
+        """The value; its gradient goes to the parameter while the delta is live there, and waits for that else.
+
+        What a lent delta selects lives in its own tree, and is trained there.
+        """
+        own = self.choice.value(self.name, self.theta)
+        if isinstance(own, nn.Parameter) and self.trains and torch.is_grad_enabled():
+            return own
+        value = own.detach()
         if not (self.trains and torch.is_grad_enabled()):
             return value
         value = value.clone().requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,8 +97,19 @@ def make_job(
     layers: Any,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase | None,
+    load: Callable[..., nn.Module] = load_backbone,
 ) -> Job:
     """Load, frame and attach; a model that was given is as it was if anything fails.
+
+    Args:
+        backbone: its name, or the model.
+        data: the task's rows.
+        methods: one recipe a delta.
+        where: sites, as in ``attach``.
+        layers: layers, as in ``attach``.
+        settings: all knobs.
+        tokenizer: of a model that was given; found by the model's name if left out.
+        load: what gives a model by its name.
 
     Raises:
         InvalidValue: labels that do not fit the head, or a tokenizer that cannot be found.
@@ -109,7 +120,7 @@ def make_job(
         tokenizer = tokenizer or load_tokenizer(backbone)
         framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
         options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
-        module = load_backbone(backbone, auto_class=framing.auto_class, **options)
+        module = load(backbone, auto_class=framing.auto_class, **options)
     else:
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
