@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
+from deltatune.cli.jobs import tune_together
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
 from deltatune.cli.terminal import facts, note, share, show, show_command, show_json, size
@@ -51,6 +52,10 @@ def tune(
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A run.yaml to do again; other options change it.", rich_help_panel=WHAT)
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A jobs.yaml: many deltas, trained together; other options change all.", rich_help_panel=WHAT),
+    ] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="A CSV, JSONL or Parquet file.", rich_help_panel=DATA)] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="The text column; twice for pairs. Left out: text.", rich_help_panel=DATA)
@@ -83,7 +88,20 @@ def tune(
     deltatune tune --backbone smollm2-135m --task tweet-sentiment --method ia3
     deltatune tune --backbone minilm --method bitfit --data mail.csv --label box
     deltatune tune --config runs/bbc/run.yaml --seed 1 --out runs/bbc-seed-1
+    deltatune tune --jobs jobs.yaml --out runs/sweep
     """
+    if jobs is not None:
+        single = {
+            "--task": task,
+            "--method": method,
+            "--set": set_,
+            "--config": config,
+            "--data": data,
+            "--where": where,
+            "--layers": layers,
+        }
+        tune_together(jobs, backbone, out, settings, overwrite=overwrite, json=json, other=single)
+        return
     from deltatune.training.place import is_main
     from deltatune.training.run import read_run
     from deltatune.training.train import replay

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +19,28 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.errors import Unsupported
 
-Index = Tensor
-"""Which entries along one axis are a job's own."""
+Own = tuple[Tensor, ...]
+"""For each block, which entries along an axis are its own."""
+
+
+@dataclass
+class Places:
+    """Where each job's tokens stand, by the length of an axis.
+
+    Attributes:
+        hidden: of hidden states and of queries.
+        keys: of keys.
+    """
+
+    hidden: dict[int, Own] = field(default_factory=dict)
+    keys: dict[int, Own] = field(default_factory=dict)
+
+    @staticmethod
+    def enter(places: dict[int, Own], found: tuple[int, Own]) -> bool:
+        """Take in an axis; False where that length means something else already."""
+        length, own = found
+        known = places.setdefault(length, own)
+        return all(torch.equal(one, other) for one, other in zip(known, own, strict=True))
 
 
 class Stream:
@@ -96,12 +116,12 @@ class Streams:
 
     Attributes:
         blocks: the jobs' rows, one behind the other.
-        places: length of an axis of tokens -> for each block, which of them are its own.
+        places: which tokens are each block's own.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = tuple(blocks)
-        self.places: dict[int, tuple[Index, ...]] = {}
+        self.places = Places()
         self._generators: dict[int, torch.Generator] = {}
         self._owner: int | None = None
 
@@ -111,9 +131,9 @@ class Streams:
         return self.blocks[-1].stop
 
     @contextmanager
-    def running(self, places: Mapping[int, tuple[Index, ...]]) -> Iterator[None]:
+    def running(self, places: Places) -> Iterator[None]:
         """A forward with tokens at these places: dropout within takes the streams."""
-        self.places = dict(places)
+        self.places = places
         self._generators = {number: block.stream.generator() for number, block in enumerate(self.blocks)}
         with OwnDropout(self):
             yield
@@ -134,26 +154,31 @@ class Streams:
                 "job's random numbers it takes. Train the jobs of this backbone apart (`tokens=0`)."
             )
         factor = x.shape[0] // self.rows
-        if x.ndim == 2 and factor in self.places:  # tokens as rows
+        if x.ndim == 2 and factor in self.places.hidden:  # tokens as rows
             return self._dropped(x.view(self.rows, factor, -1), p, numbers).flatten(0, 1)
         return self._dropped(x, p, numbers)
 
     def _dropped(self, x: Tensor, p: float, numbers: Sequence[int] | None) -> Tensor:
         factor = max(x.shape[0] // self.rows, 1)
         noise = torch.ones(self.rows * factor, *x.shape[1:], dtype=x.dtype, device=x.device)
-        axes = [axis for axis in ((1,) if x.ndim == 3 else (2, 3) if x.ndim == 4 else ()) if x.shape[axis] in self.places]
+        axes = [(axis, known[x.shape[axis]]) for axis, known in self._axes(x.ndim) if x.shape[axis] in known]
         for number, block in enumerate(self.blocks):
             if numbers is not None and not any(numbers[block.start : block.stop]):
                 continue
             rows = 1 if x.shape[0] == 1 < self.rows else (block.stop - block.start) * factor
-            own = [self.places[x.shape[axis]][number] for axis in axes]
+            own = [(axis, known[number]) for axis, known in axes]
             shape = [rows, *x.shape[1:]]
-            for axis, index in zip(axes, own, strict=True):
+            for axis, index in own:
                 shape[axis] = len(index)
             drawn = _noise(shape, p, self._generators[number], x)
-            part = noise[block.start * factor : block.stop * factor]
-            _put(part, axes, own, drawn)
+            _put(noise[block.start * factor : block.stop * factor], own, drawn)
         return x * noise
+
+    def _axes(self, dimensions: int) -> tuple[tuple[int, dict[int, Own]], ...]:
+        """The axes of tokens: of hidden states (rows, tokens, width), and of attentions (rows, heads, queries, keys)."""
+        if dimensions == 4:
+            return (2, self.places.hidden), (3, self.places.keys)
+        return ((1, self.places.hidden),) if dimensions == 3 else ()
 
 
 def _noise(shape: Sequence[int], p: float, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -162,16 +187,16 @@ def _noise(shape: Sequence[int], p: float, generator: torch.Generator, like: Ten
     return noise if p == 1 else noise.div_(1 - p)
 
 
-def _put(part: Tensor, axes: Sequence[int], own: Sequence[Index], drawn: Tensor) -> None:
+def _put(part: Tensor, own: Sequence[tuple[int, Tensor]], drawn: Tensor) -> None:
     """part[..., own, ...] = drawn."""
-    if not axes:
+    if not own:
         part.copy_(drawn)
-    elif len(axes) == 1:
-        place: list[Any] = [slice(None)] * part.ndim
-        place[axes[0]] = own[0]
-        part[tuple(place)] = drawn
+    elif len(own) == 1:
+        [(axis, index)] = own
+        part.index_copy_(axis, index.to(part.device), drawn)
     else:
-        part[:, :, own[0][:, None], own[1]] = drawn
+        (_, queries), (_, keys) = own
+        part[:, :, queries.to(part.device)[:, None], keys.to(part.device)] = drawn
 
 
 class OwnDropout(TorchFunctionMode):

@@ -125,7 +125,7 @@ def make_job(
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
         framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
-        _check_module(module, framing, settings)
+        check_module(module, framing, settings)
     torch.manual_seed(settings.seed)  # the patches' weights do not depend on how the backbone came
     saved = attach(module, spelled(methods, tokenizer, framing), where, layers=layers)
     deltas = saved.deltas if isinstance(saved, Composition) else [saved]
@@ -153,7 +153,7 @@ def attached_job(trained: Delta | Composition, data: TaskData, settings: Setting
     module = trained.backbone
     tokenizer = tokenizer or load_tokenizer(_name_of(module))
     framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
-    _check_module(module, framing, settings)
+    check_module(module, framing, settings)
     members = trained.deltas if isinstance(trained, Composition) else [trained]
     job = Job(name_of(module), module, tokenizer, data, framing, [delta for delta in members if delta.trainable], trained, settings.lr or 0)
     if not trained.enabled or not job.trained:
@@ -212,7 +212,12 @@ def _name_of(module: nn.Module) -> str:
     return _path_of(module)
 
 
-def _check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
+def check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
+    """The head of a model that was given fits the task.
+
+    Raises:
+        InvalidValue: it has another number of outputs, or the settings ask for what a model by name would get.
+    """
     if settings.quantize is not None:
         raise InvalidValue(f"`quantize={settings.quantize}` needs a backbone by name, but a model was given. Quantise it yourself.")
     if framing.outputs is None:

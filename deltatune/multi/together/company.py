@@ -16,6 +16,7 @@ from torch import Tensor
 from deltatune.errors import DeltaError, Diverged, Unsupported
 from deltatune.multi.together.host import Host, Task
 from deltatune.multi.together.planner import ALONE, bins, probe
+from deltatune.multi.together.portion import Call
 from deltatune.multi.together.shells import Shells, unshare
 from deltatune.multi.together.tally import Tally
 from deltatune.multi.together.tenant import Batch, Tenant
@@ -90,6 +91,11 @@ class Company:
             stack.close()
             wanted.outcome.apart = str(error)
             self.tally.say(f"{wanted.name} will be trained by itself: {error}")
+            return
+        except DeltaError as error:
+            stack.__exit__(type(error), error, error.__traceback__)
+            wanted.outcome.error = error
+            self.tally.say(f"{wanted.name} cannot begin: {error}")
             return
         except BaseException as error:
             stack.__exit__(type(error), error, error.__traceback__)
@@ -181,15 +187,43 @@ class Company:
         assert self.host is not None
         calls = [self.host.call(task) for task in tasks]
         if self.tokens is None and not self._probed // 2 < len(tasks) <= 2 * self._probed:
-            self._size, self._probed = probe(self.host, tasks, calls), len(tasks)
+            self._size, self._probed = self._probe(tasks, calls), len(tasks)
         if self._size == ALONE:
             return [task.tenant.alone([task.batch]) for task in tasks]
         losses: list[Tensor] = [torch.empty(0)] * len(tasks)
         for numbers in bins(calls, self._size):
-            found = self.host.run([tasks[k] for k in numbers], [calls[k] for k in numbers])
+            found = self._run([tasks[k] for k in numbers], [calls[k] for k in numbers])
             for k, loss in zip(numbers, found, strict=True):
                 losses[k] = loss
         return losses
+
+    def _probe(self, tasks: Sequence[Task], calls: Sequence[Call]) -> int:
+        """How large a shared forward shall be from now on."""
+        assert self.host is not None
+        try:
+            return probe(self.host, tasks, calls)
+        except Unsupported as error:
+            self._give_up(error)
+            for task in tasks:
+                task.tenant.forget()
+            return ALONE
+
+    def _give_up(self, error: Unsupported) -> None:
+        """The backbone turns out to allow no sharing."""
+        self.tally.say(f"The jobs go on one by one: {error}")
+        self.tokens = ALONE
+
+    def _run(self, tasks: Sequence[Task], calls: Sequence[Call]) -> list[Tensor]:
+        """One forward; where it cannot be shared, everybody goes on alone."""
+        assert self.host is not None
+        held = [task.tenant.stream.held for task in tasks]
+        try:
+            return self.host.run(tasks, calls)
+        except Unsupported as error:
+            self._give_up(error)
+            for task, before in zip(tasks, held, strict=True):
+                task.tenant.stream.held = before
+            return [task.tenant.alone([task.batch]) for task in tasks]
 
     def _step(self, member: Member, batches: list[Batch], loss: Tensor, held: dict[str, object]) -> None:
         """Let one job take its step; numbers that are not finite are computed anew alone, to know whose fault they are."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from deltatune.methods.lanes import Laned
 from deltatune.multi.bank import Bank, bank
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.reading import check_routable
-from deltatune.multi.streams import Block, Streams
+from deltatune.multi.streams import Block, Places, Streams
 from deltatune.multi.together.portion import Call, Joined, Portion
 from deltatune.multi.together.tenant import Batch, Tenant
 
@@ -161,7 +160,7 @@ class Host:
     def _forward(self, tasks: Sequence[Task], calls: Sequence[Call]) -> list[Tensor]:
         plan, streams = self._planned(tasks, calls)
         lodgings = [self._lodgings[id(task.tenant)] for task in tasks]
-        joined, places = Joined(calls, self.pad), None
+        joined, places = Joined(calls, self.pad), None  # type: tuple[Joined, Places | None]
         if self._draws or any(lodging.draws for lodging in lodgings):
             joined, places = self._joined(calls, plan)
         assert self._bank is not None
@@ -210,59 +209,83 @@ class Host:
             self._plans[key] = self._bank.training_plan(programs, streams), streams
         return self._plans[key]
 
-    def _joined(self, calls: Sequence[Call], plan: Plan) -> tuple[Joined, dict[int, tuple[Tensor, ...]]]:
-        """The joined call, a little longer where axes of text, target and virtual tokens would be mistaken for each other."""
+    def _joined(self, calls: Sequence[Call], plan: Plan) -> tuple[Joined, Places]:
+        """The joined call, a little longer where axes of text and target would be mistaken for each other."""
         for extra in sorted(product(range(4), range(4)), key=sum):
             joined = Joined(calls, self.pad, extra)
             places = self._places(joined, plan)
             if places is not None:
                 return joined, places
-        raise Unsupported(
-            "Text, target and virtual tokens of a joined batch could not be told apart by length. Train its jobs apart (`tokens=0`)."
-        )
+        raise Unsupported("The tokens of a joined batch could not be told apart by their number. Train its jobs apart (`tokens=0`).")
 
-    def _places(self, joined: Joined, plan: Plan) -> dict[int, tuple[Tensor, ...]] | None:
-        """Length of an axis of tokens -> which of them are each job's own; None where one length means two things."""
-        assert self._bank is not None
-        found: dict[int, tuple[Tensor, ...]] = {}
+    def _places(self, joined: Joined, plan: Plan) -> Places | None:
+        """Which tokens are each job's own; None where one length means two things."""
         starts = [sum(joined.sizes[:k]) for k in range(len(joined.calls))]
-        acts = {number: context.act for number, context in self._bank.contexts.items()}
-        prompts = [(rows, _fills_behind(acts[number])) for number, rows in plan.contexts.items() if isinstance(rows, RowPrompts)]
-        prefixes = [rows for rows in plan.contexts.values() if isinstance(rows, RowPrefixes)]
+        prompts, prefixes = self._virtual(plan)
+        places = Places()
         for target in (False, True):
-            if not joined.length(target=target):
+            length = joined.length(target=target)
+            if not length:
                 continue
-            for prompt, prefix in product([None, *prompts], [None, *prefixes]):
-                own = [
-                    _own_places(call.length(target=target), joined.length(target=target), start, prompt, prefix)
-                    for call, start in zip(joined.calls, starts, strict=True)
-                ]
-                size = own[0][0]
-                indices = tuple(index for _, index in own)
-                if size in found and not all(torch.equal(a, b) for a, b in zip(found[size], indices, strict=True)):
+            own = [call.length(target=target) for call in joined.calls]
+            prompt = prompts.get(target)
+            for ahead in {None, prompt}:
+                if not places.enter(places.hidden, _own_places(own, length, starts, ahead, None)):
                     return None
-                found[size] = indices
-        return found
+            for prefix in (None, *prefixes):
+                if not places.enter(places.keys, _own_places(own, length, starts, prompt, prefix)):
+                    return None
+        return places
+
+    def _virtual(self, plan: Plan) -> tuple[dict[bool, Ahead], list[Ahead]]:
+        """The prompts of text and target, and the different prefixes."""
+        assert self._bank is not None
+        stacks = [stack.site.path for stack in self._bank.ledger.index(self.tree).stacks]
+        prompts: dict[bool, Ahead] = {}
+        prefixes: dict[Ahead, None] = {}
+        for number, rows in plan.contexts.items():
+            context = self._bank.contexts[number]
+            if isinstance(rows, RowPrompts):
+                prompts[stacks[0] != context.stack] = Ahead.of(rows, behind=isinstance(context.act, PromptAct) and context.act.fills_behind)
+            elif isinstance(rows, RowPrefixes):
+                prefixes[Ahead.of(rows)] = None
+        return prompts, list(prefixes)
 
 
-def _own_places(own: int, length: int, row: int, prompt: tuple[RowPrompts, bool] | None, prefix: RowPrefixes | None) -> tuple[int, Tensor]:
-    """Length of [prefix; prompt; text], and which of it belongs to the job whose first row is ``row``."""
-    P, P_own = _lengths(prefix, row)
-    E, E_own = _lengths(None if prompt is None else prompt[0], row)
-    text = range(P + E, P + E + own)
-    virtual = range(P + E - E_own, P + E)
-    if prompt is not None and prompt[1]:
-        virtual, text = range(P, P + E_own), range(P + E_own, P + E_own + own)
-    return P + E + length, torch.tensor([*range(P - P_own, P), *virtual, *text], dtype=torch.long)
+@dataclass(frozen=True)
+class Ahead:
+    """Virtual tokens ahead of the text.
+
+    Attributes:
+        length: of all rows, hidden ones included.
+        own: of each row.
+        behind: hidden ones stand behind the text instead.
+    """
+
+    length: int
+    own: tuple[int, ...]
+    behind: bool = False
+
+    @classmethod
+    def of(cls, rows: RowTokens, *, behind: bool = False) -> Ahead:
+        """What a route says of them."""
+        return cls(rows.length, tuple(rows.shape[0][chosen] for chosen in rows.chosen.tolist()), behind)
 
 
-def _lengths(rows: RowTokens | None, row: int) -> tuple[int, int]:
-    """Virtual tokens of all rows, and of this one."""
-    return (0, 0) if rows is None else (rows.length, rows.shape[0][int(rows.chosen[row])])
+NONE = Ahead(0, ())
 
 
-def _fills_behind(act: Any) -> bool:
-    return isinstance(act, PromptAct) and act.fills_behind
+def _own_places(
+    own: Sequence[int], length: int, starts: Sequence[int], prompt: Ahead | None, prefix: Ahead | None
+) -> tuple[int, tuple[Tensor, ...]]:
+    """Length of [prefix; prompt; text], and which of it belongs to each job, of ``own`` tokens of text and rows from ``starts`` on."""
+    E, P = (prompt or NONE).length, (prefix or NONE).length
+    found = []
+    for tokens, row in zip(own, starts, strict=True):
+        e, p = prompt.own[row] if prompt else 0, prefix.own[row] if prefix else 0
+        first = P if prompt and prompt.behind else P + E - e
+        found.append(torch.tensor([*range(P - p, P), *range(first, first + e + tokens)], dtype=torch.long))
+    return P + E + length, tuple(found)
 
 
 def _width(tenant: Tenant) -> int | None:

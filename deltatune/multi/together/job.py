@@ -60,9 +60,7 @@ class Job:
         if not self.methods:
             raise InvalidValue("A job was given no method. Name one, such as `lora`.")
         if callable(where):
-            raise InvalidValue(
-                "A job was given a function as `where`, which its run.yaml cannot hold. Write names, or list its paths."
-            )
+            raise InvalidValue("A job was given a function as `where`, which its run.yaml cannot hold. Write names, or list its paths.")
         self.where = tuple(where) if isinstance(where, list) else where
         self.layers = layers
         self.out = None if out is None else Path(out).expanduser()

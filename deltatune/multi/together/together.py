@@ -95,9 +95,7 @@ def _check(jobs: Sequence[Job], backbone: str | nn.Module, at_once: int | None, 
     if tokens is not None and tokens < 0:
         raise InvalidValue(f"`tokens` is {tokens}; it has to be at least 0, or left out.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise Unsupported(
-            "Several processes were started, but jobs train together in one. Start one process."
-        )
+        raise Unsupported("Several processes were started, but jobs train together in one. Start one process.")
     if isinstance(backbone, nn.Module):
         if ledger_of(backbone) is not None:
             raise Unsupported("Jobs cannot be trained together on a backbone that has deltas already. Detach them first.")

@@ -13,7 +13,7 @@ from torch import nn
 from deltatune.errors import DeltaError
 from deltatune.multi.together.job import Job, Outcome
 from deltatune.tasks import TaskData
-from deltatune.training.job import choose_framing, kind_of
+from deltatune.training.job import check_module, choose_framing, kind_of
 from deltatune.training.place import METRICS, RunFolder
 from deltatune.training.run import Run, load_data, read_run
 from deltatune.training.train import run_of, sampled
@@ -66,6 +66,8 @@ def wanted(
         outcome.numbers = {} if folder is None or overwrite else _finished(folder, run)
         place = None if folder is None or outcome.numbers else RunFolder(folder, run, overwrite=overwrite)
         framing = choose_framing(data.task, kind_of(backbone), job.settings, tokenizer)
+        if isinstance(backbone, nn.Module):
+            check_module(backbone, framing, job.settings)
     except DeltaError as error:
         raise type(error)(f"Job `{name}`: {error}") from error
     return Wanted(outcome, sampled(data, job.settings), run, place, (framing.auto_class, job.settings.bf16))
