@@ -171,7 +171,7 @@ def test_files_are_those_of_a_run_and_finished_jobs_are_left_alone(tmp_path: Pat
 def broken_off(monkeypatch: pytest.MonkeyPatch, rounds: int, model: Any, jobs: list[Job], **options: Any) -> None:
     """Stopped by the keyboard behind so many rounds."""
     done = 0
-    whole = Company._round
+    whole = Company.round
 
     def counted(self: Company) -> None:
         nonlocal done
@@ -181,7 +181,7 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, rounds: int, model: Any, jobs: l
         whole(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Company, "_round", counted)
+        patch.setattr(Company, "round", counted)
         with pytest.raises(KeyboardInterrupt):
             together(model, jobs, **options)
 

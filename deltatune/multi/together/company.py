@@ -75,14 +75,14 @@ class Company:
         try:
             while self.waiting or self.members:
                 while self.waiting and len(self.members) < self.at_once:
-                    self._join(self.waiting.pop(0))
-                self._round()
+                    self.join(self.waiting.pop(0))
+                self.round()
         except BaseException as error:
             for member in self.members:
                 member.stack.__exit__(type(error), error, error.__traceback__)
             raise
 
-    def _join(self, wanted: Wanted) -> None:
+    def join(self, wanted: Wanted) -> None:
         """Make a job's shell and delta, and let it go on where it stands."""
         stack = ExitStack()
         try:
@@ -142,7 +142,7 @@ class Company:
         self.tally.say(f"{member.wanted.name} stopped: {error}")
         return True
 
-    def _round(self) -> None:
+    def round(self) -> None:
         """One step of every job."""
         began = time.perf_counter()
         taking = list(self.members)
