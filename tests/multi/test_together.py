@@ -13,7 +13,7 @@ import torch
 
 import deltatune as dt
 from deltatune.errors import DeltaError, Diverged, InvalidValue, OutputError, Unsupported
-from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LoRA, MiSS, PrefixTuning
+from deltatune.methods import IA3, BitFit, DiffPruning, FullFineTuning, LoRA, MiSS, PrefixTuning, PTuningV2
 from deltatune.multi.together import company as company_module
 from deltatune.multi.together.company import Company
 from deltatune.multi.together.job import Job
@@ -56,7 +56,7 @@ def test_two_jobs_equal_their_own_runs() -> None:
 def test_each_job_drops_by_its_own_random_numbers() -> None:
     """The backbone's dropout, that within attention, LoRA's and a prefix's: as alone, whoever the neighbours are."""
     model = tiny.backbone("bert")
-    kinds = [LoRA(rank=2, dropout=0.3), PrefixTuning(3, mid_dim=4, dropout=0.2), BitFit(), LoRA(rank=2)]
+    kinds = [LoRA(rank=2, dropout=0.3), PTuningV2(3, dropout=0.2), BitFit(), LoRA(rank=2)]
     jobs = [job(method, seed=seed, max_steps=12, batch_size=3 + seed) for seed, method in enumerate(kinds)]
     for outcome, one in zip(together(model, jobs), jobs, strict=True):
         assert far(result(outcome), alone(model, one)) < EXACT

@@ -124,7 +124,7 @@ class Joined:
             parts = [call.tensors[name] for call in self.calls]
             joined[name] = torch.cat([_filled(part, length, fill) if part.ndim == 2 else part for part in parts])
         if KEPT in first.inputs:
-            self.kept = torch.cat([call.inputs[KEPT] for call in self.calls]).unique()
+            self.kept = torch.unique(torch.cat([call.inputs[KEPT] for call in self.calls]))
             joined[KEPT] = self.kept
         return joined
 
@@ -136,7 +136,7 @@ class Joined:
             widths: outputs of each call's task; None for all.
         """
         found = []
-        for call, part, width in zip(self.calls, logits.split(self.sizes), widths, strict=True):
+        for call, part, width in zip(self.calls, torch.split(logits, self.sizes), widths, strict=True):
             if part.ndim == 3 and self.kept is not None:
                 part = part.index_select(1, torch.searchsorted(self.kept, call.inputs[KEPT]))
             elif part.ndim == 3:

@@ -82,7 +82,7 @@ class Shells:
             return self.backbone
         if self.host is None:
             self.host = shell_of(self.backbone)
-        return shell_of(self.host)
+        return shell_of(self.backbone)  # not of the host, in which deltas lie by and by
 
     def load(self, name: str, **options: Any) -> nn.Module:
         """``load_backbone`` with its tensors shared; what no fresh weights belong to is loaded twice at most, to see that."""

@@ -7,20 +7,21 @@ checkpoints: a run that was begun together can be finished alone, and the other 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments, get_scheduler
 
 from deltatune.errors import Diverged
-from deltatune.methods.kinds import Stochastic
+from deltatune.methods.kinds import Penalised, Phased, Stepping, Stochastic
 from deltatune.multi.streams import Stream
+from deltatune.multi.together.flat import Flat
 from deltatune.tasks.tensors import Features, items, length_of, moved
 from deltatune.training.batches import LengthGrouped
 from deltatune.training.evaluation import score_rows
@@ -59,7 +60,7 @@ class Tenant:
         self.stream = Stream(settings.seed, self.device)
         self.life = Life(job.trained, args.max_steps)
         self.state = TrainerState(max_steps=args.max_steps, train_batch_size=settings.batch_size)
-        self.state.compute_steps(args, args.max_steps)
+        self.state.compute_steps(args, args.max_steps)  # type: ignore[no-untyped-call]
         self.optimizer = optimizer_of(job.trained, args)
         warmup = args.get_warmup_steps(args.max_steps)
         self.schedule = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, args.max_steps)
@@ -69,6 +70,8 @@ class Tenant:
         self._logged = 0
         self._began = time.perf_counter()
         self._stopped = False
+        self._flat: Flat | None = None
+        self._changes = any(isinstance(delta.method, Phased | Stepping | Penalised) for delta in job.deltas)
         self._drawing = [patch for delta in job.deltas for patch in delta.patches if isinstance(patch, Stochastic)]
         self._updates: Iterator[tuple[float, list[Batch]]] = iter(())
         self._epoch = 0.0
@@ -155,7 +158,13 @@ class Tenant:
     @property
     def form(self) -> tuple[int, ...]:
         """Changes when a phase or a step gives the deltas another form."""
-        return self.life.phases, *(id(parameter) for one in self.job.trained for parameter in one.parameters())
+        return (self.life.phases, *map(id, self._parameters())) if self._changes else ()
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        """All of the deltas', each once."""
+        if not self._changes:
+            return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return {id(parameter): parameter for one in self.job.trained for parameter in one.parameters()}.values()
 
     def next(self) -> list[Batch]:
         """The batches of the next step; its phases are entered."""
@@ -187,15 +196,18 @@ class Tenant:
 
     def forget(self) -> None:
         """Gradients are nothing again."""
-        self.optimizer.zero_grad()
-        for one in self.job.trained:
-            for parameter in one.parameters():
-                parameter.grad = None
+        if self._flat is not None:
+            self._flat.clear()
+            return
+        for parameter in self._parameters():
+            parameter.grad = None
 
     def norm(self) -> Tensor:
         """Norm of its gradients, which are clipped to the largest that is allowed."""
-        held = {id(p): p for one in self.job.trained for p in one.parameters() if p.grad is not None}
-        return clip_grad_norm_(held.values(), self.args.max_grad_norm or float("inf"))
+        if self._flat is None and not self._changes and Flat.fits(self.optimizer):
+            self._flat = Flat(self.optimizer)
+        held = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        return clip_grad_norm_(held, self.args.max_grad_norm or float("inf"))
 
     def step(self, loss: Tensor, norm: Tensor) -> None:
         """Take an optimiser step with the gradients that are there; then log, score and save where it is time.
@@ -263,7 +275,7 @@ class Tenant:
             discard(folder)
             folder.mkdir(parents=True)
             write_state(self.job.trained, folder)
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save((self._flat or self.optimizer).state_dict(), folder / "optimizer.pt")
             torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
             torch.save(self.stream.held, folder / "rng_state.pth")
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -279,6 +291,8 @@ class Tenant:
         Raises:
             Diverged: a delta holds NaN or infinity.
         """
+        if self._flat is not None:
+            self._flat.release()
         best = best_step(self.job.trained, self.state) if self.keeps_best else None
         if best is not None and best != self.state.global_step:
             read_state(self.job.trained, self.folder / f"checkpoint-{best}")
