@@ -69,7 +69,8 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
 
 
 def _table(outcomes: Sequence[Outcome]) -> Any:
-    made = table("job", "method", "score", "metric", "trained", "time", "where", right=("score", "trained", "time"))
+    columns = ("job", "method", "score", "metric", "trained", "time", "where")
+    made = table(*columns, right=("score", "trained", "time"), whole=("job", "method"))
     for outcome in outcomes:
         recipes = " and ".join(in_short(methods.name_of(type(method)), settings_of(method)) for method in outcome.job.methods)
         if outcome.error is not None:

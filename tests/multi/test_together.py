@@ -33,7 +33,7 @@ EXACT = 1e-5
 def two_labels() -> TaskData:
     """The tiny task without its third label."""
     whole = tiny.data()
-    task = dataclasses.replace(whole.task, name="tiny-two", labels=tiny.LABELS[:2])
+    task = dataclasses.replace(whole.task, name="tiny-two", labels=tiny.LABELS[:2], templates=())
     parts = [rows.select([k for k, label in enumerate(rows["label"]) if label < 2]) for rows in (whole.train, whole.validation, whole.test)]
     return TaskData(task, *parts, "made up, too")
 
@@ -75,7 +75,9 @@ def test_other_architectures(name: str) -> None:
 
 
 def test_heads_of_different_sizes_from_seeds_of_their_own(tmp_path: Path) -> None:
-    name = tiny.folder("bert", tmp_path)
+    name = str(tmp_path / "bert")
+    tiny.backbone("bert").bert.save_pretrained(name)  # without its head
+    tiny.tokenizer().save_pretrained(name)
     settings: dict[str, Any] = {"max_steps": 10, "batch_size": 4, "evaluations": 0, "lr": 1e-3}
     jobs = [
         Job(tiny.data(), LoRA(rank=2), seed=1, **settings),
@@ -126,7 +128,7 @@ def test_jobs_join_when_others_leave() -> None:
 
 def test_a_job_that_diverges_stops_alone(tmp_path: Path) -> None:
     model = tiny.backbone("bert")
-    jobs = [job(LoRA(rank=2), max_steps=10), job(LoRA(rank=2), lr=1e38, warmup=0.0, max_steps=10, name="wild"), job(BitFit(), max_steps=10)]
+    jobs = [job(LoRA(rank=2), max_steps=10), job(LoRA(rank=2), lr=1e30, warmup=0.0, max_steps=10, name="wild"), job(BitFit(), max_steps=10)]
     outcomes = together(model, jobs, out=tmp_path)
     assert isinstance(outcomes[1].error, Diverged) and "at step 2" in str(outcomes[1].error)
     assert outcomes[1].result is None and not (tmp_path / "wild").exists()
@@ -136,6 +138,7 @@ def test_a_job_that_diverges_stops_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_share_a_forward_is_trained_by_itself_and_says_why() -> None:
     model = tiny.backbone("bert")
+    before = copy.deepcopy(model.state_dict())
     jobs = [job(LoRA(rank=2), max_steps=3), job(FullFineTuning(), max_steps=3), job(MiSS(rank=2, dropout=0.1), max_steps=3)]
     jobs.append(job(LoRA(rank=2), max_steps=3, gradient_checkpointing=True))
     outcomes = together(model, jobs)
@@ -145,6 +148,7 @@ def test_what_cannot_share_a_forward_is_trained_by_itself_and_says_why() -> None
     for outcome, one in zip(outcomes, jobs, strict=True):
         assert outcome.result is not None
         assert far(outcome.result, alone(model, one)) < EXACT
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_files_are_those_of_a_run_and_finished_jobs_are_left_alone(tmp_path: Path) -> None:
@@ -158,8 +162,10 @@ def test_files_are_those_of_a_run_and_finished_jobs_are_left_alone(tmp_path: Pat
         assert names[0] == names[1]
         assert (mine / "run.yaml").read_text() == (own / "run.yaml").read_text()
         records = [json.loads((place / "delta/delta.json").read_text()) for place in (mine, own)]
-        assert records[0]["sites"] == records[1]["sites"]
-        assert records[0]["about"]["training"] == records[1]["about"]["training"]
+        differ = {"digest", "tensors", "score", "metrics"}  # what rounding changes
+        assert {name: entry for name, entry in records[0].items() if name not in differ} == {
+            name: entry for name, entry in records[1].items() if name not in differ
+        }
         assert json.loads((mine / "metrics.json").read_text()).keys() == json.loads((own / "metrics.json").read_text()).keys()
     again = together(model, [*jobs, job(BitFit(), max_steps=2)], out=tmp_path / "all")
     assert [outcome.result is None for outcome in again] == [True, True, False]
@@ -238,7 +244,7 @@ def test_where_sharing_loses_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) 
     probed = len(shared)
     assert probed
     for outcome, one in zip(outcomes, jobs, strict=True):
-        assert far(result(outcome), alone(model, one)) == 0
+        assert far(result(outcome), alone(model, one)) < 1e-7
     shared.clear()
     assert all(outcome.error is None for outcome in together(model, jobs, tokens=ALONE))
     assert shared == []

@@ -84,6 +84,10 @@ class Shells:
             self.host = shell_of(self.backbone)
         return shell_of(self.backbone)  # not of the host, in which deltas lie by and by
 
+    def whole(self) -> str | nn.Module:
+        """The same for a job that shares nothing: the name, or a copy with weights of its own."""
+        return self.backbone if isinstance(self.backbone, str) else copy.deepcopy(self.backbone)
+
     def load(self, name: str, **options: Any) -> nn.Module:
         """``load_backbone`` with its tensors shared; what no fresh weights belong to is loaded twice at most, to see that."""
         key, seed = tuple(sorted((option, repr(value)) for option, value in options.items())), torch.initial_seed()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from deltatune.errors import Diverged
 from deltatune.methods.kinds import Penalised, Phased, Stepping, Stochastic
@@ -59,7 +59,7 @@ class Tenant:
         self.device = next(parameter.device for parameter in job.backbone.parameters())
         self.stream = Stream(settings.seed, self.device)
         self.life = Life(job.trained, args.max_steps)
-        self.state = TrainerState(max_steps=args.max_steps, train_batch_size=settings.batch_size)
+        self.state = TrainerState(max_steps=args.max_steps, train_batch_size=settings.batch_size, stateful_callbacks=[TrainerControl()])
         self.state.compute_steps(args, args.max_steps)  # type: ignore[no-untyped-call]
         self.optimizer = optimizer_of(job.trained, args)
         warmup = args.get_warmup_steps(args.max_steps)

@@ -140,7 +140,7 @@ def _train_apart(one: Wanted, shells: Shells, tokenizer: PreTrainedTokenizerBase
     job, place = one.job, one.place
     try:
         result = train(
-            shells.open(), job.task, job.methods, where=job.where, layers=job.layers, out=None if place is None else place.path,
+            shells.whole(), job.task, job.methods, where=job.where, layers=job.layers, out=None if place is None else place.path,
             tokenizer=tokenizer, overwrite=overwrite, progress=progress, **job.settings.to_dict(),
         )  # fmt: skip
     except DeltaError as error:
