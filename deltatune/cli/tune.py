@@ -30,6 +30,20 @@ WHAT = "What to train on what"
 DATA = "Your own data"
 OUTPUT = "Output"
 
+Jobs = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A jobs.yaml: many deltas, trained together; other options change all.", rich_help_panel=WHAT),
+]
+LabelType = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
+        rich_help_panel=DATA,
+    ),
+]
+
 
 @commands.register("tune")
 @with_settings
@@ -52,24 +66,13 @@ def tune(
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A run.yaml to do again; other options change it.", rich_help_panel=WHAT)
     ] = None,
-    jobs: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A jobs.yaml: many deltas, trained together; other options change all.", rich_help_panel=WHAT),
-    ] = None,
+    jobs: Jobs = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="A CSV, JSONL or Parquet file.", rich_help_panel=DATA)] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="The text column; twice for pairs. Left out: text.", rich_help_panel=DATA)
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The label column. Left out: label.", rich_help_panel=DATA)] = None,
-    type_: Annotated[
-        str | None,
-        typer.Option(
-            "--type",
-            metavar="TYPE",
-            help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    type_: LabelType = None,
     where: Where = None,
     layers: Layers = None,
     out: Annotated[

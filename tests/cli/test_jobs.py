@@ -36,7 +36,7 @@ def file(encoder: str, texts: Path, tmp_path: Path) -> Path:
 def test_a_table_for_people_and_a_folder_a_job(call: Call, file: Path, tmp_path: Path) -> None:
     done = call("tune", "--jobs", file)
     assert done.code == 0, done.err
-    assert "headlines-lora" in done.out and "biases" in done.out and "lora(rank=2)" in done.out
+    assert "headlines-lora" in done.out and "biases" in done.out and "lora rank=2" in done.out
     for name, steps in (("headlines-lora", 2), ("biases", 3)):
         assert json.loads((tmp_path / "all" / name / "metrics.json").read_text())["steps"] == steps
     again = call("tune", "--jobs", file, "--json")

@@ -65,6 +65,7 @@ class Company:
         self.shells, self.tokenizer, self.tally = shells, tokenizer, tally
         self.at_once, self.tokens = at_once, tokens
         self.waiting = list(wanted)
+        shells.host = None
         self.members: list[Member] = []
         self.host: Host | None = None
         self._probed = 0
@@ -76,7 +77,8 @@ class Company:
             while self.waiting or self.members:
                 while self.waiting and len(self.members) < self.at_once:
                     self.join(self.waiting.pop(0))
-                self.round()
+                if self.members:
+                    self.round()
         except BaseException as error:
             for member in self.members:
                 member.stack.__exit__(type(error), error, error.__traceback__)
@@ -135,8 +137,9 @@ class Company:
         """A job that fails leaves alone; True if that is all."""
         if not isinstance(error, DeltaError):
             return False
-        self.members.remove(member)
-        self.tally.leave(member.tenant)
+        if member in self.members:
+            self.members.remove(member)
+            self.tally.leave(member.tenant)
         member.stack.__exit__(type(error), error, error.__traceback__)
         member.wanted.outcome.error = error
         self.tally.say(f"{member.wanted.name} stopped: {error}")
@@ -176,17 +179,17 @@ class Company:
         for turn in range(max(map(len, batches.values()), default=0)):
             sharing = [member for member in taking if turn < len(batches[id(member)])]
             tasks = [Task(member.tenant, batches[id(member)][turn]) for member in sharing]
-            for member, loss in zip(sharing, self._shared(tasks), strict=True):
+            for member, loss in zip(sharing, self._shared(tasks, probes=not turn), strict=True):
                 losses[id(member)] += loss
         return losses
 
-    def _shared(self, tasks: Sequence[Task]) -> list[Tensor]:
-        """One batch of each; the losses."""
+    def _shared(self, tasks: Sequence[Task], *, probes: bool) -> list[Tensor]:
+        """One batch of each; the losses. A probe needs a moment without gradients."""
         if len(tasks) == 1 or self.tokens == ALONE:
             return [task.tenant.alone([task.batch]) for task in tasks]
         assert self.host is not None
         calls = [self.host.call(task) for task in tasks]
-        if self.tokens is None and not self._probed // 2 < len(tasks) <= 2 * self._probed:
+        if probes and self.tokens is None and not self._probed // 2 < len(tasks) <= 2 * self._probed:
             self._size, self._probed = self._probe(tasks, calls), len(tasks)
         if self._size == ALONE:
             return [task.tenant.alone([task.batch]) for task in tasks]

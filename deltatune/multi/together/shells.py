@@ -67,12 +67,14 @@ class Shells:
         backbone: as ``train_together`` was given it.
 
     Attributes:
-        host: the tree in which the shared forward runs; nothing acts in it outside of routes. None before the first shell.
+        host: the tree in which the shared forward runs, of the first shell's class; nothing acts in it outside of routes. None before the
+            first shell.
     """
 
     def __init__(self, backbone: str | nn.Module) -> None:
         self.backbone = backbone
         self.host: nn.Module | None = None
+        self._first: nn.Module | None = None
         self._loaded: dict[Any, tuple[int, nn.Module]] = {}
         self._seedless: set[Any] = set()
 
@@ -80,9 +82,7 @@ class Shells:
         """What a job shall be made on: the name, or a shell of the model that was given."""
         if isinstance(self.backbone, str):
             return self.backbone
-        if self.host is None:
-            self.host = shell_of(self.backbone)
-        return shell_of(self.backbone)  # not of the host, in which deltas lie by and by
+        return self._entered(self.backbone)  # not of the host, in which deltas lie by and by
 
     def whole(self) -> str | nn.Module:
         """The same for a job that shares nothing: the name, or a copy with weights of its own."""
@@ -93,14 +93,20 @@ class Shells:
         key, seed = tuple(sorted((option, repr(value)) for option, value in options.items())), torch.initial_seed()
         before = self._loaded.get(key)
         if before is not None and (before[0] == seed or key in self._seedless):
-            return shell_of(before[1])
+            return self._entered(before[1])
         module = load_backbone(name, **options)
-        if self.host is None:
-            self.host = shell_of(module)
-        share(module, self.host)
+        if self._first is None:
+            self._first = shell_of(module)
+        share(module, self._first)
         if before is not None and _same(module, before[1]):
             self._seedless.add(key)
         self._loaded[key] = seed, module
+        return self._entered(module)
+
+    def _entered(self, module: nn.Module) -> nn.Module:
+        """A shell of it, and of the first one a host."""
+        if self.host is None:
+            self.host = shell_of(module)
         return shell_of(module)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import safe_globals
 
 from deltatune.errors import Diverged
 from deltatune.methods.kinds import Penalised, Phased, Stepping, Stochastic
@@ -113,7 +114,8 @@ class Tenant:
             return
         self.optimizer.load_state_dict(torch.load(last / "optimizer.pt", weights_only=True, map_location=self.device))
         self.schedule.load_state_dict(torch.load(last / "scheduler.pt", weights_only=True))
-        held = torch.load(last / "rng_state.pth", weights_only=False)
+        with safe_globals():
+            held = torch.load(last / "rng_state.pth", weights_only=True)
         self._updates = self._read(*divmod(step, self._steps_in_epoch), held)
 
     @property
