@@ -60,7 +60,8 @@ class Tenant:
         self.device = next(parameter.device for parameter in job.backbone.parameters())
         self.stream = Stream(settings.seed, self.device)
         self.life = Life(job.trained, args.max_steps)
-        self.state = TrainerState(max_steps=args.max_steps, train_batch_size=settings.batch_size, stateful_callbacks=[TrainerControl()])
+        kept: Any = [TrainerControl()]  # what a Trainer that goes on looks for in the state
+        self.state = TrainerState(max_steps=args.max_steps, train_batch_size=settings.batch_size, stateful_callbacks=kept)
         self.state.compute_steps(args, args.max_steps)  # type: ignore[no-untyped-call]
         self.optimizer = optimizer_of(job.trained, args)
         warmup = args.get_warmup_steps(args.max_steps)
@@ -114,7 +115,7 @@ class Tenant:
             return
         self.optimizer.load_state_dict(torch.load(last / "optimizer.pt", weights_only=True, map_location=self.device))
         self.schedule.load_state_dict(torch.load(last / "scheduler.pt", weights_only=True))
-        with safe_globals():
+        with safe_globals():  # type: ignore[no-untyped-call]
             held = torch.load(last / "rng_state.pth", weights_only=True)
         self._updates = self._read(*divmod(step, self._steps_in_epoch), held)
 
