@@ -66,7 +66,7 @@ def far(one: Result, other: Result) -> float:
         found += [
             float((own[name].float() - others[name].float()).abs().max()) for name in own if own[name].numel() and name not in WITHOUT
         ]
-    return max(found)
+    return max(found, default=0.0)
 
 
 WITHOUT = {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4)}

@@ -107,8 +107,8 @@ class Company:
         with ExitStack() as own:
             own.push(lambda kind, error, _: self._failed(member, error))
             member.tenant.begin()
-        if member in self.members and member.tenant.is_over:
-            self._leave(member)
+            if member.tenant.is_over:
+                self._leave(member)
 
     def _made(self, wanted: Wanted, stack: ExitStack) -> Member:
         settings, place = wanted.job.settings, wanted.place
@@ -116,6 +116,8 @@ class Company:
             self.shells.open(), wanted.data, wanted.job.methods, wanted.job.where, wanted.job.layers, settings, self.tokenizer,
             self.shells.load,
         )  # fmt: skip
+        if not job.trains:
+            raise Unsupported(f"Nothing of `{wanted.name}` trains: it is only scored.")
         for delta in job.deltas:
             unshare(delta)
         stack.enter_context(left_alone(job.backbone, job.trained))
