@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from deltatune.injection.state import backbone_state
     from deltatune.multi.bank import bank
     from deltatune.multi.routing import route
+    from deltatune.multi.together.job import Job
+    from deltatune.multi.together.together import train_together
     from deltatune.structure.tree import tree
     from deltatune.training.opening import open
     from deltatune.training.train import train
@@ -41,6 +43,7 @@ __all__ = [
     "Budget",
     "Composition",
     "Delta",
+    "Job",
     "attach",
     "backbone_state",
     "bank",
@@ -59,11 +62,13 @@ __all__ = [
     "save",
     "switch",
     "train",
+    "train_together",
     "tree",
     "unmerge",
 ]
 
 _LATER = {
+    "Job": "deltatune.multi.together.job",
     "backbone_state": "deltatune.injection.state",
     "bank": "deltatune.multi.bank",
     "combine": "deltatune.checkpoint.combine",
@@ -72,6 +77,7 @@ _LATER = {
     "route": "deltatune.multi.routing",
     "save": "deltatune.checkpoint.format",
     "train": "deltatune.training.train",
+    "train_together": "deltatune.multi.together.together",
     "tree": "deltatune.structure.tree",
 }
 

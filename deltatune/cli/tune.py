@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
+from deltatune.cli.jobs import tune_together
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
 from deltatune.cli.terminal import facts, note, share, show, show_command, show_json, size
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 WHAT = "What to train on what"
 DATA = "Your own data"
 OUTPUT = "Output"
+
+Jobs = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A jobs.yaml: many deltas, trained together; other options change all.", rich_help_panel=WHAT),
+]
+LabelType = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
+        rich_help_panel=DATA,
+    ),
+]
 
 
 @commands.register("tune")
@@ -51,20 +66,13 @@ def tune(
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A run.yaml to do again; other options change it.", rich_help_panel=WHAT)
     ] = None,
+    jobs: Jobs = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="A CSV, JSONL or Parquet file.", rich_help_panel=DATA)] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="The text column; twice for pairs. Left out: text.", rich_help_panel=DATA)
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The label column. Left out: label.", rich_help_panel=DATA)] = None,
-    type_: Annotated[
-        str | None,
-        typer.Option(
-            "--type",
-            metavar="TYPE",
-            help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    type_: LabelType = None,
     where: Where = None,
     layers: Layers = None,
     out: Annotated[
@@ -83,7 +91,20 @@ def tune(
     deltatune tune --backbone smollm2-135m --task tweet-sentiment --method ia3
     deltatune tune --backbone minilm --method bitfit --data mail.csv --label box
     deltatune tune --config runs/bbc/run.yaml --seed 1 --out runs/bbc-seed-1
+    deltatune tune --jobs jobs.yaml --out runs/sweep
     """
+    if jobs is not None:
+        single = {
+            "--task": task,
+            "--method": method,
+            "--set": set_,
+            "--config": config,
+            "--data": data,
+            "--where": where,
+            "--layers": layers,
+        }
+        tune_together(jobs, backbone, out, settings, overwrite=overwrite, json=json, other=single)
+        return
     from deltatune.training.place import is_main
     from deltatune.training.run import read_run
     from deltatune.training.train import replay

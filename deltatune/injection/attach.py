@@ -172,11 +172,11 @@ def place(
     ledger.deltas[name] = delta
     try:
         for entry in entries:
-            _install(backbone, ledger, entry)
+            install(backbone, ledger, entry)
         ledger.watch.add(entries, allow_idle=allow_idle)
         delta.enable()
     except BaseException:
-        _remove(delta)
+        remove(delta)
         raise
     return delta
 
@@ -203,7 +203,7 @@ def detach(delta: Delta | Composition) -> None:
     if delta.merged:
         unmerge(delta)
     delta.disable()
-    _remove(delta)
+    remove(delta)
     close_ledger(delta.backbone)
 
 
@@ -217,7 +217,8 @@ def _classes() -> set[type[Method]]:
     return {registered[name] for name in registered}
 
 
-def _install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
+def install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
+    """Put the patch of one entry into the slots of its hosts; it acts once a term names its delta."""
     given = Given() if any(host.act is not None for host in entry.hosts) else None
     for k, host in enumerate(entry.hosts):
         module, kind = host.module, host.act or entry.act
@@ -248,7 +249,8 @@ def _keys(delta: str) -> Iterator[str]:
     yield from (f"{delta}/{k}" for k in count(1))
 
 
-def _remove(delta: Delta) -> None:
+def remove(delta: Delta) -> None:
+    """Take a delta that rests out of its slots and its ledger."""
     ledger = delta.ledger
     ledger.terms = [term for term in ledger.terms if delta.name not in term.members]
     ledger.arrange([delta.name])

@@ -268,7 +268,7 @@ class PromptAct(Act):
     def _layout(self, mask: Tensor | None, batch: int, cache: Any) -> Layout:
         """Where the virtual tokens stand for a mask of the text."""
         rows, layout = self.rows, Layout.of(self.virtual, mask)
-        if rows is not None and self._tables and "position_ids" not in self.names and not self._counts_by_mask:
+        if rows is not None and self.fills_behind:
             layout.own = self._lengths_behind(rows, batch, cache)
         return layout
 
@@ -280,6 +280,11 @@ class PromptAct(Act):
                 "Use prompts of one length there, or PrefixTuning."
             )
         return rows.lengths(batch)[:, None]
+
+    @property
+    def fills_behind(self) -> bool:
+        """In a route, the hidden tokens of rows with shorter prompts stand behind the text: positions are counted, and not to be told."""
+        return bool(self._tables) and "position_ids" not in self.names and not self._counts_by_mask
 
     @property
     def _counts_by_mask(self) -> bool:

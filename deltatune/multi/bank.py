@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from deltatune.multi.plan import Plan, Program
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
+
+if TYPE_CHECKING:
+    from deltatune.multi.streams import Streams
 
 VERSION = attrgetter("_version")
 
@@ -181,8 +184,12 @@ class Bank(Guest):
         if self.backbone.training:
             self.ledger.around.draws.take(self.plan.deltas)
 
-    def planned(self, programs: Sequence[Program]) -> Plan:
+    def planned(self, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
         """Open a route: its deltas entered, and what each module does.
+
+        Args:
+            programs: what each row uses.
+            streams: whose random numbers each row's dropout takes; None for the global ones.
 
         Raises:
             Unsupported: a delta cannot act in single rows of a batch.
@@ -191,20 +198,31 @@ class Bank(Guest):
         with self.lock:
             for name in names:
                 self.add(name)
-            self.newest += 1
-            plan = self._plan(self.newest, programs)
-            self.open.append(plan.number)
-            return plan
+            return self._opened(programs, streams)
+
+    def training_plan(self, programs: Sequence[Program], streams: Streams) -> Plan:
+        """The same for a route of which every delta trains: gradients need the deltas' own tensors, so lanes are not entered anew."""
+        with self.lock:
+            for name in dict.fromkeys(name for program in programs for term in program for name in term.members):
+                if name not in self.records:
+                    self.add(name)
+            return self._opened(programs, streams)
+
+    def _opened(self, programs: Sequence[Program], streams: Streams | None) -> Plan:
+        self.newest += 1
+        plan = self._plan(self.newest, programs, streams)
+        self.open.append(plan.number)
+        return plan
 
     def close(self, plan: Plan) -> None:
         """A route is over."""
         with self.lock:
             self.open.remove(plan.number)
 
-    def _plan(self, number: int, programs: Sequence[Program]) -> Plan:
+    def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
         names = dict.fromkeys(name for program in programs for term in program for name in term.members)
         training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
-        return Planner(number, programs, self.acts, self.contexts, training).plan()
+        return Planner(number, programs, self.acts, self.contexts, training, streams).plan()
 
     def _renewed(self, plan: Plan) -> Plan:
         """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""

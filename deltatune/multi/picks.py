@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deltatune.multi.streams import Streams
 
 
 class Picks:
@@ -14,10 +19,11 @@ class Picks:
         lanes: the same, (rows,).
         distinct: the lanes in use, 0 included where a row has none, in order.
         mask: rows that use a lane, (rows, 1, 1).
+        streams: whose random numbers each row's dropout takes; None for the global ones.
     """
 
-    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
-        self.numbers = numbers
+    def __init__(self, numbers: tuple[int, ...], device: torch.device, streams: Streams | None = None) -> None:
+        self.numbers, self.streams = numbers, streams
         self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
         self.distinct = tuple(sorted(set(numbers)))
         self.mask = (self.lanes > 0)[:, None, None]

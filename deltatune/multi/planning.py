@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_
 from deltatune.multi.reading import read
 from deltatune.multi.table import LaneName, Table
 
+if TYPE_CHECKING:
+    from deltatune.multi.streams import Streams
+
 
 class Planner:
     """Makes the plan of one route; picks that come out alike at many modules are made once.
@@ -26,6 +30,7 @@ class Planner:
         acts: those of the backbone, by number.
         contexts: its context acts.
         training: the deltas that gradients may reach.
+        streams: whose random numbers each row's dropout takes; None for the global ones.
     """
 
     def __init__(
@@ -35,9 +40,10 @@ class Planner:
         acts: Mapping[int, RouteAct],
         contexts: Mapping[int, Context],
         training: frozenset[str],
+        streams: Streams | None = None,
     ) -> None:
         self.number, self.entries, self.training = number, tuple(entries), training
-        self.acts, self.contexts = acts, contexts
+        self.acts, self.contexts, self.streams = acts, contexts, streams
         self.programs = tuple(dict.fromkeys(self.entries))
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
@@ -126,7 +132,7 @@ class Planner:
     def _picked(self, numbers: tuple[int, ...], table: Table) -> Picks:
         device = next(iter(table.tensors.values())).device
         if (numbers, device) not in self._picks:
-            self._picks[numbers, device] = Picks(numbers, device)
+            self._picks[numbers, device] = Picks(numbers, device, self.streams)
         return self._picks[numbers, device]
 
 

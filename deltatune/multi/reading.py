@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,12 @@ def read(spot: Spot) -> Source | None:
     return reader(spot)
 
 
+@cache
+def is_laned(kind: type[Patch]) -> bool:
+    """Patches of this class say what they are as data; asked of each of them in every training forward, so it is remembered."""
+    return issubclass(kind, Laned)
+
+
 def check_routable(delta: Delta) -> None:
     """The delta can act in single rows of a batch.
 
@@ -131,7 +137,7 @@ def _obstacle(entry: Entry) -> str:
 def _read_output(spot: Spot) -> Source | None:
     """Output and input patches: as they say, else their forward for all."""
     patch = spot.patch
-    lane = patch.lane() if isinstance(patch, Laned) else None
+    lane = cast(Laned, patch).lane() if is_laned(type(patch)) else None
     if lane is not None:
         return Source(lane, spot.site)
     if isinstance(patch, TokenPatch | Stochastic):
@@ -235,8 +241,14 @@ class Selected:
         return self.choice.original
 
     def __call__(self) -> Tensor:
-        """The value; its gradient goes to the parameter while the delta is live there, and waits for that else."""
-        value = self.choice.value(self.name, self.theta).detach()
+        """The value; its gradient goes to the parameter while the delta is live there, and waits for that else.
+
+        What a lent delta selects lives in its own tree, and is trained there.
+        """
+        own = self.choice.value(self.name, self.theta)
+        if isinstance(own, nn.Parameter) and self.trains and torch.is_grad_enabled():
+            return own
+        value = own.detach()
         if not (self.trains and torch.is_grad_enabled()):
             return value
         value = value.clone().requires_grad_()

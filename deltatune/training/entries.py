@@ -45,6 +45,7 @@ def _one_or_more(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 TEXT = Kind("a text", _is_text)
 TEXTS = Kind("a text, or a list of texts", _one_or_more(_is_text))
 MAPPING = Kind("names with values", _is_mapping)
+NUMBER = Kind("a whole number", _is_number)
 METHODS = Kind("a method's name, or its `name` and fields, or a list of these", _one_or_more(_is_recipe))
 LAYERS = Kind("a number, a list of numbers, or a text such as top:3", lambda value: _is_text(value) or _one_or_more(_is_number)(value))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,8 +97,19 @@ def make_job(
     layers: Any,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase | None,
+    load: Callable[..., nn.Module] = load_backbone,
 ) -> Job:
     """Load, frame and attach; a model that was given is as it was if anything fails.
+
+    Args:
+        backbone: its name, or the model.
+        data: the task's rows.
+        methods: one recipe a delta.
+        where: sites, as in ``attach``.
+        layers: layers, as in ``attach``.
+        settings: all knobs.
+        tokenizer: of a model that was given; found by the model's name if left out.
+        load: what gives a model by its name.
 
     Raises:
         InvalidValue: labels that do not fit the head, or a tokenizer that cannot be found.
@@ -109,12 +120,12 @@ def make_job(
         tokenizer = tokenizer or load_tokenizer(backbone)
         framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
         options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
-        module = load_backbone(backbone, auto_class=framing.auto_class, **options)
+        module = load(backbone, auto_class=framing.auto_class, **options)
     else:
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
         framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
-        _check_module(module, framing, settings)
+        check_module(module, framing, settings)
     torch.manual_seed(settings.seed)  # the patches' weights do not depend on how the backbone came
     saved = attach(module, spelled(methods, tokenizer, framing), where, layers=layers)
     deltas = saved.deltas if isinstance(saved, Composition) else [saved]
@@ -142,7 +153,7 @@ def attached_job(trained: Delta | Composition, data: TaskData, settings: Setting
     module = trained.backbone
     tokenizer = tokenizer or load_tokenizer(_name_of(module))
     framing = choose_framing(data.task, kind_of(module), settings, tokenizer)
-    _check_module(module, framing, settings)
+    check_module(module, framing, settings)
     members = trained.deltas if isinstance(trained, Composition) else [trained]
     job = Job(name_of(module), module, tokenizer, data, framing, [delta for delta in members if delta.trainable], trained, settings.lr or 0)
     if not trained.enabled or not job.trained:
@@ -201,7 +212,12 @@ def _name_of(module: nn.Module) -> str:
     return _path_of(module)
 
 
-def _check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
+def check_module(module: nn.Module, framing: Framing, settings: Settings) -> None:
+    """The head of a model that was given fits the task.
+
+    Raises:
+        InvalidValue: it has another number of outputs, or the settings ask for what a model by name would get.
+    """
     if settings.quantize is not None:
         raise InvalidValue(f"`quantize={settings.quantize}` needs a backbone by name, but a model was given. Quantise it yourself.")
     if framing.outputs is None:

@@ -56,6 +56,11 @@ class Life:
         self._starts = {delta.name: phase_starts(delta, total) for delta in self.deltas}
         self._entered = dict.fromkeys(self._starts, 0)
 
+    @property
+    def phases(self) -> int:
+        """How many phases were entered so far, of all deltas."""
+        return sum(self._entered.values())
+
     def begin(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Let the methods look at data, before the first step; ``batches`` hold labels and lie on the backbone's device."""
         for delta in self.deltas:

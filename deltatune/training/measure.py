@@ -38,7 +38,12 @@ def peak_memory() -> Iterator[Peak]:
     try:
         yield peak
     finally:
-        peak.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _process_peak()
+        peak.bytes = most_memory()
+
+
+def most_memory() -> int:
+    """The peak so far, in bytes: on the GPU where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _process_peak()
 
 
 def _forget_peak() -> None:

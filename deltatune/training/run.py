@@ -105,20 +105,33 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         UnknownName: a method, a field or a setting that is not known here.
     """
     file = Path(path).expanduser()
-    file = file / RUN_FILE if file.is_dir() else file
-    try:
-        entries = _yaml().safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as cause:
-        raise InvalidValue(f"The configuration `{path}` cannot be read: {cause}. Give a run.yaml, or a folder that holds one.") from cause
-    except _yaml().YAMLError as cause:
-        raise InvalidValue(f"The configuration `{path}` is not YAML: {cause}") from cause
-    if not isinstance(entries, dict):
-        raise InvalidValue(f"The configuration `{path}` holds {type(entries).__name__} where names and values are wanted.")
-    return _run(entries, str(path))
-
-
-def _run(written: dict[Any, Any], path: str) -> Run:
     place = f"The configuration `{path}`"
+    return _run(read_yaml(file / RUN_FILE if file.is_dir() else file, place, "Give a run.yaml, or a folder that holds one."), place)
+
+
+def read_yaml(path: str | os.PathLike[str], place: str, hint: str = "Give a file that can be read.") -> dict[Any, Any]:
+    """The names and values of a YAML file.
+
+    Args:
+        path: the file.
+        place: what it is, for errors.
+        hint: what to do where it cannot be read.
+
+    Raises:
+        InvalidValue: no such file, not YAML, or no names and values.
+    """
+    try:
+        entries = _yaml().safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as cause:
+        raise InvalidValue(f"{place} cannot be read: {cause}. {hint}") from cause
+    except _yaml().YAMLError as cause:
+        raise InvalidValue(f"{place} is not YAML: {cause}") from cause
+    if not isinstance(entries, dict):
+        raise InvalidValue(f"{place} holds {type(entries).__name__} where names and values are wanted.")
+    return entries
+
+
+def _run(written: dict[Any, Any], place: str) -> Run:
     entries = checked(written, RUN, place)
     lacking = [name for name in ("backbone", "method") if name not in entries]
     if ("task" in entries) == ("data" in entries):
@@ -130,7 +143,7 @@ def _run(written: dict[Any, Any], path: str) -> Run:
     recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
     return Run(
         backbone=entries["backbone"],
-        task=entries["task"] if "task" in entries else _data_file(entries["data"], place),
+        task=entries["task"] if "task" in entries else data_file(entries["data"], place),
         methods=tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes),
         where=_tuples(entries.get("where")),
         layers=entries.get("layers"),
@@ -140,7 +153,13 @@ def _run(written: dict[Any, Any], path: str) -> Run:
     )
 
 
-def _data_file(written: dict[str, Any], place: str) -> DataFile:
+def data_file(written: dict[str, Any], place: str) -> DataFile:
+    """A user's own data, as a configuration describes it.
+
+    Raises:
+        UnknownName: an entry that does not belong there.
+        InvalidValue: no path, or a value of another kind.
+    """
     entries = checked(written, DATA, f"`data` in {place[0].lower()}{place[1:]}")
     if "path" not in entries:
         raise InvalidValue(f"{place} does not say the `path` of its `data`. Add it.")

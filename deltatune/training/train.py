@@ -97,7 +97,7 @@ def train(
     if not methods:
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
     data = load_data(task, chosen.temperature)
-    run = _run(backbone, task, data, methods, chosen, _written(where), layers)
+    run = run_of(backbone, task, data, methods, chosen, written_where(where), layers)
     place = None if out is None or callable(where) else RunFolder(out, run, overwrite=overwrite)
     with trainer_modules():
         job = make_job(backbone, sampled(data, chosen), methods, where, layers, chosen, tokenizer)
@@ -125,7 +125,7 @@ def _train_attached(
     if out is not None:
         check_free(Path(out).expanduser(), overwrite)
     members = trained.deltas if isinstance(trained, Composition) else [trained]
-    run = _run(trained.backbone, task, data, tuple(delta.method for delta in members), settings)
+    run = run_of(trained.backbone, task, data, tuple(delta.method for delta in members), settings)
     with trainer_modules():
         job = attached_job(trained, sampled(data, settings), settings, tokenizer)
         result = _conduct(job, run, None, show)
@@ -140,7 +140,7 @@ def sampled(data: TaskData, settings: Settings) -> TaskData:
     return data if settings.shots is None else k_shot(data, settings.shots, settings.shots_seed)
 
 
-def _run(
+def run_of(
     backbone: str | nn.Module,
     task: str | Task | TaskData | DataFile,
     data: TaskData,
@@ -149,6 +149,7 @@ def _run(
     where: Any = None,
     layers: Any = None,
 ) -> Run:
+    """What is asked for, as ``run.yaml`` holds it."""
     return Run(
         backbone=name_of(backbone) or type(backbone).__name__,
         task=task if isinstance(task, str | DataFile) else data.task.name,
@@ -206,13 +207,19 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
             place.open()
         stack.enter_context(left_alone(job.backbone, job.trained))
         course = _course(job, run.settings, place, show, stack) if job.trains else Course()
-        test = subset(job.data.task, job.data.test, run.settings.test_rows) if run.settings.test_rows else job.data.test
-        with watching(f"{_label(job)} test rows", show=show if is_main() else "none") as watch:
-            measured = measure_rows(job.framing, job.backbone, test, run.settings.eval_batch_size, watch)
-        result = _result(job, measured, course)
-        if place is not None and is_main():
-            _write(job, run, place, result)
-        return result
+        return conclude(job, run, place, course, show)
+
+
+def conclude(job: Job, run: Run, place: RunFolder | None, course: Course, show: Show) -> Result:
+    """Score what was trained on the test rows, and write the run's files."""
+    settings = run.settings
+    test = subset(job.data.task, job.data.test, settings.test_rows) if settings.test_rows else job.data.test
+    with watching(f"{label_of(job)} test rows", show=show if is_main() else "none") as watch:
+        measured = measure_rows(job.framing, job.backbone, test, settings.eval_batch_size, watch)
+    result = _result(job, measured, course)
+    if place is not None and is_main():
+        _write(job, run, place, result)
+    return result
 
 
 def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, stack: ExitStack) -> Course:
@@ -227,7 +234,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
     rows_a_step = settings.batch_size * settings.grad_accumulation * processes
-    watched = shown(show, _label(job), job.metric, rows_a_step)
+    watched = shown(show, label_of(job), job.metric, rows_a_step)
     if settings.gradient_checkpointing:
         stack.enter_context(recomputing(job.backbone))
     trainer = DeltaTrainer(
@@ -255,7 +262,8 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     )
 
 
-def _label(job: Job) -> str:
+def label_of(job: Job) -> str:
+    """The names of what trains, for people."""
     return "+".join(one.name for one in job.trained)
 
 
@@ -342,7 +350,7 @@ def _template(job: Job) -> dict[str, Any] | None:
     return {"prompt": template.prompt, "words": list(template.verbalizer.words) if template.verbalizer else None}
 
 
-def _written(where: Where | None) -> Any:
+def written_where(where: Where | None) -> Any:
     """``where`` as YAML can hold it; a function is written as the paths it hits."""
     if where is None or isinstance(where, str) or callable(where):
         return None if callable(where) else where

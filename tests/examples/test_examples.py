@@ -21,6 +21,7 @@ EXAMPLES = {
     "accelerate_loop",
     "any_module",
     "lightning_module",
+    "many_jobs",
     "new_tokens",
     "plain_loop",
     "several_deltas",
@@ -79,6 +80,13 @@ def test_examples_are_short_and_listed(name: str) -> None:
     assert len(code) <= LINES_OF_CODE
     assert any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
     assert f"[{name}.py]({name}.py)" in (ROOT / "examples" / "README.md").read_text()
+
+
+def test_many_jobs() -> None:
+    scores = example("many_jobs").main()
+    assert list(scores) == [f"{name} at {lr}" for name in ("LoRA", "IA3") for lr in ("0.001", "0.005", "0.02")]
+    assert max(scores.values()) > 0.6
+    assert len(set(scores.values())) > 2
 
 
 def test_plain_loop() -> None:

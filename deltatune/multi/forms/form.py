@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
@@ -75,6 +76,8 @@ def padded(tensor: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def dropped(x: Tensor, p: object, module: nn.Module) -> Tensor:
-    """Dropout, where the lanes ask for it: they do in training only."""
-    return nn.functional.dropout(x, p) if isinstance(p, float) and p else x
+def dropped(x: Tensor, p: object, picks: Picks | None = None) -> Tensor:
+    """Dropout of x (rows, tokens, in), where the lanes ask for it: they do in training only; each row by its own random numbers."""
+    if not (isinstance(p, float) and p):
+        return x
+    return F.dropout(x, p) if picks is None or picks.streams is None else picks.streams.dropped(x, p, picks.numbers)

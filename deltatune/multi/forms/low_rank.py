@@ -24,13 +24,13 @@ class LowRank(Form):
 
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """y + (x A) B."""
-        x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
+        x = dropped(x.to(y.dtype), table.key.settings[0])
         return y + x @ tensors["A"].to(y.dtype) @ tensors["B"].to(y.dtype)
 
     def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
         """One pair of products."""
         A, B = tensors["A"], tensors["B"]
-        x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
+        x = dropped(x.to(y.dtype), table.key.settings[0], picks)
         return choose(x, A, picks, A.shape[-1]).added(y, x, A, B, picks)
 
 

@@ -19,15 +19,16 @@ class Vectors(Form):
 
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """One pair of vectors."""
+        x = dropped(x.to(y.dtype), table.key.settings[0])
         return y + self._change(x, y, tensors["d"], tensors["b"], table)
 
     def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
         """Plain products, with the vectors of each row."""
         d, b = (tensors[name].index_select(0, picks.lanes)[:, None] for name in "db")
+        x = dropped(x.to(y.dtype), table.key.settings[0], picks)
         return y + self._change(x, y, d, b, table)
 
     @staticmethod
     def _change(x: Tensor, y: Tensor, d: Tensor, b: Tensor, table: Table) -> Tensor:
         A, B = table.shared["A"].to(y.dtype), table.shared["B"].to(y.dtype)
-        x = dropped(x.to(y.dtype), table.key.settings[0], table.module)
         return b.to(y.dtype) * ((d.to(y.dtype) * (x @ A)) @ B)

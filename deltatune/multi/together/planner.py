@@ -1,0 +1,103 @@
+"""The planner: which batches share a forward, and whether sharing pays at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from deltatune.multi.together.host import Host, Task
+from deltatune.multi.together.portion import Call
+
+ALONE = 0
+"""Most tokens of a shared forward: none is shared."""
+
+FIRST = 256
+"""The smallest size that is tried."""
+
+SECONDS = 5.0
+"""After so long a probe ends with what it has seen."""
+
+ROUNDS = 3
+"""Each size is tried so often at most; the first time counts least, because plans are made in it."""
+
+_clock = time.perf_counter
+
+
+def bins(calls: Sequence[Call], tokens: int) -> list[list[int]]:
+    """Numbers of the calls that share a forward of at most so many tokens, padding included; a longer call is alone.
+
+    The longest go first, each to the first that has room for it, so that calls of like length come together.
+
+    >>> texts = [Call({"input_ids": torch.zeros(rows, length)}) for rows, length in ((1, 9), (1, 30), (2, 10), (1, 29))]
+    >>> bins(texts, tokens=60)
+    [[1, 3], [0, 2]]
+    """
+    found: dict[Hashable, list[list[int]]] = {}
+    for number in sorted(range(len(calls)), key=lambda k: -_length(calls[k])):
+        several = found.setdefault(calls[number].kind, [])
+        room = next((one for one in several if _tokens([calls[k] for k in (*one, number)]) <= tokens), None)
+        if room is None:
+            several.append([number])
+        else:
+            room.append(number)
+    return [sorted(one) for several in found.values() for one in several]
+
+
+def _length(call: Call) -> int:
+    return call.length() + call.length(target=True)
+
+
+def _tokens(calls: Sequence[Call]) -> int:
+    return sum(call.rows for call in calls) * max(map(_length, calls))
+
+
+def sizes(calls: Sequence[Call]) -> list[int]:
+    """Sizes worth trying: doubled until one forward holds all, without those that share alike."""
+    found: dict[Hashable, int] = {}
+    tokens = FIRST
+    while True:
+        parted = bins(calls, tokens)
+        found.setdefault(tuple(map(tuple, parted)), tokens)
+        if tokens >= _tokens(calls):
+            return [size for parts, size in found.items() if len(parts) < len(calls)]  # type: ignore[arg-type]
+        tokens *= 2
+
+
+def probe(host: Host, tasks: Sequence[Task], calls: Sequence[Call]) -> int:
+    """The size under which these batches run fastest, ``ALONE`` where sharing loses; nothing of the tenants changes.
+
+    Args:
+        host: where they run.
+        tasks: one batch of each tenant.
+        calls: what each asks of the backbone.
+    """
+    tried = [ALONE, *sizes(calls)]
+    best = dict.fromkeys(tried, float("inf"))
+    began = time.perf_counter()
+    for number in range(ROUNDS):
+        for size in tried:
+            best[size] = min(best[size], _seconds(host, tasks, calls, size))
+        if time.perf_counter() - began > SECONDS and number:
+            break
+    return min(tried, key=best.__getitem__)
+
+
+def _seconds(host: Host, tasks: Sequence[Task], calls: Sequence[Call], size: int) -> float:
+    """Of forwards and backwards under one size."""
+    held = [task.tenant.stream.held for task in tasks]
+    began = _clock()
+    if size == ALONE:
+        for task in tasks:
+            task.tenant.alone([task.batch])
+    else:
+        for one in bins(calls, size):
+            host.run([tasks[k] for k in one], [calls[k] for k in one])
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    taken = _clock() - began
+    for task, before in zip(tasks, held, strict=True):
+        task.tenant.forget()
+        task.tenant.stream.held = before
+    return taken
