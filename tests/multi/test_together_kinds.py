@@ -16,8 +16,9 @@ from tests.multi.alone import alone, far, job, result, still, together
 from tests.multi.test_methods import HOSTS, UNROUTABLE
 
 ROUTABLE = [name for name in TRAINING if name not in UNROUTABLE]
-STEPS, FEWER, BOUNDS = 50, {"unipelt": 6}, {"unipelt": 1e-4}
-"""A gate's first gradients are products of what is all but zero. AdamW makes whole steps of their rounding, which then grows."""
+STEPS = 50
+ROUGH = {"unipelt"}
+"""A gate's first gradients are products of what is all but zero, and AdamW makes whole steps of their rounding: losses are compared."""
 
 
 def recipe(name: str) -> Any:
@@ -28,7 +29,7 @@ def recipe(name: str) -> Any:
 @cache
 def company(host: str) -> dict[str, tuple[Job, Outcome]]:
     names = [name for name in ROUTABLE if HOSTS[name] == host]
-    jobs = [job(recipe(name), name=name, seed=seed, max_steps=FEWER.get(name, STEPS), batch_size=2) for seed, name in enumerate(names)]
+    jobs = [job(recipe(name), name=name, seed=seed, max_steps=STEPS, batch_size=2) for seed, name in enumerate(names)]
     return dict(zip(names, zip(jobs, together(still(host), jobs), strict=True), strict=True))
 
 
@@ -37,5 +38,9 @@ def company(host: str) -> dict[str, tuple[Job, Outcome]]:
 def test_it_equals_its_own_run(name: str) -> None:
     one, outcome = company(HOSTS[name])[name]
     other = alone(still(HOSTS[name]), one)
-    assert far(result(outcome), other) < BOUNDS.get(name, 1e-5)
+    if name in ROUGH:
+        losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (result(outcome), other)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    else:
+        assert far(result(outcome), other) < 1e-5
     assert outcome.numbers["score"] == other.score
