@@ -71,11 +71,11 @@ def write_gguf_lora(delta: Delta | Composition, file: str | os.PathLike[str], *,
     except ImportError as cause:
         raise missing_extra("gguf", "gguf") from cause
     target = place_of(file)
-    if target.suffix != ".gguf" or target.is_dir() or (target.exists() and not overwrite):
-        raise OutputError(
-            f"`{target}` cannot be written: llama.cpp reads a LoRA from one file called `*.gguf`, and what is there is kept unless "
-            "overwrite=True (--overwrite) is given. Choose another name."
-        )
+    if target.suffix != ".gguf" or target.is_dir():
+        name = f"{target.name}.gguf"
+        raise OutputError(f"`{target}` cannot be written: llama.cpp reads a LoRA from one file called `*.gguf`. Call it `{name}`, for example.")
+    if target.exists() and not overwrite:
+        raise OutputError(f"`{target}` is there already. Choose another name, or give overwrite=True (--overwrite).")
     dialect = _dialect(delta)
     tensors = _tensors(delta, dialect, gguf)
     alpha = float(next(iter(tensors.values())).shape[0])
