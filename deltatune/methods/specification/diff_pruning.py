@@ -45,7 +45,7 @@ class DiffPruning(Method):
     family: ClassVar[Family] = "specification"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("*",)
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 3e-4
     source: ClassVar[str] = "arXiv:2012.07463"
 
     density: float = 0.005

@@ -23,7 +23,7 @@ class FullFineTuning(Method):
     family: ClassVar[Family] = "baseline"
     kind: ClassVar[Kind] = "selection"
     where: ClassVar[tuple[str, ...]] = ("*",)
-    learning_rate: ClassVar[float] = 3e-5
+    learning_rate: ClassVar[float] = 1e-4
     source: ClassVar[str] = "arXiv:1810.04805"
 
     def build(self, site: Site, shared: nn.Module | None) -> Sequence[Patch]:
