@@ -55,7 +55,7 @@ def stream_task(name: str | Task, split: str = "train", *, shuffle: int = 0, see
     check_streams(task)
     rows = source_of(task)(split)
     if rows is None:
-        raise DataError(f"`{task.name}` has no split `{split}` at its source: it would be cut from train. Load it: load_task(...).")
+        raise DataError(f"`{task.name}` has no split `{split}` at its source: it would be cut from train. Load it whole.")
     return rows if shuffle < 2 else shuffled(rows, shuffle, seed)
 
 
@@ -66,7 +66,7 @@ def check_streams(task: Task) -> None:
         DataError: its splits are cut by us.
     """
     if task.split is not None:
-        raise DataError(f"The splits of `{task.name}` are cut from all of its rows, so it cannot be streamed. Load it: load_task(...).")
+        raise DataError(f"The splits of `{task.name}` are cut from all of its rows, so it cannot be streamed. Load it whole.")
 
 
 def stream_data(name: str | Task, *, validation: int = 0, test: int = 0, seed: int = 0) -> TaskData:
