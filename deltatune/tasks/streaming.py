@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from deltatune.tasks.files import file_stream
 from deltatune.tasks.loading import TaskData, encode_rows, nowhere
 from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.sources import mirror_file, mirror_names, stream_hub
-from deltatune.tasks.split import rank, text_key
+from deltatune.tasks.split import overlap, rank, text_key
 from deltatune.tasks.task import SPLITS, Task, get_task, mirrored
 
 BATCH = 1000
 HELD = 1000
 """Rows that are held back from train for a split that the source lacks, where nothing says how many."""
+SHARES = {"validation": (0.0, 0.1), "test": (0.1, 0.3)}
+"""Between which shares of all hashes those of a split lie that is held back."""
 SAMPLE = 1000
 """Training rows that are kept, for the fingerprint and for what is to be known ahead."""
 SHUFFLED = 10_000
@@ -88,7 +91,8 @@ def stream_data(name: str | Task, *, validation: int = 0, test: int = 0, seed: i
     """
     task = get_task(name) if isinstance(name, str) else name
     check_streams(task)
-    place = f"hub {task.hub.id} ({task.hub.config})" if task.hub else f"mirror of {task.mirror}"
+    named = f"{task.hub.id} ({task.hub.config})" if task.hub else task.mirror
+    place = f"mirror of {named}" if _mirrored(task) or not task.hub else f"hub {named}"
     return streamed(task, source_of(task), {"validation": validation, "test": test}, seed, place)
 
 
@@ -114,17 +118,13 @@ def streamed(task: Task, source: Source, wanted: dict[str, int], seed: int, plac
         given["test"] = list(islice(source("validation") or (), wanted["test"] or None))
         given["validation"] = []
         notes.append("the source has no labelled test split: its validation is used")
-    shares = {"validation": (0.0, 0.1), "test": (0.1, 0.3)}
     lacking = {name: wanted[name] or HELD for name in given if not given[name]}
-    inputs = task.kind.inputs(task)
-    for row in _rows(source, task) if lacking else ():
-        number = int(rank(text_key(row, inputs))[:8], 16) / 2**32
-        for name in lacking:
-            if shares[name][0] <= number < shares[name][1] and len(given[name]) < lacking[name]:
-                given[name].append(row)
-        if all(len(given[name]) == count for name, count in lacking.items()):
-            break
+    given |= _held_back(task, source, lacking)
     notes += [f"{len(given[name])} rows of {name} are held back from train" for name in lacking]
+    inputs = task.kind.inputs(task)
+    if twice := overlap({"train": [], **given}, inputs)["test"]:
+        notes.append(f"{twice} rows of test have a text of validation")
+        warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on test say less than they seem to.", stacklevel=3)
     held = {text_key(row, inputs) for rows in given.values() for row in rows}
 
     def stream(number: int) -> Iterator[Row]:
@@ -138,6 +138,21 @@ def streamed(task: Task, source: Source, wanted: dict[str, int], seed: int, plac
     columns = task.kind.columns(task)
     train, choosing, testing = (Rows.of(given[name], columns) for name in SPLITS)
     return TaskData(task, train, choosing, testing, f"{place}, streamed", tuple(notes), stream)
+
+
+def _held_back(task: Task, source: Source, lacking: Mapping[str, int]) -> dict[str, list[Row]]:
+    """The first training rows whose texts' hashes lie in a split's share, as many of each split as are wanted."""
+    found: dict[str, list[Row]] = {name: [] for name in lacking}
+    inputs = task.kind.inputs(task)
+    for row in _rows(source, task) if lacking else ():
+        number = int(rank(text_key(row, inputs))[:8], 16) / 2**32
+        for name, count in lacking.items():
+            low, high = SHARES[name]
+            if low <= number < high and len(found[name]) < count:
+                found[name].append(row)
+        if all(len(found[name]) == count for name, count in lacking.items()):
+            break
+    return found
 
 
 def _rows(source: Source, task: Task) -> Iterator[Row]:
@@ -155,7 +170,7 @@ def source_of(task: Task) -> Source:
     """
 
     def rows(split: str) -> Iterator[Row] | None:
-        location = task.hub.location if task.hub else mirrored(task.mirror)
+        location = _mirrored(task)
         if location is not None:
             file = location / f"{split}.parquet"
             return _encoded(task, mirror_file(task, file), mirror_names(location)) if file.is_file() else None
@@ -165,6 +180,10 @@ def source_of(task: Task) -> Source:
         return None if found is None else _encoded(task, *found)
 
     return rows
+
+
+def _mirrored(task: Task) -> Path | None:
+    return task.hub.location if task.hub else mirrored(task.mirror)
 
 
 def _encoded(task: Task, rows: Iterator[Row], names: tuple[str, ...] = ()) -> Iterator[Row]:
