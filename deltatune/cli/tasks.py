@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
@@ -14,15 +14,21 @@ from rich.text import Text
 from deltatune.cli.commands import commands, noun
 from deltatune.cli.terminal import Json, facts, plural, quoted, show, show_json, table
 from deltatune.errors import UnknownName, nearest
-from deltatune.tasks import Rows, Task, TaskData, get_task, load_task
+from deltatune.tasks import Task, TaskData, get_task, load_task
 from deltatune.tasks import tasks as registered
 from deltatune.tasks.framing import framings, framings_of
 from deltatune.tasks.rows import text_of
+from deltatune.tasks.sampling import varied
+
+if TYPE_CHECKING:
+    from deltatune.tasks.statistics import Statistics
 
 Category = Annotated[str | None, typer.Option(help="Only tasks of this category.")]
 Metric = Annotated[str | None, typer.Option(help="Only tasks scored by this metric.")]
 Runnable = Annotated[bool, typer.Option("--runnable", help="Only tasks whose data is here.")]
 Name = Annotated[str, typer.Argument(help="A task, such as bbc-news.")]
+Names = Annotated[str, typer.Argument(help="A task, such as bbc-news, or several with commas between.")]
+Temperature = Annotated[float, typer.Option(help="Of several tasks; more than 1 lets small tasks give more rows.")]
 
 LONGEST = 300
 """Characters of a text that a listing of rows shows."""
@@ -115,39 +121,48 @@ def explain(
     for number, template in enumerate(task.templates):
         show("", Text(f"template {number}", style="bold"), Text(template.prompt), _words(task, template.verbalizer))
     if data is not None:
-        for row in _spread(data, rows):
+        for row in varied(data.task, data.train, rows):
             show("", *_row(task, row))
 
 
 @tasks.command("preview")
 def preview(
-    name: Name, rows: Annotated[int, typer.Option(min=1, help="How many training rows to show in each framing.")] = 3, json: Json = False
+    name: Names,
+    rows: Annotated[int, typer.Option(min=1, help="How many training rows to show in each framing.")] = 3,
+    temperature: Temperature = 1.0,
+    json: Json = False,
 ) -> None:
     """Show some examples as models read them, in each framing that the task has; the answer stands in brackets behind.
 
     deltatune tasks preview glue-rte
+    deltatune tasks preview glue-rte,bbc-news
     """
-    data = load_task(name)
-    told = {framing: [framings[framing].shown(data.task, row) for row in _spread(data, rows)] for framing in framings_of(data.task)}
+    data = _read(name, temperature)
+    chosen = varied(data.task, data.train, rows)
+    told = {framing: [framings[framing].shown(data.task, row) for row in chosen] for framing in framings_of(data.task)}
+    origins = [str(data.task.kind.sort(data.task, row)) if data.task.parts else "" for row in chosen]
     if json:
         rendered = {
             framing: [[{"input": asked, "answer": answer} for asked, answer in shown] for shown in examples]
             for framing, examples in told.items()
         }
-        show_json({"name": name, "framings": rendered})
+        show_json({"name": data.task.name, **({"tasks": origins} if data.task.parts else {}), "framings": rendered})
         return
     for framing, examples in told.items():
         for number, shown in enumerate(zip(*examples, strict=True)):
             title = framing if len(examples[0]) == 1 else f"{framing}, template {number}"
             show(Text(title, style="bold cyan"))
-            for asked, answer in shown:
-                show(Text.assemble(asked, "  ", (f"[{answer}]", "bold green")), "")
+            for origin, (asked, answer) in zip(origins, shown, strict=True):
+                show(*([Text(f"{origin}:", style="dim")] * bool(origin)), Text.assemble(asked, "  ", (f"[{answer}]", "bold green")), "")
+    if data.task.parts:
+        show(quoted(data.notes[0], style="dim"))
 
 
 @tasks.command("stats")
 def stats(
-    name: Name,
+    name: Names,
     backbone: Annotated[str | None, typer.Option(help="Count tokens as this backbone does; words without one.")] = None,
+    temperature: Temperature = 1.0,
     json: Json = False,
 ) -> None:
     """Show a task's sizes, lengths, commonest answers, and what a predictor scores that always gives the commonest.
@@ -157,11 +172,27 @@ def stats(
     from deltatune.backbones import load_tokenizer
     from deltatune.tasks.statistics import statistics
 
-    data = load_task(name)
-    found = statistics(data, load_tokenizer(backbone) if backbone else None)
+    data = _read(name, temperature)
+    tokenizer = load_tokenizer(backbone) if backbone else None
+    parts = [load_task(part) for part in data.task.parts] or [data]
+    found = [statistics(part, tokenizer) for part in parts]
     if json:
-        show_json({"name": name, "fingerprint": data.fingerprint, **dataclasses.asdict(found)})
+        told = [
+            {"name": part.task.name, "fingerprint": part.fingerprint, **dataclasses.asdict(one)}
+            for part, one in zip(parts, found, strict=True)
+        ]
+        mixture = {"name": data.task.name, "fingerprint": data.fingerprint, "notes": list(data.notes), "tasks": told}
+        show_json(mixture if data.task.parts else told[0])
         return
+    for part, one in zip(parts, found, strict=True):
+        if data.task.parts:
+            show(Text(part.task.name, style="bold cyan"))
+        _show_statistics(part, one)
+    if data.task.parts:
+        show(quoted(data.notes[0], style="dim"))
+
+
+def _show_statistics(data: TaskData, found: Statistics) -> None:
     drawn = table("split", "rows", f"{found.unit}: mean", "median", "95 %", "longest", right=("rows", "median", "95 %", "longest"))
     for split, count in found.rows.items():
         lengths = found.lengths[split]
@@ -171,6 +202,14 @@ def stats(
     show(
         drawn, "", facts(("answers in train", answers or "each once"), ("always the commonest", constant), ("notes", "; ".join(data.notes)))
     )
+
+
+def _read(names: str, temperature: float) -> TaskData:
+    """A task's rows, or those of a mixture of several."""
+    from deltatune.training.run import load_data
+    from deltatune.training.settings import Settings
+
+    return load_data(names, Settings.of({"temperature": temperature}))
 
 
 def described(task: Task) -> dict[str, Any]:
@@ -209,14 +248,8 @@ def _sizes(data: TaskData, rows: int) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "rows": {name: len(split) for name, split in data.splits.items()},
         "notes": list(data.notes),
-        "examples": [dict(row) for row in _spread(data, rows)],
+        "examples": [dict(row) for row in varied(data.task, data.train, rows)],
     }
-
-
-def _spread(data: TaskData, count: int) -> Rows:
-    """Rows from all over the training split, which may be sorted by label."""
-    step = max(1, len(data.train) // count)
-    return data.train.select(range(0, len(data.train), step)[:count])
 
 
 def _source(task: Task) -> str:

@@ -215,6 +215,11 @@ class HeadFraming(Framing):
                 f"`{asked}` was asked for, but `{task.name}` is put to a head here, which takes no template. "
                 "Leave it out, or choose the text2text framing (`framing=text2text`), for models with a decoder."
             )
+        if task.kind.head is None and how.kind == "encoder":
+            raise Unsupported(
+                f"The task `{task.name}` {task.kind.headless}, so no head fits it, and the backbone is an encoder. "
+                "Take one with a decoder, such as `smollm2-135m`."
+            )
         how.refuse_packing(cls.name)
         return cls(task, tokenizer, how.max_length)
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ class TaskData:
         test: rows to report on.
         source: where the rows were read from, for records.
         notes: what was left out or noticed, in sentences.
+        stream: of a streamed task, the number of a pass -> all training rows, one after the other; ``train`` then has the first only.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class TaskData:
     test: Rows
     source: str
     notes: tuple[str, ...] = ()
+    stream: Callable[[int], Iterator[Row]] | None = None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -120,8 +120,7 @@ def measure(
     found = {}
     for metric in _metrics(names, predictions, references):
         seen = _seen(metric, references, rows)
-        low, high = _interval(metric, predictions, seen, resamples, seed)
-        value = metric.score(predictions, seen)
+        value, low, high = _interval(metric, predictions, seen, resamples, seed)
         found[metric.name] = Measured(value, min(low, value), max(high, value), flag)
     return found
 
@@ -149,16 +148,21 @@ def _seen(metric: Metric, references: Sequence[Any], rows: Sequence[Row] | None)
     return list(zip(references, rows, strict=True))
 
 
-def _interval(metric: Metric, predictions: Sequence[Any], references: Sequence[Any], resamples: int, seed: int) -> tuple[float, float]:
+def _interval(
+    metric: Metric, predictions: Sequence[Any], references: Sequence[Any], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """The value, and the ends of its interval; what each row has by itself is worked out once."""
     draw, count = np.random.default_rng(seed), len(references)
     if metric.each is not None:
-        each = np.array([metric.each(one, other) for one, other in zip(predictions, references, strict=True)], dtype=float)
+        by_row = [metric.each(one, other) for one, other in zip(predictions, references, strict=True)]
+        value, each = sum(by_row) / count, np.array(by_row, dtype=float)
         values = [float(each[draw.integers(count, size=count)].mean()) for _ in range(resamples)]
     else:
+        value = metric.score(predictions, references)
         samples = (draw.integers(count, size=count) for _ in range(max(resamples // 10, 1)))
         values = [metric.score([predictions[k] for k in sample], [references[k] for k in sample]) for sample in samples]
     low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return value, float(low), float(high)
 
 
 def _plain(value: Any) -> Any:

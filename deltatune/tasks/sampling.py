@@ -60,6 +60,21 @@ def subset(task: Task, rows: Rows, most: int, seed: int = 0) -> Rows:
     return rows if len(rows) <= most else rows.select(_order(task, rows, seed)[:most])
 
 
+def varied(task: Task, rows: Rows, count: int) -> Rows:
+    """A few rows from all over, of different answers as far as there are; of a mixture, of different tasks."""
+    step = max(1, len(rows) // count)
+    order = [*range(0, len(rows), step), *range(0, len(rows) if step > 1 else 0)]
+    groups: dict[Any, list[int]] = {}
+    for index in order:
+        group = groups.setdefault(task.kind.sort(task, rows[index]), [])
+        if len(group) < count and index not in group:
+            group.append(index)
+        if len(groups) == count:
+            break
+    rounds = [index for place in range(count) for group in groups.values() for index in group[place : place + 1]]
+    return rows.select(sorted(rounds[:count]))
+
+
 def _order(task: Task, rows: Rows, seed: int) -> list[int]:
     inputs = task.kind.inputs(task)
     keys = [rank(f"{seed}\x1e{text_key(row, inputs)}") for row in rows]

@@ -158,18 +158,18 @@ def read_hub(task: Task, source: Hub) -> Found:
     return Found(rows, _feature_names(next(iter(splits.values())), task, source))
 
 
-def stream_hub(task: Task, source: Hub, split: str) -> tuple[Iterator[Row], tuple[str, ...]]:
-    """The rows of one split on the hub one by one, and what label integers mean.
+def stream_hub(task: Task, source: Hub, split: str) -> tuple[Iterator[Row], tuple[str, ...]] | None:
+    """The rows of one split on the hub one by one, and what label integers mean; None where it has no such split.
 
     Raises:
         MissingExtra: the hub is out of reach.
-        DataError: a column the task names is missing, or the split is one that would have to be cut from train.
+        DataError: a column the task names is missing.
     """
+    found = _from_hub(task, source, streaming=True)
     theirs = source.theirs(split)
-    if theirs is None:
-        raise DataError(f"`{task.name}` has no split `{split}` on the hub: it would be cut from train. Load it: load_task(...).")
-    found = _from_hub(task, source, split=theirs, streaming=True)
-    return _selected(task, found, split, source.columns), _feature_names(found, task, source)
+    if theirs not in found:
+        return None
+    return _selected(task, found[theirs], split, source.columns), _feature_names(found[theirs], task, source)
 
 
 def _from_hub(task: Task, source: Hub, **options: Any) -> Any:

@@ -70,6 +70,7 @@ def training_arguments(settings: Settings, schedule: Schedule, folder: Path, lr:
         logging_nan_inf_filter=False,
         report_to=list(settings.report_to) or "none",
         seed=settings.seed,
+        accelerator_config={"dispatch_batches": False},  # streamed batches differ in length, which one process could not deal out
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -1,11 +1,20 @@
-"""The order of training rows: rows of like length share a batch, and epoch and seed alone decide who comes when."""
+"""The order of training rows: rows of like length share a batch, and epoch and seed alone decide who comes when; streamed rows too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
+
+from deltatune.tasks.collector import collector_held
+from deltatune.tasks.framing import Framing
+from deltatune.tasks.rows import Row
+from deltatune.tasks.tensors import Features, length_of
+
+POOL = 16
+"""Batches that are sorted together."""
 
 
 class LengthGrouped(Sampler[int]):
@@ -22,7 +31,7 @@ class LengthGrouped(Sampler[int]):
         pool: batches that are sorted together.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, pool: int = 16) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, pool: int = POOL) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
@@ -48,3 +57,35 @@ class LengthGrouped(Sampler[int]):
         rest = [batch for batch in batches if len(batch) < self.batch_size]
         shuffled = [whole[k] for k in torch.randperm(len(whole), generator=generator).tolist()]
         return iter([index for batch in shuffled + rest for index in batch])
+
+
+class Streamed(IterableDataset[Features]):
+    """Training examples for ever, one batch behind the other: pools of rows are read, encoded, and ordered as ``LengthGrouped`` does.
+
+    Each iteration begins with the first pass and gives the same, so a resumed run that skips what it has seen goes on as it would have.
+
+    Args:
+        framing: encodes the rows.
+        rows: the number of a pass -> all rows, one after the other.
+        batch_size: examples a batch.
+        seed: of the order.
+    """
+
+    def __init__(self, framing: Framing, rows: Callable[[int], Iterator[Row]], batch_size: int, seed: int = 0) -> None:
+        self.framing = framing
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Features]:
+        rows = (row for number in count() for row in self.rows(number))
+        left: list[Features] = []
+        for number in count():
+            with collector_held():
+                pool = left + self.framing.encode(list(islice(rows, POOL * self.batch_size)))
+            order = LengthGrouped([length_of(features) for features in pool], self.batch_size, self.seed)
+            order.set_epoch(number)
+            places = list(order)
+            whole = len(places) - len(places) % self.batch_size
+            yield from (pool[place] for place in places[:whole])
+            left = [pool[place] for place in places[whole:]]

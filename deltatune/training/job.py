@@ -22,6 +22,7 @@ from deltatune.structure.index import index
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.framing import Framing, How, framings
 from deltatune.tasks.sampling import subset
+from deltatune.training.batches import Streamed
 from deltatune.training.life import Trained
 from deltatune.training.objective import Objective
 from deltatune.training.settings import Settings
@@ -82,6 +83,9 @@ class Job:
         weights = self.framing.class_weights(self.data.train) if settings.class_weights else None
         objective = Objective(self.framing, weights)
         validation = subset(self.data.task, self.data.validation, settings.eval_rows) if settings.eval_rows else self.data.validation
+        if self.data.stream is not None:
+            streamed = Streamed(self.framing, self.data.stream, settings.batch_size, settings.seed)
+            return Material(self.framing, objective, streamed, validation)
         return Material(self.framing, objective, encoded(self.framing, self.data), validation)
 
     def dissolve(self) -> None:

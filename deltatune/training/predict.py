@@ -137,7 +137,7 @@ def data_of(folder: str | os.PathLike[str]) -> TaskData:
     for place in (path, path.parent) if path.name == DELTA else (path,):
         if (place / RUN_FILE).is_file():
             run = read_run(place)
-            return load_data(run.task, run.settings.temperature)
+            return load_data(run.task, run.settings)
     return load_data(task.name)
 
 

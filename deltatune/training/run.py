@@ -17,6 +17,7 @@ from deltatune.methods.making import make, settings_of
 from deltatune.tasks import Task, TaskData, load_task
 from deltatune.tasks.files import task_from_file
 from deltatune.tasks.mixture import load_mixture
+from deltatune.tasks.streaming import stream_data, stream_file
 from deltatune.training.entries import DATA, RUN, checked
 from deltatune.training.settings import Settings
 
@@ -42,6 +43,10 @@ class DataFile:
     def load(self) -> TaskData:
         """Read the file."""
         return task_from_file(self.path, text=self.text, label=self.label, type=self.type)
+
+    def stream(self, **wanted: int) -> TaskData:
+        """Read it row by row; ``wanted`` as ``tasks.streaming.stream_file`` takes it."""
+        return stream_file(self.path, text=self.text, label=self.label, type=self.type, **wanted)
 
 
 @dataclass(frozen=True)
@@ -182,12 +187,34 @@ def method_from_dict(entries: Mapping[str, Any]) -> Method:
     return make(str(entries["name"]), {name: value for name, value in entries.items() if name != "name"})
 
 
-def load_data(task: str | Task | TaskData | DataFile, temperature: float = 1.0) -> TaskData:
-    """The rows of whatever names a task; of several names with commas between, a mixture with that temperature."""
+def load_data(task: str | Task | TaskData | DataFile, settings: Settings | None = None) -> TaskData:
+    """The rows of whatever names a task; of several names with commas between, a mixture.
+
+    Args:
+        task: what names it.
+        settings: the mixture's temperature, and whether rows are streamed.
+
+    Raises:
+        InvalidValue: rows that are here already, or a mixture, are to be streamed.
+    """
+    settings = settings or Settings()
     if isinstance(task, TaskData):
+        if settings.streaming != (task.stream is not None):
+            told = (
+                "are all here; leave `streaming` out"
+                if settings.streaming
+                else "are streamed; say `streaming=True`, and how many `max_steps`"
+            )
+            raise InvalidValue(f"The rows of `{task.task.name}` {told}.")
         return task
-    if isinstance(task, str) and "," in task:
-        return load_mixture([name.strip() for name in task.split(",") if name.strip()], temperature)
+    names = [name.strip() for name in task.split(",") if name.strip()] if isinstance(task, str) and "," in task else []
+    if names and settings.streaming:
+        raise InvalidValue("A mixture draws from all rows of its tasks, so it cannot be streamed. Leave `streaming` out, or name one task.")
+    if names:
+        return load_mixture(names, settings.temperature)
+    if settings.streaming:
+        wanted = {"validation": settings.eval_rows, "test": settings.test_rows, "seed": settings.seed}
+        return task.stream(**wanted) if isinstance(task, DataFile) else stream_data(task, **wanted)
     return task.load() if isinstance(task, DataFile) else load_task(task)
 
 

@@ -48,6 +48,7 @@ class Settings:
         temperature: of a mixture of tasks; 1 takes each row once, more lets small tasks give more rows.
         shots: train on so many rows of each class (or in all, where there are no classes), and validate on as many; None takes all.
         shots_seed: of the draw of these rows.
+        streaming: read training rows one after the other while training, never all of them; it takes ``max_steps``.
         packing: fill each training example with several texts or chats, which do not see each other.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
         seed: of the head's weights, the patches' weights, dropout and the order of rows.
@@ -79,6 +80,7 @@ class Settings:
     framing: str = "auto"
     template: int = 0
     manual_template: bool = True
+    streaming: bool = False
     packing: bool = False
     temperature: float = 1.0
     shots: int | None = None
@@ -100,6 +102,9 @@ class Settings:
             value = getattr(self, name)
             self._check(name, value is None or value > 0, "greater than 0, or left out")
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
+        self._check("streaming", not self.streaming or self.max_steps is not None, "used with `max_steps`: a stream has no length")
+        self._check("streaming", not (self.streaming and self.shots), "used without `shots`, which chooses from all rows")
+        self._check("streaming", not (self.streaming and self.class_weights), "used without `class_weights`, which counts all rows")
         self._check("temperature", self.temperature >= 1, "1 or more")
         self._check("framing", self.framing == "auto" or self.framing in framings, f"one of auto, {', '.join(framings)}")
         self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")

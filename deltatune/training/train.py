@@ -92,11 +92,11 @@ def train(
     if isinstance(method, Delta | Composition):
         if method.backbone is not backbone or where is not None or layers is not None:
             raise InvalidValue(f"`{method.name}` is attached already. Give train the model it sits on, and neither `where` nor `layers`.")
-        return _train_attached(method, load_data(task, chosen.temperature), task, chosen, tokenizer, out, overwrite, progress)
+        return _train_attached(method, load_data(task, chosen), task, chosen, tokenizer, out, overwrite, progress)
     methods = tuple(make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method))
     if not methods:
         raise InvalidValue("train was given no method. Name one, such as `lora`.")
-    data = load_data(task, chosen.temperature)
+    data = load_data(task, chosen)
     run = run_of(backbone, task, data, methods, chosen, written_where(where), layers)
     place = None if out is None or callable(where) else RunFolder(out, run, overwrite=overwrite)
     with trainer_modules():
@@ -168,7 +168,7 @@ def replay(run: Run, *, out: str | os.PathLike[str] | None = None, overwrite: bo
     Raises:
         InvalidValue: its data is not what it was.
     """
-    data = load_data(run.task, run.settings.temperature)
+    data = load_data(run.task, run.settings)
     if run.fingerprint and data.fingerprint != run.fingerprint:
         raise InvalidValue(
             f"The run was trained on other rows of `{data.task.name}` (fingerprint {run.fingerprint[:12]}) than are found now "
@@ -232,7 +232,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     timer, material = StepTimer(), job.material(settings)
     folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    schedule = Schedule.of(settings, len(material.train), processes=processes, resumable=place is not None)
+    schedule = Schedule.of(settings, len(material.kept), processes=processes, resumable=place is not None)
     rows_a_step = settings.batch_size * settings.grad_accumulation * processes
     watched = shown(show, label_of(job), job.metric, rows_a_step)
     if settings.gradient_checkpointing:

@@ -16,7 +16,7 @@ from deltatune.errors import CheckpointError
 from deltatune.tasks import Rows
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.tensors import Features, length_of
-from deltatune.training.batches import LengthGrouped
+from deltatune.training.batches import LengthGrouped, Streamed
 from deltatune.training.callback import DeltaCallback
 from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
@@ -35,14 +35,19 @@ class Material:
     Attributes:
         framing: how rows become inputs.
         objective: the loss.
-        train: encoded training rows.
+        train: encoded training rows, or what gives them one after the other.
         validation: rows that are scored in the course of the run.
     """
 
     framing: Framing
     objective: Objective
-    train: list[Features]
+    train: list[Features] | Streamed
     validation: Rows
+
+    @property
+    def kept(self) -> list[Features]:
+        """The encoded training rows that are here; none where they are streamed."""
+        return [] if isinstance(self.train, Streamed) else self.train
 
 
 class DeltaTrainer(Trainer):
@@ -122,7 +127,7 @@ class DeltaTrainer(Trainer):
         life.finish()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [length_of(feature) for feature in self.material.train]
+        lengths = [length_of(feature) for feature in self.material.kept]
         return LengthGrouped(lengths, self.args.train_batch_size, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -105,6 +105,24 @@ def test_preview_shows_each_framing(call: Call) -> None:
     assert shown.count("text2text, template") == 2 and f"[{first['answer']}]" in shown
 
 
+def test_preview_shows_different_answers(call: Call) -> None:
+    told = json.loads(call("tasks", "preview", "bbc-news", "--rows", "5", "--json").out)["framings"]["text2text"]
+    assert {shown[0]["answer"] for shown in told} == {"business", "entertainment", "politics", "sports", "technology"}
+
+
+def test_preview_and_stats_of_a_mixture(call: Call) -> None:
+    told = json.loads(call("tasks", "preview", "bbc-news,tweet-sentiment", "--json").out)
+    assert told["name"] == "bbc-news+tweet-sentiment" and told["framings"].keys() == {"mixture"}
+    assert set(told["tasks"]) == {"bbc-news", "tweet-sentiment"} and len(told["tasks"]) == 3
+    shown = call("tasks", "preview", "bbc-news,tweet-sentiment", "--temperature", "2").out
+    assert "bbc-news:" in shown and "tweet-sentiment:" in shown and "temperature 2: " in shown
+    told = json.loads(call("tasks", "stats", "bbc-news, tweet-sentiment", "--json").out)
+    assert [part["rows"]["train"] for part in told["tasks"]] == [1487, 3499]
+    assert "temperature 1: 1487 rows of bbc-news" in call("tasks", "stats", "bbc-news,tweet-sentiment").out
+    assert "No task is called `bbc`" in call("tasks", "preview", "bbc,tweet-sentiment").err
+    assert "has to be 1 or more" in call("tasks", "preview", "bbc-news,tweet-sentiment", "--temperature", "0.5").err
+
+
 def test_stats(call: Call) -> None:
     told = json.loads(call("tasks", "stats", "bbc-news", "--json").out)
     assert told["rows"] == {"train": 1487, "validation": 212, "test": 425} and told["unit"] == "words"

@@ -11,7 +11,7 @@ import pytest
 
 from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks import load_task
-from deltatune.tasks.streaming import stream_task
+from deltatune.tasks.streaming import stream_data, stream_task
 from deltatune.tasks.task import Choices, Hub, Task, read_task
 
 Serve = Callable[[dict[str, list[dict[str, Any]]]], None]
@@ -52,8 +52,16 @@ def test_of_a_dataset_with_a_test_split_only_all_three_are_cut(serve: Serve) -> 
     assert len({row["text"] for split in data.splits.values() for row in split}) == 40
     assert data.notes == ("validation is cut from train", "test is cut from train")
     assert sum(1 for _ in stream_task(one)) == 40
-    with pytest.raises(DataError, match=r"`some` has no split `test` on the hub: it would be cut from train"):
+    with pytest.raises(DataError, match=r"`some` has no split `test` at its source: it would be cut from train"):
         next(stream_task(one, "test"))
+
+
+def test_of_a_streamed_dataset_without_a_test_split_the_validation_is_used(serve: Serve) -> None:
+    serve({"train": rows(400), "validation": rows(30, 1000)})
+    data, whole = stream_data(task(), validation=20), load_task(task())
+    assert list(data.test) == list(whole.test) and len(data.validation) == 20
+    assert data.notes == (whole.notes[0], "20 rows of validation are held back from train")
+    assert data.stream is not None and sum(1 for _ in data.stream(0)) == 380
 
 
 def test_a_split_that_another_takes_is_read_once(serve: Serve) -> None:

@@ -39,6 +39,17 @@ def test_a_perfect_predictor_reaches_the_best_value(name: str) -> None:
     assert compute(name, values, values, rows)[name] == pytest.approx(metrics[name].best)
 
 
+@pytest.mark.parametrize("name", list(metrics))
+def test_every_metric_has_an_interval_and_tells_one_who_always_says_the_same(name: str) -> None:
+    values = PERFECT[next(kind for kind in PERFECT if kind in metrics[name].of)] * 3
+    rows = [{"text": "inform(name=the cat;place=the big mat)", "label": value} for value in values]
+    perfect, constant = (measure(name, said, values, rows, resamples=50)[name] for said in (values, [values[0]] * len(values)))
+    for found in (perfect, constant):
+        assert found.low <= found.value <= found.high
+    assert constant.degenerate and not perfect.degenerate
+    assert constant.value == compute(name, [values[0]] * len(values), values, rows)[name]
+
+
 @pytest.mark.parametrize("name", ["matthews", "pearson", "spearman"])
 def test_a_constant_predictor_has_no_correlation(name: str) -> None:
     assert compute(name, [1, 1, 1], [0, 1, 1]) == {name: 0.0}

@@ -13,17 +13,19 @@ from deltatune.methods.kinds import Method
 from deltatune.training import files, replaced, trainer
 from deltatune.training import train as main
 from deltatune.training.result import Result
+from deltatune.training.run import DataFile
 from tests.training import tiny
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def run(name: str, method: Method, out: str, **options: Any) -> Result:
-    """Train a delta on one of the tiny models."""
+def run(name: str, method: Method, out: str, own: str | None = None, **options: Any) -> Result:
+    """Train a delta on one of the tiny models; on the tiny task, or on a file."""
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "evaluations": 3, "batch_size": 8, "lr": 5e-3} | options
-    return main.train(tiny.backbone(name), tiny.data(), method, out=out, tokenizer=tiny.tokenizer(), progress="none", **settings)
+    task = tiny.data() if own is None else DataFile(own)
+    return main.train(tiny.backbone(name), task, method, out=out, tokenizer=tiny.tokenizer(), progress="none", **settings)
 
 
 def die(name: str, method: Method, out: str, moment: str, options: dict[str, Any]) -> None:

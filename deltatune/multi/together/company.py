@@ -123,7 +123,7 @@ class Company:
         stack.enter_context(left_alone(job.backbone, job.trained))
         material = job.material(settings)
         folder = place.checkpoints if place else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltatune-")))
-        schedule = Schedule.of(settings, len(material.train), resumable=place is not None)
+        schedule = Schedule.of(settings, len(material.kept), resumable=place is not None)
         tenant = Tenant(job, material, settings, training_arguments(settings, schedule, folder, job.lr))
         if self.host is None:
             assert self.shells.host is not None

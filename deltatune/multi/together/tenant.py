@@ -121,7 +121,7 @@ class Tenant:
 
     @property
     def _batches_in_epoch(self) -> int:
-        return -(-len(self.material.train) // self.settings.batch_size)
+        return -(-len(self.material.kept) // self.settings.batch_size)
 
     @property
     def _steps_in_epoch(self) -> int:
@@ -129,17 +129,17 @@ class Tenant:
 
     def _plain(self) -> Iterator[Batch]:
         """The training rows in order."""
-        own = self._loader(range(len(self.material.train)), torch.Generator())
+        own = self._loader(range(len(self.material.kept)), torch.Generator())
         for batch in own:
             yield moved(batch, self.job.backbone)
 
     def _loader(self, order: Any, generator: torch.Generator | None = None) -> DataLoader[Features]:
-        rows: Any = self.material.train
+        rows: Any = self.material.kept
         return DataLoader(rows, self.settings.batch_size, sampler=order, collate_fn=self.material.framing.collate, generator=generator)
 
     def _read(self, epoch: int, skipped: int, held: dict[str, Any] | None) -> Iterator[tuple[float, list[Batch]]]:
         """The batches of each step, for ever; a resumed run has the random numbers of its checkpoint once it stands there again."""
-        order = LengthGrouped([length_of(row) for row in self.material.train], self.settings.batch_size, seed=self.args.seed)
+        order = LengthGrouped([length_of(row) for row in self.material.kept], self.settings.batch_size, seed=self.args.seed)
         loader, several, whole = self._loader(order), self.settings.grad_accumulation, self._batches_in_epoch
         if held is not None and not skipped:
             self.stream.held |= held

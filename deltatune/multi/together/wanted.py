@@ -60,7 +60,7 @@ def wanted(
         DeltaError: what ``dt.train`` would refuse ahead of training, with the job's name.
     """
     try:
-        data = load_data(job.task, job.settings.temperature)
+        data = load_data(job.task, job.settings)
         run = run_of(backbone, job.task, data, job.methods, job.settings, job.where, job.layers)
         outcome = Outcome(job, name, apart=_obstacle(job))
         outcome.numbers = {} if folder is None or overwrite else _finished(folder, run)
@@ -77,6 +77,8 @@ def _obstacle(job: Job) -> str | None:
     """A setting that shares no forward."""
     if job.settings.gradient_checkpointing:
         return "`gradient_checkpointing` computes parts of a forward anew, and each job's random numbers with them"
+    if job.settings.streaming:
+        return "`streaming` reads rows while it trains, and the jobs of a company look ahead"
     if job.settings.quantize is not None:
         return f"`quantize={job.settings.quantize}` makes a backbone of its own"
     if job.settings.report_to:

@@ -80,7 +80,9 @@ class Conversation(Plain):
         """The turns, of which one at least is the assistant's."""
         turns = turns_of(task, row[task.label])
         if all(turn["role"] != ASSISTANT for turn in turns):
-            raise DataError(f"A chat of `{task.name}` has no turn of the assistant, so nothing could be learnt from it. Take it out.")
+            raise DataError(
+                f"A chat of `{task.name}` has no turn of the assistant, so nothing could be learnt: {str(turns)[:80]} ... Take it out."
+            )
         return {task.label: turns}
 
 
