@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.operator import Operator
-from deltatune.multi.picks import Picks
 
 
 class Segment(Operator):
-    """``bmm`` with the matrices of the rows' lanes; the copy of a matrix is paid by the row's tokens."""
+    """``bmm`` with the matrices of the rows' lanes; the copy of a matrix is paid by the row's tokens, or by the route's forwards."""
 
-    def matrix(self, x: Tensor, W: Tensor, picks: Picks) -> Tensor:
+    def matrix(self, x: Tensor, lanes: Lanes, W: str) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
-        return torch.bmm(x, W.index_select(0, picks.lanes).to(x.dtype))
+        return torch.bmm(x, lanes.rows(W, x.dtype))
 
-    def added(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
+    def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
         """y + (x A) B, the sum made by the second product."""
-        return torch.baddbmm(y, self.matrix(x, A, picks), B.index_select(0, picks.lanes).to(x.dtype))
+        return torch.baddbmm(y, self.matrix(x, lanes, A), lanes.rows(B, x.dtype), out=out)  # type: ignore[call-overload, no-any-return]
