@@ -9,6 +9,9 @@ from torch import Tensor
 
 from deltatune.multi.picks import Picks
 
+TOKENS = 8
+"""From so many tokens a row on, copying the matrices of its lane in each forward costs less than reading them token by token."""
+
 
 class Room:
     """Bytes that the copies of one route may take, all modules together."""
@@ -26,8 +29,8 @@ class Room:
 class Lanes:
     """The tensors of a table, with the lane of each row.
 
-    What operators lay out anew in every forward, a route that goes on keeps from its second forward on, while there is room:
-    a lane that an open route may read is never written, so such copies hold until the route closes or is planned anew.
+    What operators lay out for few tokens a row, a route that goes on keeps from its second such forward on, while there is room:
+    a lane that an open route may read is never written, so the copies hold until the route closes or is planned anew.
 
     Args:
         tensors: name -> (lanes, ...).
@@ -45,9 +48,9 @@ class Lanes:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def begin(self) -> None:
-        """A forward begins that uses them; the second one finds out whether there is room."""
-        if self._room is None:
+    def begin(self, tokens: int) -> None:
+        """A forward with so many tokens a row begins that uses them; the second one with few finds out whether there is room."""
+        if self._room is None or tokens >= TOKENS or len(self.picks.distinct) == 1:
             return
         if self._is_new:
             self._is_new = False

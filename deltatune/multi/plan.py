@@ -45,7 +45,7 @@ class Use:
         form = self.table.form
         if self.compact is None or not torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
-                self.lanes.begin()
+                self.lanes.begin(y.shape[1])
             return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
         tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.lanes.tensors.items()}

@@ -32,20 +32,22 @@ def tables(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("operator", [GATHER, SEGMENT, DENSE], ids=lambda operator: type(operator).__name__)
 @pytest.mark.parametrize("lanes", LANES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("training", [False, True])
+def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int, training: bool) -> None:
     A, B = tables()
     own = Lanes({"A": A, "B": B}, Picks(lanes, CPU), Room(10**6))
     x, y = (torch.randn(4, tokens, width, generator=torch.Generator().manual_seed(width)) for width in (6, 5))
-    for _ in range(3):  # from the second on with copies that are kept
-        own.begin()
-        torch.testing.assert_close(operator.matrix(x, own, "A"), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
-        pairs = torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)])
-        torch.testing.assert_close(operator.pair(x, own, "A", "B"), pairs)
-        torch.testing.assert_close(operator.added(y, x, own, "A", "B"), y + pairs)
-        out = y.clone()
-        assert operator.added(out, x, own, "A", "B", out).data_ptr() == out.data_ptr()
-        torch.testing.assert_close(out, y + pairs)
+    with torch.set_grad_enabled(training):
+        for _ in range(3):  # from the second on with copies that are kept
+            own.begin(tokens)
+            torch.testing.assert_close(operator.matrix(x, own, "A"), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
+            pairs = torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)])
+            torch.testing.assert_close(operator.pair(x, own, "A", "B"), pairs)
+            torch.testing.assert_close(operator.added(y, x, own, "A", "B"), y + pairs)
+            out = y.clone()
+            assert operator.added(out, x, own, "A", "B", out).data_ptr() == out.data_ptr()
+            torch.testing.assert_close(out, y + pairs)
 
 
 def test_the_shape_chooses() -> None:
@@ -58,9 +60,10 @@ def test_the_shape_chooses() -> None:
     assert choose(torch.zeros(32, 1, 6), few, "A", 8) is choose(torch.zeros(32, 16, 6), few, "A", 8) is DENSE
     assert choose(torch.zeros(30, 1, 6), some, "A", 8) is DENSE
     assert choose(torch.zeros(30, 16, 6), some, "A", 8) is SEGMENT
-    many.begin()
-    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER, "one forward does not pay for a copy"
-    many.begin()
+    for tokens in (1, 16, 16):
+        many.begin(tokens)
+        assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER, "one forward does not pay for a copy"
+    many.begin(1)
     assert choose(torch.zeros(32, 1, 6), many, "A", 8) is SEGMENT
     trained = Lanes({"A": A.requires_grad_()}, many.picks)
     assert choose(torch.zeros(32, 1, 6), trained, "A", 8) is SEGMENT, "its gradient is a batched product, too"
@@ -70,7 +73,7 @@ def test_copies_are_kept_while_there_is_room() -> None:
     A, _ = tables()
     one, two = (Lanes({"A": A}, Picks((1, 2, 3), CPU), room) for room in [Room(3 * A[0].numel() * 4)] * 2)
     for lanes in (one, two, one, two):
-        lanes.begin()
+        lanes.begin(1)
     assert one.is_kept and not two.is_kept
     assert one.rows("A", A.dtype) is one.rows("A", A.dtype)
     assert two.rows("A", A.dtype) is not two.rows("A", A.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import Lanes
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.operators.dense import Dense
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
@@ -14,9 +14,6 @@ from deltatune.multi.operators.segment import Segment
 
 FEW = 64
 """So many numbers between two products may be computed for rows that do not need them; half as many where rows have many tokens."""
-
-TOKENS = 8
-"""From so many tokens a row on, copying the matrices of its lane costs less than reading them token by token."""
 
 GATHER, SEGMENT, DENSE, FUSED = Gather(), Segment(), Dense(), Fused()
 

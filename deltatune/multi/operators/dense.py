@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltatune.multi.lanes import Lanes
-from deltatune.multi.operators.operator import Operator
+from deltatune.multi.operators.operator import NARROW, Operator
 
 
 class Dense(Operator):
@@ -33,7 +33,11 @@ class Dense(Operator):
     @staticmethod
     def _own(x: Tensor, lanes: Lanes, A: str) -> Tensor:
         """x A for all lanes in use, (rows, tokens, distinct * r), with zeros for those that are not the row's."""
-        h = x @ lanes.beside(A, x.dtype)
+        matrices = lanes.beside(A, x.dtype)
+        if matrices.shape[-1] > NARROW or torch.is_grad_enabled():
+            h = x @ matrices
+        else:
+            h = (matrices.T @ x.reshape(-1, x.shape[-1]).T).T.view(*x.shape[:-1], -1)
         if len(lanes.picks.distinct) == 1:
             return h
         return h * lanes.picks.places(lanes[A].shape[-1]).to(x.dtype)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from deltatune.multi.lanes import Lanes
 
+NARROW = 8
+"""Products of so few columns are up to twice as fast with those as rows: (W^T x^T)^T."""
+
 
 class Operator(ABC):
     """z_i = x_i W[lane_i] for every row i."""

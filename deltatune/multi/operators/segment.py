@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import Lanes
-from deltatune.multi.operators.operator import Operator
+from deltatune.multi.lanes import TOKENS, Lanes
+from deltatune.multi.operators.operator import NARROW, Operator
 
 
 class Segment(Operator):
@@ -14,7 +14,10 @@ class Segment(Operator):
 
     def matrix(self, x: Tensor, lanes: Lanes, W: str) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
-        return torch.bmm(x, lanes.rows(W, x.dtype))
+        matrices = lanes.rows(W, x.dtype)
+        if matrices.shape[-1] > NARROW or torch.compiler.is_compiling() or x.shape[1] < TOKENS or torch.is_grad_enabled():
+            return torch.bmm(x, matrices)
+        return torch.bmm(matrices.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
 
     def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
         """y + (x A) B, the sum made by the second product."""
