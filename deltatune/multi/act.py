@@ -188,7 +188,12 @@ class RouteAct(Act):
             return output
         y = first_output(output)
         x = first_input(args, kwargs, self.names)
-        if not torch.compiler.is_compiling() and (use := work.only) is not None and y.ndim == 3 and len(y) == len(x) == self.bank.rows:
+        if (
+            not torch.compiler.is_compiling()
+            and (use := work.only) is not None
+            and y.ndim == 3
+            and y.size(0) == x.size(0) == self.bank.rows
+        ):
             self._let_go()
             return replace_output(output, use.apply(x, y, y if self._is_own(module, y) else None))
         plain, own = y, not work.aparts and self._is_own(module, y)
@@ -207,8 +212,8 @@ class RouteAct(Act):
         """y was made by this forward, nobody else reads it, and no gradient is wanted: it may be overwritten."""
         if not self._makes_output or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched(module):
             return False
-        transformed = torch._C._functorch.maybe_current_level() is not None or torch.is_autocast_enabled(y.device.type)
-        return y.is_contiguous() and not transformed
+        changed = torch._C._functorch.maybe_current_level() is not None or torch.is_autocast_enabled(y.device.type)
+        return y.is_contiguous() and not changed
 
     def _let_go(self) -> None:
         """The sub-layer that ends here is over."""

@@ -6,6 +6,7 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.checkpoint.heads import read_head
 from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.around import Guest
 from deltatune.injection.attach import add_act
@@ -150,21 +152,24 @@ class Bank(Guest):
         self.records.pop(delta, None)
         remove_head(delta, self.heads.pop(delta, []))
 
-    def head(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def head(self, name: str, tensors: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         """Give a delta a task head of its own, with any number of labels; it acts in routes only. See ``multi.heads``.
 
         Args:
             name: the delta.
-            tensors: the head's, under their names below the backbone's head: ``weight`` and ``bias`` where that is one linear map.
+            tensors: the head's, under their names below the backbone's head: ``weight`` and ``bias`` where that is one linear map;
+                or the folder that it was saved to with its delta, of which ``dt.load(..., head=False)`` takes the rest.
 
         Raises:
             UnknownName: no delta of that name is attached.
             Unsupported: the backbone has no task head of linear maps.
             InvalidValue: the tensors are not those of such a head.
+            CheckpointError: the folder is damaged, or holds no head.
         """
+        found = tensors if isinstance(tensors, Mapping) else read_head(self.backbone, tensors)
         with self.lock:
             self.add(name)
-            self.heads[name] = place_head(self, name, tensors)
+            self.heads[name] = place_head(self, name, found)
 
     @property
     def oldest(self) -> int:

@@ -65,14 +65,18 @@ class Lanes:
     def beside(self, name: str, dtype: torch.dtype) -> Tensor:
         """The matrices of the lanes in use side by side: (lanes, in, out) -> (in, distinct * out)."""
         if len(self.picks.distinct) == 1:
-            return self.tensors[name][self.picks.distinct[0]].to(dtype)
+            return self._one(name, dtype)
         return self._copy("beside", name, dtype, lambda tensor: tensor.index_select(0, self.picks.used).transpose(0, 1).flatten(1))
 
     def below(self, name: str, dtype: torch.dtype) -> Tensor:
         """One below the other: (lanes, in, out) -> (distinct * in, out)."""
         if len(self.picks.distinct) == 1:
-            return self.tensors[name][self.picks.distinct[0]].to(dtype)
+            return self._one(name, dtype)
         return self._copy("below", name, dtype, lambda tensor: tensor.index_select(0, self.picks.used).flatten(0, 1))
+
+    def _one(self, name: str, dtype: torch.dtype) -> Tensor:
+        """That of the only lane in use; where it lies, if it is of that type."""
+        return self.tensors[name][self.picks.distinct[0]].to(dtype)
 
     def _copy(self, how: str, name: str, dtype: torch.dtype, made: Callable[[Tensor], Tensor]) -> Tensor:
         if torch.compiler.is_compiling() or not self.is_kept or torch._C._functorch.maybe_current_level() is not None:

@@ -29,7 +29,9 @@ class LowRank(Form):
 
     def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """One pair of products."""
-        x = dropped(x.to(y.dtype), table.key.settings[0], lanes.picks)
+        x = x.to(y.dtype)
+        if table.key.settings[0]:
+            x = dropped(x, table.key.settings[0], lanes.picks)
         return choose(x, lanes, "A", lanes["A"].shape[-1]).added(y, x, lanes, "A", "B", out)
 
 

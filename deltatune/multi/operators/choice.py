@@ -29,14 +29,14 @@ def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
     """
     if torch.compiler.is_compiling():
         return SEGMENT  # one graph for all routes
-    if x.device.type == "cuda" and FUSED.is_available() and not _trains(x, lanes[W]):
+    if x.is_cuda and FUSED.is_available() and not _trains(x, lanes[W]):
         return FUSED
     distinct = len(lanes.picks.distinct)
     if distinct == 1 or distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2):
         return DENSE
-    if x.shape[1] < TOKENS and x.device.type == "cpu" and not (lanes.is_kept or lanes[W].requires_grad):
-        return GATHER
-    return SEGMENT
+    if lanes.is_kept or x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
+        return SEGMENT
+    return GATHER
 
 
 def _trains(x: Tensor, W: Tensor) -> bool:

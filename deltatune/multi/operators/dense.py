@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import Lanes
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.operators.operator import NARROW, Operator
 
 
@@ -22,22 +22,26 @@ class Dense(Operator):
 
     def pair(self, x: Tensor, lanes: Lanes, A: str, B: str) -> Tensor:
         """(x A) B."""
-        return self._own(x, lanes, A) @ lanes.below(B, x.dtype)
+        return (self._own(x, lanes, A) @ lanes.below(B, x.dtype)).view(*x.shape[:-1], -1)
 
     def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
         """y + (x A) B, the sum made by the second product."""
-        h, flat = self._own(x, lanes, A), None if out is None else out.view(-1, out.shape[-1])
-        z = torch.addmm(y.reshape(-1, y.shape[-1]), h.flatten(0, 1), lanes.below(B, x.dtype), out=flat)  # type: ignore[call-overload]
-        return z.view(y.shape)  # type: ignore[no-any-return]
+        h, below = self._own(x, lanes, A), lanes.below(B, x.dtype)
+        if out is None:
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h, below).view(y.shape)
+        flat = out.view(-1, out.shape[-1])
+        torch.addmm(y.reshape(flat.shape), h, below, out=flat)
+        return out
 
     @staticmethod
     def _own(x: Tensor, lanes: Lanes, A: str) -> Tensor:
-        """x A for all lanes in use, (rows, tokens, distinct * r), with zeros for those that are not the row's."""
-        matrices = lanes.beside(A, x.dtype)
-        if matrices.shape[-1] > NARROW or torch.is_grad_enabled():
-            h = x @ matrices
+        """x A for all lanes in use, (rows * tokens, distinct * r), with zeros for those that are not the row's."""
+        matrices, flat = lanes.beside(A, x.dtype), x.reshape(-1, x.shape[-1])
+        if x.shape[1] >= TOKENS and matrices.shape[-1] <= NARROW and not torch.is_grad_enabled():
+            h = (matrices.T @ flat.T).T
         else:
-            h = (matrices.T @ x.reshape(-1, x.shape[-1]).T).T.view(*x.shape[:-1], -1)
+            h = flat @ matrices
         if len(lanes.picks.distinct) == 1:
             return h
-        return h * lanes.picks.places(lanes[A].shape[-1]).to(x.dtype)
+        places = lanes.picks.places(lanes[A].shape[-1]).to(x.dtype)
+        return (h.view(*x.shape[:-1], -1) * places).flatten(0, 1)
