@@ -79,7 +79,7 @@ class Lanes:
         return self.tensors[name][self.picks.distinct[0]].to(dtype)
 
     def _copy(self, how: str, name: str, dtype: torch.dtype, made: Callable[[Tensor], Tensor]) -> Tensor:
-        if torch.compiler.is_compiling() or not self.is_kept or torch._C._functorch.maybe_current_level() is not None:
+        if not self.is_kept or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return made(self.tensors[name]).to(dtype)
         found = self._copies.get((how, name, dtype))
         if found is None:

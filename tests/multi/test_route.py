@@ -265,6 +265,41 @@ def test_heads_of_other_sizes_come_from_files(format: str, tmp_path: Path) -> No
 
 
 @torch.no_grad()
+def test_what_others_keep_of_an_output_is_not_overwritten() -> None:
+    backbone, _ = fresh("mlp")
+    kept: list[Tensor] = []
+    first = backbone[0]  # type: ignore[index]
+    handle = first.register_forward_hook(lambda module, args, y: kept.append(y))
+    shake(dt.attach(backbone, LoRA(rank=2), "0", name="a"))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with dt.route(backbone, ["a", None]):
+        backbone(x)
+    assert torch.equal(kept[0], torch.nn.functional.linear(x, first.weight, first.bias))
+    handle.remove()
+
+
+def test_copies_made_without_gradients_serve_with_them() -> None:
+    backbone, _ = fresh("mlp")
+    for k in range(20):
+        delta = dt.attach(backbone, LoRA(rank=4), "0", name=f"d{k}")
+        with torch.no_grad():
+            shake(delta, seed=k)
+        delta.freeze()
+    x = torch.randn(20, 1, 32, generator=torch.Generator().manual_seed(0))
+    names = [f"d{k}" for k in range(20)]
+    found = []
+    for before in (0, 3):
+        own = x.clone().requires_grad_()
+        with dt.route(backbone, names):
+            with torch.inference_mode():
+                for _ in range(before):
+                    backbone(x)
+            backbone(own).square().sum().backward()
+        found.append(own.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@torch.no_grad()
 def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
     backbone, _ = fresh("bert")
     delta = dt.attach(backbone, LoRA(rank=2), name="a", head=False)
