@@ -181,21 +181,17 @@ class RouteAct(Act):
         """Edit the output."""
         if self.bank.plan is None:
             return output
-        kept = self._kept.pop(thread_key(), None) if self._kept else None
         work = self.work()
+        if not torch.compiler.is_compiling() and (use := work.only) is not None and isinstance(output, Tensor) and self.given is None:
+            x = first_input(args, kwargs, self.names)
+            if output.ndim == 3 and output.size(0) == x.size(0) == self.bank.rows:
+                return use.apply(x, output, output if self._is_own(module, output) else None)
+        kept = self._kept.pop(thread_key(), None) if self._kept else None
         if output is None or not (work.steps or work.module or work.aparts):
             self._let_go()
             return output
         y = first_output(output)
         x = first_input(args, kwargs, self.names)
-        if (
-            not torch.compiler.is_compiling()
-            and (use := work.only) is not None
-            and y.ndim == 3
-            and y.size(0) == x.size(0) == self.bank.rows
-        ):
-            self._let_go()
-            return replace_output(output, use.apply(x, y, y if self._is_own(module, y) else None))
         plain, own = y, not work.aparts and self._is_own(module, y)
         for use in work.module:
             y = self._run(use, x, y, own)

@@ -13,6 +13,10 @@ TOKENS = 8
 """From so many tokens a row on, copying the matrices of its lane in each forward costs less than reading them token by token."""
 
 
+Step = Callable[[Tensor, Tensor], object]
+"""What a later step of a route does with x and y, in place."""
+
+
 class Room:
     """Bytes that the copies of one route may take, all modules together."""
 
@@ -32,6 +36,10 @@ class Lanes:
     What operators lay out for few tokens a row, a route that goes on keeps from its second such forward on, while there is room:
     a lane that an open route may read is never written, so the copies hold until the route closes or is planned anew.
 
+    Attributes:
+        is_kept: copies are.
+        steps: type of y -> what later steps do with few tokens, everything looked up; None where that is not known.
+
     Args:
         tensors: name -> (lanes, ...).
         picks: the lane of each row.
@@ -41,22 +49,26 @@ class Lanes:
     def __init__(self, tensors: Mapping[str, Tensor], picks: Picks, room: Room | None = None) -> None:
         self.tensors, self.picks = tensors, picks
         self.is_kept = False
+        self.steps: dict[torch.dtype, Step | None] = {}
         self._room = room
-        self._is_new = True
+        self._forwards = 0
         self._copies: dict[tuple[str, str, torch.dtype], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def begin(self, tokens: int) -> None:
-        """A forward with so many tokens a row begins that uses them; the second one with few finds out whether there is room."""
-        if self._room is None or tokens >= TOKENS or len(self.picks.distinct) == 1:
-            return
-        if self._is_new:
-            self._is_new = False
-            return
-        lane = sum(tensor[0].numel() * tensor.element_size() for tensor in self.tensors.values())
-        self.is_kept, self._room = self._room.take(lane * len(self.picks.numbers)), None
+    def begin(self, tokens: int) -> bool:
+        """A forward with so many tokens a row begins that uses them: whether it is a later one of few tokens, in a route that goes on.
+
+        The second one finds out whether there is room.
+        """
+        if self._room is None or tokens >= TOKENS:
+            return False
+        self._forwards += 1
+        if self._forwards == 2 and len(self.picks.distinct) > 1:
+            lane = sum(tensor[0].numel() * tensor.element_size() for tensor in self.tensors.values())
+            self.is_kept = self._room.take(lane * len(self.picks.numbers))
+        return self._forwards > 1
 
     def rows(self, name: str, dtype: torch.dtype) -> Tensor:
         """Each row's: (rows, ...)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltatune.injection.slot import Term
-from deltatune.multi.lanes import Lanes
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -45,7 +45,11 @@ class Use:
         form = self.table.form
         if self.compact is None or not torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
-                self.lanes.begin(y.shape[1])
+                if out is not None and (step := self.lanes.steps.get(y.dtype)) is not None and y.size(1) < TOKENS and x.dtype == y.dtype:
+                    step(x, out)
+                    return out
+                if self.lanes.begin(y.size(1)) and y.dtype not in self.lanes.steps:
+                    self.lanes.steps[y.dtype] = form.step(y, self.lanes, self.table)
             return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
         tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.lanes.tensors.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltatune.multi.lanes import Lanes
+from deltatune.multi.lanes import Lanes, Step
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -41,6 +41,10 @@ class Form(ABC):
     @abstractmethod
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """The definition, for one lane: x (tokens, in), y (tokens, out) -> (tokens, out)."""
+
+    def step(self, y: Tensor, lanes: Lanes, table: Table) -> Step | None:
+        """``many`` for few tokens and with y as ``out``, looked up once for all steps of a route; None where that saves nothing."""
+        return None
 
     @abstractmethod
     def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import TOKENS, Lanes
+from deltatune.multi.lanes import TOKENS, Lanes, Step
 from deltatune.multi.operators.operator import NARROW, Operator
 
 
@@ -32,6 +32,18 @@ class Dense(Operator):
         flat = out.view(-1, out.shape[-1])
         torch.addmm(y.reshape(flat.shape), h, below, out=flat)
         return out
+
+    def step(self, lanes: Lanes, A: str, B: str, dtype: torch.dtype) -> Step | None:
+        """Two products with the only lane."""
+        if len(lanes.picks.distinct) > 1:
+            return None
+        down, up = lanes.beside(A, dtype), lanes.below(B, dtype)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            flat = y.view(-1, up.shape[-1])
+            torch.addmm(flat, x.reshape(-1, down.shape[0]) @ down, up, out=flat)
+
+        return step
 
     @staticmethod
     def _own(x: Tensor, lanes: Lanes, A: str) -> Tensor:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import Lanes
+from deltatune.multi.lanes import Lanes, Step
 
 NARROW = 8
 """Products of so few columns are up to twice as fast with those as rows: (W^T x^T)^T."""
@@ -32,6 +32,10 @@ class Operator(ABC):
     def pair(self, x: Tensor, lanes: Lanes, A: str, B: str) -> Tensor:
         """(x A) B, by way of the few numbers between them."""
         return self.matrix(self.matrix(x, lanes, A), lanes, B)
+
+    def step(self, lanes: Lanes, A: str, B: str, dtype: torch.dtype) -> Step | None:
+        """``added`` for few tokens and with y as ``out``, looked up once for all steps of a route; None where that saves nothing."""
+        return None
 
     def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
         """y + (x A) B; in ``out``, if it is given, which may be y."""
