@@ -2,8 +2,7 @@
 
 The figures S1 to S7 of issue 6, on Llamas with random weights (*S*: width 512, 8 layers; *M*: width 1024, 12 layers), LoRA on all
 seven linear maps. A decode step is one token a row behind 64 cached ones; a route is opened once for many steps, as an engine and
-``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. A prompt is read once a route:
-S7 takes the route's first forward. The plain backbone is one to which nothing was ever attached; what attached deltas cost that
+``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. The plain backbone is one to which nothing was ever attached; what attached deltas cost that
 rest is given beside it. ``many.py S M`` measures both; ``many.py --smoke`` only sees that everything runs.
 
 Beside each figure stands its floor on this machine: the plain backbone's step, and for many deltas the bytes of the lanes in use at
@@ -178,7 +177,7 @@ def prefill(size: Size, rounds: int, bare: nn.Module, model: nn.Module, other: A
 
     competitors = {
         "backbone": plain(lambda: bare(input_ids=ids, use_cache=False), 1, 1),
-        "ours": within(model, names, lambda: model(input_ids=ids, use_cache=False), 0, 1),
+        "ours": within(model, names, lambda: model(input_ids=ids, use_cache=False), 1, 1),
         "peft": plain(peft_step, 1, 1),
     }
     seconds = interleave(competitors, rounds)

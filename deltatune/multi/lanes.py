@@ -13,8 +13,8 @@ TOKENS = 8
 """From so many tokens a row on, copying the matrices of its lane in each forward costs less than reading them token by token."""
 
 
-Step = Callable[[Tensor, Tensor], object]
-"""What a later step of a route does with x and y, in place."""
+Shortcut = Callable[[Tensor, Tensor], object]
+"""What later forwards of a route do with x and y, in place, with everything looked up."""
 
 
 class Room:
@@ -33,12 +33,13 @@ class Room:
 class Lanes:
     """The tensors of a table, with the lane of each row.
 
-    What operators lay out for few tokens a row, a route that goes on keeps from its second such forward on, while there is room:
-    a lane that an open route may read is never written, so the copies hold until the route closes or is planned anew.
+    What operators copy for many tokens a row, a route keeps for its later forwards while there is room, and what they copy for few
+    from the second forward on: one does not pay for it. A lane that an open route may read is never written, so the copies hold
+    until the route closes or is planned anew.
 
     Attributes:
         is_kept: copies are.
-        steps: type of y -> what later steps do with few tokens, everything looked up; None where that is not known.
+        shortcuts: type of y, and whether tokens are few -> what later forwards do; None where that is not known.
 
     Args:
         tensors: name -> (lanes, ...).
@@ -49,26 +50,25 @@ class Lanes:
     def __init__(self, tensors: Mapping[str, Tensor], picks: Picks, room: Room | None = None) -> None:
         self.tensors, self.picks = tensors, picks
         self.is_kept = False
-        self.steps: dict[torch.dtype, Step | None] = {}
+        self.shortcuts: dict[tuple[torch.dtype, bool], Shortcut | None] = {}
         self._room = room
-        self._forwards = 0
+        self._is_new = True
+        self._is_settled = False
         self._copies: dict[tuple[str, str, torch.dtype], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def begin(self, tokens: int) -> bool:
-        """A forward with so many tokens a row begins that uses them: whether it is a later one of few tokens, in a route that goes on.
-
-        The second one finds out whether there is room.
-        """
-        if self._room is None or tokens >= TOKENS:
-            return False
-        self._forwards += 1
-        if self._forwards == 2 and len(self.picks.distinct) > 1:
+        """A forward with so many tokens a row begins that uses them: whether it is known by now what is kept."""
+        if self._is_settled or self._room is None or (self._is_new and tokens < TOKENS):
+            self._is_new = False
+            return self._is_settled
+        self._is_settled = True
+        if len(self.picks.distinct) > 1:
             lane = sum(tensor[0].numel() * tensor.element_size() for tensor in self.tensors.values())
             self.is_kept = self._room.take(lane * len(self.picks.numbers))
-        return self._forwards > 1
+        return True
 
     def rows(self, name: str, dtype: torch.dtype) -> Tensor:
         """Each row's: (rows, ...)."""

@@ -45,11 +45,12 @@ class Use:
         form = self.table.form
         if self.compact is None or not torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
-                if out is not None and (step := self.lanes.steps.get(y.dtype)) is not None and y.size(1) < TOKENS and x.dtype == y.dtype:
-                    step(x, out)
+                key = y.dtype, y.size(1) < TOKENS
+                if out is not None and (shortcut := self.lanes.shortcuts.get(key)) is not None and x.dtype == y.dtype:
+                    shortcut(x, out)
                     return out
-                if self.lanes.begin(y.size(1)) and y.dtype not in self.lanes.steps:
-                    self.lanes.steps[y.dtype] = form.step(y, self.lanes, self.table)
+                if self.lanes.begin(y.size(1)) and key not in self.lanes.shortcuts:
+                    self.lanes.shortcuts[key] = form.shortcut(y, self.lanes, self.table)
             return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
         tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.lanes.tensors.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltatune.multi.lanes import Lanes, Step
+from deltatune.multi.lanes import Lanes, Shortcut
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -42,8 +42,8 @@ class Form(ABC):
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """The definition, for one lane: x (tokens, in), y (tokens, out) -> (tokens, out)."""
 
-    def step(self, y: Tensor, lanes: Lanes, table: Table) -> Step | None:
-        """``many`` for few tokens and with y as ``out``, looked up once for all steps of a route; None where that saves nothing."""
+    def shortcut(self, y: Tensor, lanes: Lanes, table: Table) -> Shortcut | None:
+        """``many`` for a y like this one, which is ``out``, looked up once for a route; None where that saves nothing."""
         return None
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form, dropped, padded, rank_class
-from deltatune.multi.lanes import Lanes, Step
+from deltatune.multi.lanes import Lanes, Shortcut
 from deltatune.multi.operators.choice import choose
 from deltatune.multi.table import Table
 
@@ -27,9 +27,9 @@ class LowRank(Form):
         x = dropped(x.to(y.dtype), table.key.settings[0])
         return y + x @ tensors["A"].to(y.dtype) @ tensors["B"].to(y.dtype)
 
-    def step(self, y: Tensor, lanes: Lanes, table: Table) -> Step | None:
+    def shortcut(self, y: Tensor, lanes: Lanes, table: Table) -> Shortcut | None:
         """The operator's."""
-        return None if table.key.settings[0] else choose(y, lanes, "A", lanes["A"].shape[-1]).step(lanes, "A", "B", y.dtype)
+        return None if table.key.settings[0] else choose(y, lanes, "A", lanes["A"].shape[-1]).shortcut(y, lanes, "A", "B")
 
     def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """One pair of products."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import Lanes, Step
+from deltatune.multi.lanes import Lanes, Shortcut
 
 NARROW = 8
 """Products of so few columns are up to twice as fast with those as rows: (W^T x^T)^T."""
@@ -33,8 +33,8 @@ class Operator(ABC):
         """(x A) B, by way of the few numbers between them."""
         return self.matrix(self.matrix(x, lanes, A), lanes, B)
 
-    def step(self, lanes: Lanes, A: str, B: str, dtype: torch.dtype) -> Step | None:
-        """``added`` for few tokens and with y as ``out``, looked up once for all steps of a route; None where that saves nothing."""
+    def shortcut(self, y: Tensor, lanes: Lanes, A: str, B: str) -> Shortcut | None:
+        """``added`` for a y like this one, which is ``out``, looked up once for a route; None where that saves nothing."""
         return None
 
     def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
