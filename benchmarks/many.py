@@ -2,8 +2,9 @@
 
 The figures S1 to S7 of issue 6, on Llamas with random weights (*S*: width 512, 8 layers; *M*: width 1024, 12 layers), LoRA on all
 seven linear maps. A decode step is one token a row behind 64 cached ones; a route is opened once for many steps, as an engine and
-``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. The plain backbone is one to which nothing was ever attached; what attached deltas cost that
-rest is given beside it. ``many.py S M`` measures both; ``many.py --smoke`` only sees that everything runs.
+``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. The plain backbone is one to which
+nothing was ever attached; what attached deltas cost that rest is given beside it. ``many.py S M`` measures both; ``many.py --smoke``
+only sees that everything runs.
 
 Beside each figure stands its floor on this machine: the plain backbone's step, and for many deltas the bytes of the lanes in use at
 the memory bandwidth that is measured beside it.
