@@ -2,7 +2,9 @@
 
 The figures S1 to S7 of issue 6, on Llamas with random weights (*S*: width 512, 8 layers; *M*: width 1024, 12 layers), LoRA on all
 seven linear maps. A decode step is one token a row behind 64 cached ones; a route is opened once for many steps, as an engine and
-``generate`` do, so its opening is given apart. ``many.py S M`` measures both; ``many.py --smoke`` only sees that everything runs.
+``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. The plain backbone is one to which
+nothing was ever attached; what attached deltas cost that rest is given beside it. ``many.py S M`` measures both; ``many.py --smoke``
+only sees that everything runs.
 
 Beside each figure stands its floor on this machine: the plain backbone's step, and for many deltas the bytes of the lanes in use at
 the memory bandwidth that is measured beside it.
@@ -11,6 +13,7 @@ the memory bandwidth that is measured beside it.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from deltatune.multi.routing import Entry
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROLES = ["attention.*", "feed_forward.*"]
-ROWS, CACHED, PREFILL = 32, 64, 32
+ROWS, CACHED, PREFILL, STEPS = 32, 64, 32, 3
 BARS = {"S1": 4.0, "S2": 2.0, "S3": 30.0, "S4": 1.20, "S5": 1.10, "S6": 1.10}
 PREFILL_BARS = {"S": 1.7, "M": 1.3}
 
@@ -78,6 +81,11 @@ def theirs(size: Size) -> Any:
     return model.eval()
 
 
+def chosen(size: Size) -> list[Entry]:
+    """As many of the loaded ones as there are rows, in any order."""
+    return list(random.Random(0).sample([f"d{k}" for k in range(size.loaded)], ROWS))
+
+
 def cached(model: nn.Module, rows: int) -> Callable[..., Any]:
     """A decode step: one token a row behind the cached ones."""
     cache = DynamicCache()
@@ -91,23 +99,25 @@ def cached(model: nn.Module, rows: int) -> Callable[..., Any]:
     return step
 
 
-def within(model: nn.Module, entries: list[Entry], work: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of the work within an open route; one call ahead of it, so that all is read."""
+def within(model: nn.Module, entries: list[Entry], work: Callable[[], Any], ahead: int = 2, times: int = STEPS) -> Callable[[], float]:
+    """Seconds of the work within an open route, so many calls behind its first."""
 
     def measured() -> float:
         with dt.route(model, entries):
-            work()
-            return timed(work)
+            for _ in range(ahead):
+                work()
+            return timed(lambda: [work() for _ in range(times)]) / times
 
     return measured
 
 
-def plain(work: Callable[[], Any]) -> Callable[[], float]:
+def plain(work: Callable[[], Any], ahead: int = 2, times: int = STEPS) -> Callable[[], float]:
     """Seconds of the work without a route, as above."""
 
     def measured() -> float:
-        work()
-        return timed(work)
+        for _ in range(ahead):
+            work()
+        return timed(lambda: [work() for _ in range(times)]) / times
 
     return measured
 
@@ -124,9 +134,9 @@ def in_turn(model: Any, step: Callable[..., Any]) -> Callable[[], float]:
 
 
 @torch.no_grad()
-def decode(size: Size, rounds: int, model: nn.Module, other: Any) -> dict[str, Any]:
+def decode(size: Size, rounds: int, bare: nn.Module, model: nn.Module, other: Any) -> dict[str, Any]:
     """S1 to S5 for one size."""
-    names: list[Entry] = [f"d{k}" for k in range(ROWS)]
+    names = chosen(size)
     step, mixed, alone = cached(model, ROWS), cached(other.base_model.model, ROWS), cached(other.base_model.model, 1)
 
     def peft_step() -> None:
@@ -134,10 +144,12 @@ def decode(size: Size, rounds: int, model: nn.Module, other: Any) -> dict[str, A
             mixed()
 
     competitors: Mapping[str, Callable[[], float]] = {
-        "backbone": plain(step),
+        "backbone": plain(cached(bare, ROWS)),
+        "resting": plain(step),
         "ours": within(model, names, step),
+        "ours, second step": within(model, names, step, 1, 1),
         "one": within(model, ["d0"] * ROWS, step),
-        "peft": plain(peft_step),
+        "peft": plain(peft_step, 1),
         "peft in turn": in_turn(other, alone),
     }
     seconds = interleave(competitors, rounds)
@@ -147,6 +159,7 @@ def decode(size: Size, rounds: int, model: nn.Module, other: Any) -> dict[str, A
         "S3": round(ratio(seconds["peft in turn"], seconds["ours"]), 1),
         "S4": round(ratio(seconds["ours"], seconds["backbone"]), 3),
         "S5": round(ratio(seconds["ours"], seconds["one"]), 3),
+        "deltas at rest / backbone": round(ratio(seconds["resting"], seconds["backbone"]), 3),
         "floor of S4": round(1 + lane_bytes(model) * ROWS / bandwidth() / statistics.median(seconds["backbone"]), 3),
         "milliseconds": {name: round(1e3 * statistics.median(times), 1) for name, times in seconds.items()},
         "opening a route, ms": round(1e3 * statistics.median(opening), 1),
@@ -154,9 +167,9 @@ def decode(size: Size, rounds: int, model: nn.Module, other: Any) -> dict[str, A
 
 
 @torch.no_grad()
-def prefill(rounds: int, model: nn.Module, other: Any) -> dict[str, Any]:
+def prefill(size: Size, rounds: int, bare: nn.Module, model: nn.Module, other: Any) -> dict[str, Any]:
     """S7: rows of 32 tokens."""
-    names: list[Entry] = [f"d{k}" for k in range(ROWS)]
+    names = chosen(size)
     ids = torch.ones(ROWS, PREFILL, dtype=torch.long)
 
     def peft_step() -> None:
@@ -164,9 +177,9 @@ def prefill(rounds: int, model: nn.Module, other: Any) -> dict[str, Any]:
             other.base_model.model(input_ids=ids, use_cache=False)
 
     competitors = {
-        "backbone": plain(lambda: model(input_ids=ids, use_cache=False)),
-        "ours": within(model, names, lambda: model(input_ids=ids, use_cache=False)),
-        "peft": plain(peft_step),
+        "backbone": plain(lambda: bare(input_ids=ids, use_cache=False), 1, 1),
+        "ours": within(model, names, lambda: model(input_ids=ids, use_cache=False), 1, 1),
+        "peft": plain(peft_step, 1, 1),
     }
     seconds = interleave(competitors, rounds)
     return {
@@ -222,9 +235,10 @@ def check(model: nn.Module) -> float:
 def measure(name: str, rounds: int, many: int) -> dict[str, Any]:
     torch.manual_seed(0)
     size = SIZES[name]
-    model, other = loaded(size, size.loaded, ROLES), theirs(size)
-    found = {"difference from rows alone": check(model)} | decode(size, rounds, model, other) | prefill(rounds, model, other)
-    del model, other
+    bare, model, other = backbone(size), loaded(size, size.loaded, ROLES), theirs(size)
+    found = {"difference from rows alone": check(model)} | decode(size, rounds, bare, model, other)
+    found |= prefill(size, rounds, bare, model, other)
+    del bare, model, other
     if name != "M":
         found |= crowded(size, rounds, many)
     return found

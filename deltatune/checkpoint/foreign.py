@@ -230,6 +230,16 @@ def load_foreign(backbone: nn.Module, folder: Path, kind: str, name: str | None,
     name = _name(folder) if name is None else name
     check_free(name, ledger_of(backbone))
     sites = index_of(backbone)
+    return attach_foreign(backbone, read_foreign(sites, folder, kind, reading, allow_nonfinite=allowed.nonfinite), sites, name, allowed)
+
+
+def read_foreign(sites: Index, folder: Path, kind: str, reading: Reading, *, allow_nonfinite: bool = False) -> Foreign:
+    """What a foreign folder holds; the backbone is not touched.
+
+    Raises:
+        CheckpointError: it is damaged, or holds NaN or infinity.
+        Unsupported: it holds what cannot be translated.
+    """
     try:
         found = formats[kind].read(folder, sites, reading)
     except DeltaError:
@@ -237,9 +247,9 @@ def load_foreign(backbone: nn.Module, folder: Path, kind: str, name: str | None,
     except MISBUILT as cause:
         raise CheckpointError(f"`{folder}` says what makes no sense to {kind}: {cause}. It was edited; copy it again.") from cause
     broken = not_finite(found.flat)
-    if broken and not allowed.nonfinite:
+    if broken and not allow_nonfinite:
         raise CheckpointError(f"`{folder}` holds NaN or infinity in {named(broken)}. Train again, or pass allow_nonfinite=True.")
-    return attach_foreign(backbone, found, sites, name, allowed)
+    return found
 
 
 def attach_foreign(backbone: nn.Module, found: Foreign, sites: Index, name: str, allowed: Allowed) -> Delta | Composition:

@@ -335,7 +335,8 @@ def _fill(delta: Delta, state: Mapping[str, Tensor]) -> None:
         delta.load_state_dict(state)
     except CheckpointError as cause:
         raise CheckpointError(
-            f"{cause} load(..., allow_missing=True, allow_unexpected=True, allow_misshapen=True) each let one kind pass."
+            f"{cause} load(..., allow_missing=True, allow_unexpected=True, allow_misshapen=True) each let one kind pass; a head for other "
+            "labels stays out with head=False, and acts in routes by dt.bank(backbone).head(name, folder)."
         ) from cause
     except MISBUILT as cause:
         raise CheckpointError(f"The tensors do not fit delta `{delta.name}` ({delta.method}): {cause}. Save it again.") from cause

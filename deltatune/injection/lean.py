@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.modules.module import _global_forward_hooks
 
 from deltatune.injection.slot import Member
 from deltatune.methods.kinds import LowRank
@@ -90,7 +91,7 @@ class Lean:
 
     def factors(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """A and B in x's type; None where this forward has to run plainly."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or _is_watched(module):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or is_watched(module):
             return None
         if torch._C._functorch.maybe_current_level() is not None:
             return None
@@ -101,9 +102,9 @@ class Lean:
         return A.to(x.dtype), B.to(x.dtype).contiguous()
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Somebody else may keep its output, or asks for the gradient of its input."""
-    return len(module._forward_hooks) > 1 or bool(module._backward_hooks or module._backward_pre_hooks)
+    return len(module._forward_hooks) > 1 or bool(_global_forward_hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def before(lean: Lean, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
 from deltatune.injection.branches import Given
+from deltatune.injection.lean import is_watched
 from deltatune.injection.outputs import first_output, put_rows, replace_output
 from deltatune.injection.slot import Act, Term, first_input, replace_input, thread_key
 from deltatune.injection.tokens import token_ranks
@@ -26,6 +27,7 @@ from deltatune.multi.forms import FORMS
 from deltatune.multi.forms.form import Form
 from deltatune.multi.plan import Use, Work
 from deltatune.multi.table import Key, LaneName, Table
+from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
     from deltatune.multi.bank import Bank
@@ -67,6 +69,8 @@ class RouteAct(Act):
         self.given: Given | None = None
         self.begins: list[Given] = []
         self.reads_tokens = False
+        site = Site("", module)
+        self._makes_output = type(module) is nn.Linear or (site.transposed and site.is_linear)
         self._counts: dict[str, int] = {}
         self._kept: dict[int, Kept] = {}
 
@@ -177,27 +181,35 @@ class RouteAct(Act):
         """Edit the output."""
         if self.bank.plan is None:
             return output
-        kept = self._kept.pop(thread_key(), None) if self._kept else None
         work = self.work()
+        if not torch.compiler.is_compiling() and (use := work.only) is not None and isinstance(output, Tensor) and self.given is None:
+            x = first_input(args, kwargs, self.names)
+            if output.ndim == 3 and output.size(0) == x.size(0) == self.bank.rows:
+                return use.apply(x, output, output if self._is_own(module, output) else None)
+        kept = self._kept.pop(thread_key(), None) if self._kept else None
         if output is None or not (work.steps or work.module or work.aparts):
             self._let_go()
             return output
         y = first_output(output)
         x = first_input(args, kwargs, self.names)
-        if not torch.compiler.is_compiling() and (use := work.only) is not None and y.ndim == 3 and len(y) == len(x) == self.bank.rows:
-            self._let_go()
-            return replace_output(output, use.apply(x, y))
-        plain = y
+        plain, own = y, not work.aparts and self._is_own(module, y)
         for use in work.module:
-            y = self._run(use, x, y)
+            y = self._run(use, x, y, own)
         for k, step in enumerate(work.steps):
             for use in step.outputs:
-                y = self._run(use, self._read(use, kept.seen[k] if kept is not None and work.edits else x), y)
+                y = self._run(use, self._read(use, kept.seen[k] if kept is not None and work.edits else x), y, own)
         for apart in work.aparts:
             assert kept is not None
             y = run_apart(self, module, apart, kept, plain, y)
         self._let_go()
         return replace_output(output, y)
+
+    def _is_own(self, module: nn.Module, y: Tensor) -> bool:
+        """y was made by this forward, nobody else reads it, and no gradient is wanted: it may be overwritten."""
+        if not self._makes_output or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched(module):
+            return False
+        changed = torch._C._functorch.maybe_current_level() is not None or torch.is_autocast_enabled(y.device.type)
+        return y.is_contiguous() and not changed
 
     def _let_go(self) -> None:
         """The sub-layer that ends here is over."""
@@ -211,9 +223,9 @@ class RouteAct(Act):
         assert self.given is not None
         return self.given.read()
 
-    def _run(self, use: Use, x: Tensor, y: Tensor) -> Tensor:
-        """One table: rows of the batch, tokens of a row, channels last, and back."""
-        if not (torch.compiler.is_compiling() or use.picks.is_used):
+    def _run(self, use: Use, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
+        """One table: rows of the batch, tokens of a row, channels last, and back; y of its ``own`` may be overwritten."""
+        if use.is_idle and not torch.compiler.is_compiling():
             return y
         table, rows = use.table, self.bank.rows
         axis = table.site.channel_axis if use.table.key.stage != "input" else -1
@@ -225,7 +237,8 @@ class RouteAct(Act):
         else:
             flat = spread.reshape(rows, -1, spread.shape[-1])
             given = _tokens(x, flat, table.form.reads_input)
-            z = use.apply(given, flat)
+            whole_own = own and flat.data_ptr() == y.data_ptr() and flat.numel() == y.numel()
+            z = use.apply(given, flat, flat if whole_own else None)
             z = z.view(*spread.shape[:-1], z.shape[-1])
         if table.site.rows is not None:
             z = put_rows(whole, table.site.rows, z)

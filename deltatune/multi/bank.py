@@ -6,6 +6,7 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.checkpoint.heads import read_head
 from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.around import Guest
 from deltatune.injection.attach import add_act
@@ -28,11 +30,13 @@ from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatc
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, context_at
 from deltatune.multi.heads import place_head, remove_head
+from deltatune.multi.lanes import Room
 from deltatune.multi.lock import Lock
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
+from deltatune.structure.site import modules_of
 
 if TYPE_CHECKING:
     from deltatune.multi.streams import Streams
@@ -83,6 +87,7 @@ class Bank(Guest):
         newest: number of the newest route.
         open: numbers of the routes that are open.
         layers: the modules that gradient checkpointing may compute anew.
+        size: bytes of the backbone's own parameters; copies that a route keeps take no more.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -98,6 +103,10 @@ class Bank(Guest):
         self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
         self.layers = checkpointing(backbone)
+        own = {
+            id(tensor): tensor for module in modules_of(backbone).values() for tensor in module._parameters.values() if tensor is not None
+        }
+        self.size = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
     @property
     def ledger(self) -> Ledger:
@@ -143,21 +152,24 @@ class Bank(Guest):
         self.records.pop(delta, None)
         remove_head(delta, self.heads.pop(delta, []))
 
-    def head(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def head(self, name: str, tensors: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         """Give a delta a task head of its own, with any number of labels; it acts in routes only. See ``multi.heads``.
 
         Args:
             name: the delta.
-            tensors: the head's, under their names below the backbone's head: ``weight`` and ``bias`` where that is one linear map.
+            tensors: the head's, under their names below the backbone's head: ``weight`` and ``bias`` where that is one linear map;
+                or the folder that it was saved to with its delta, of which ``dt.load(..., head=False)`` takes the rest.
 
         Raises:
             UnknownName: no delta of that name is attached.
             Unsupported: the backbone has no task head of linear maps.
             InvalidValue: the tensors are not those of such a head.
+            CheckpointError: the folder is damaged, or holds no head.
         """
+        found = tensors if isinstance(tensors, Mapping) else read_head(self.backbone, tensors)
         with self.lock:
             self.add(name)
-            self.heads[name] = place_head(self, name, tensors)
+            self.heads[name] = place_head(self, name, found)
 
     @property
     def oldest(self) -> int:
@@ -222,7 +234,8 @@ class Bank(Guest):
     def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
         names = dict.fromkeys(name for program in programs for term in program for name in term.members)
         training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
-        return Planner(number, programs, self.acts, self.contexts, training, streams).plan()
+        room = Room(self.size) if streams is None else None
+        return Planner(number, programs, self.acts, self.contexts, training, streams, room).plan()
 
     def _renewed(self, plan: Plan) -> Plan:
         """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""

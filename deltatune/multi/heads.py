@@ -1,9 +1,10 @@
 """Task heads of other sizes: a delta brings its own, and the rows of a batch come back with the labels of their tasks.
 
 The backbone's head has one number of labels. A delta that was trained with another one joins without it
-(``dt.load(..., head=False)``) and is given its head here; it acts in routes. The logits of a routed batch are as wide as
-the widest head in it, and rows with fewer labels end in ``-inf``, which no softmax sees and no argmax takes;
-``split`` cuts it off. A loss over routed rows is the caller's: the backbone's own knows one number of labels.
+(``dt.load(..., head=False)``) and is given its head by ``dt.bank(backbone).head(name, folder)``; it acts in routes. The
+logits of a routed batch are as wide as the widest head in it, and rows with fewer labels end in ``-inf``, which no softmax
+sees and no argmax takes; ``split`` cuts it off. A loss over routed rows is the caller's: the backbone's own knows one
+number of labels.
 """
 
 from __future__ import annotations
@@ -63,7 +64,25 @@ def linears_of(bank: Bank, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module
             f"A head of its own was given as {', '.join(f'`{name}`' for name in sorted(tensors))}. Give the tensors "
             f"{', '.join(f'`{name}`' for name in sorted(names))}, with as many labels as the task has."
         )
+    for path, module in modules.items():
+        weight, bias = (tensors.get(f"{path}.{name}" if path else name) for name in ("weight", "bias"))
+        _check_shapes(Site(path, module), weight, bias)
     return modules
+
+
+def _check_shapes(site: Site, weight: Tensor | None, bias: Tensor | None) -> None:
+    """The map reads what the backbone gives it, whatever the number of its outputs.
+
+    Raises:
+        InvalidValue: it does not.
+    """
+    shape = () if weight is None else tuple(weight.shape)
+    axis = 0 if site.transposed else 1
+    if len(shape) != 2 or shape[axis] != site.in_features or (bias is not None and tuple(bias.shape) != (shape[1 - axis],)):
+        raise InvalidValue(
+            f"A head of its own was given with a weight {shape} and a bias {None if bias is None else tuple(bias.shape)}, on a backbone "
+            f"whose head reads {site.in_features} numbers. Give a weight (labels, {site.in_features}) and a bias (labels,)."
+        )
 
 
 def place_head(bank: Bank, name: str, tensors: Mapping[str, Tensor]) -> list[tuple[RouteAct, nn.Module]]:

@@ -24,9 +24,10 @@ class Picks:
 
     def __init__(self, numbers: tuple[int, ...], device: torch.device, streams: Streams | None = None) -> None:
         self.numbers, self.streams = numbers, streams
-        self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
+        with torch.inference_mode(False):  # gradients may need them later
+            self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
+            self.mask = (self.lanes > 0)[:, None, None]
         self.distinct = tuple(sorted(set(numbers)))
-        self.mask = (self.lanes > 0)[:, None, None]
         self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._used: Tensor | None = None
         self._places: dict[int, Tensor] = {}
@@ -36,6 +37,7 @@ class Picks:
         """Some row uses a lane."""
         return self.distinct != (0,)
 
+    @torch.inference_mode(False)
     def bags(self, width: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Rows of a table (lanes * width, ...) that each token reads, (rows * tokens * width,), and where each token's begin."""
         found = self._bags.get((width, tokens))
@@ -48,12 +50,14 @@ class Picks:
         return found
 
     @property
+    @torch.inference_mode(False)
     def used(self) -> Tensor:
         """``distinct`` as a tensor."""
         if self._used is None:
             self._used = torch.tensor(self.distinct, device=self.lanes.device)
         return self._used
 
+    @torch.inference_mode(False)
     def places(self, width: int) -> Tensor:
         """Which of ``distinct`` each row uses, as 0 and 1, each ``width`` times: (rows, 1, number of them * width)."""
         found = self._places.get(width)

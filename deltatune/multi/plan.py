@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltatune.injection.slot import Term
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -24,26 +25,36 @@ class Use:
 
     Attributes:
         table: the table.
-        tensors: its tensors when the route opened.
-        picks: the lane of each row.
+        lanes: its tensors when the route opened, and the lane of each row.
         trained: the deltas' own tensors as lanes, that gradients reach; none where nothing trains.
         compact: the lane of each row among those.
     """
 
     table: Table
-    tensors: Mapping[str, Tensor]
-    picks: Picks
+    lanes: Lanes
     trained: tuple[Callable[[], Mapping[str, Tensor]], ...] = ()
     compact: Picks | None = None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """The form, for rows with a lane each: x (rows, tokens, in), y (rows, tokens, out)."""
+    @property
+    def is_idle(self) -> bool:
+        """No row uses a lane."""
+        return not self.lanes.picks.is_used
+
+    def apply(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """The form, for rows with a lane each: x (rows, tokens, in), y (rows, tokens, out); ``out`` is y where it may be overwritten."""
         form = self.table.form
         if self.compact is None or not torch.is_grad_enabled():
-            return form.many(x, y, self.tensors, self.picks, self.table)
+            if not torch.compiler.is_compiling():
+                key = y.dtype, y.size(1) < TOKENS
+                if out is not None and (shortcut := self.lanes.shortcuts.get(key)) is not None and x.dtype == y.dtype:
+                    shortcut(x, out)
+                    return out
+                if self.lanes.begin(y.size(1)) and key not in self.lanes.shortcuts:
+                    self.lanes.shortcuts[key] = form.shortcut(y, self.lanes, self.table)
+            return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
-        tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.tensors.items()}
-        return form.many(x, y, tensors, self.compact, self.table)
+        tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.lanes.tensors.items()}
+        return form.many(x, y, Lanes(tensors, self.compact), self.table)
 
 
 @dataclass(frozen=True)
@@ -91,8 +102,8 @@ class Work:
     @cached_property
     def only(self) -> Use | None:
         """The one table in use, where it edits the whole output of the module and nothing else is done."""
-        uses = [use for step in self.steps for use in step.outputs if use.picks.is_used]
-        if self.aparts or self.is_edited or len(uses) != 1 or any(use.picks.is_used for use in self.module):
+        uses = [use for step in self.steps for use in step.outputs if not use.is_idle]
+        if self.aparts or self.is_edited or len(uses) != 1 or not all(use.is_idle for use in self.module):
             return None
         table = uses[0].table
         plain = table.key.reads == "module" and table.site.rows is None and table.site.channel_axis == -1 and not table.form.whole
@@ -107,7 +118,7 @@ class Work:
     def is_idle(self) -> bool:
         """No row uses anything here."""
         uses = [*self.module, *(use for step in self.steps for use in (*step.inputs, *step.outputs))]
-        return not self.aparts and not any(use.picks.is_used for use in uses)
+        return not self.aparts and all(use.is_idle for use in uses)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from deltatune.injection.rows import RowPrefixes
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, plan_contexts
+from deltatune.multi.lanes import Lanes, Room
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
 from deltatune.multi.reading import read
@@ -31,6 +32,7 @@ class Planner:
         contexts: its context acts.
         training: the deltas that gradients may reach.
         streams: whose random numbers each row's dropout takes; None for the global ones.
+        room: for copies of lanes; None where the route is not to keep any.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Planner:
         contexts: Mapping[int, Context],
         training: frozenset[str],
         streams: Streams | None = None,
+        room: Room | None = None,
     ) -> None:
         self.number, self.entries, self.training = number, tuple(entries), training
-        self.acts, self.contexts, self.streams = acts, contexts, streams
+        self.acts, self.contexts, self.streams, self.room = acts, contexts, streams, room
         self.programs = tuple(dict.fromkeys(self.entries))
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
@@ -115,19 +118,19 @@ class Planner:
                 staged[table.key.stage].append(uses[k, table])
             steps.append(Step(tuple(reversed(staged["input"])), tuple(staged["output"])))
             module += staged["module"]
-        edits = any(use.picks.is_used for step in steps for use in step.inputs)
-        work = Work(tuple(module), tuple(steps), aparts, edits)
-        return work
+        edits = any(not use.is_idle for step in steps for use in step.inputs)
+        return Work(tuple(module), tuple(steps), aparts, edits)
 
     def _use(self, act: RouteAct, table: Table, rows: Mapping[int, LaneName]) -> Use:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
         trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
+        lanes = Lanes(table.tensors, picks, self.room if picks.lanes.device.type == "cpu" else None)
         if not trained:
-            return Use(table, table.tensors, picks)
+            return Use(table, lanes)
         names = list(dict.fromkeys(rows.values()))
         compact = self._picked(tuple(names.index(rows[row]) + 1 if row in rows else 0 for row in range(len(self.entries))), table)
-        return Use(table, table.tensors, picks, tuple(partial(_own, act, name) for name in names), compact)
+        return Use(table, lanes, tuple(partial(_own, act, name) for name in names), compact)
 
     def _picked(self, numbers: tuple[int, ...], table: Table) -> Picks:
         device = next(iter(table.tensors.values())).device

@@ -11,6 +11,7 @@ from deltatune.injection.slot import slot_of
 from deltatune.methods import IA3, Adapter, BitFit, DoRA, LoRA, NormTuning, VeRA
 from deltatune.multi.act import RouteAct
 from deltatune.multi.forms import FORMS
+from deltatune.multi.lanes import Lanes, Room
 from deltatune.multi.operators.choice import DENSE, GATHER, SEGMENT, choose
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.picks import Picks
@@ -31,21 +32,56 @@ def tables(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("operator", [GATHER, SEGMENT, DENSE], ids=lambda operator: type(operator).__name__)
 @pytest.mark.parametrize("lanes", LANES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int) -> None:
-    (A, B), picks = tables(), Picks(lanes, CPU)
-    x = torch.randn(4, tokens, 6, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(operator.matrix(x, A, picks), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
-    torch.testing.assert_close(operator.pair(x, A, B, picks), torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)]))
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("training", [False, True])
+def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int, training: bool) -> None:
+    A, B = tables()
+    own = Lanes({"A": A, "B": B}, Picks(lanes, CPU), Room(10**6))
+    x, y = (torch.randn(4, tokens, width, generator=torch.Generator().manual_seed(width)) for width in (6, 5))
+    with torch.set_grad_enabled(training):
+        for _ in range(3):  # from the second on with copies that are kept
+            own.begin(tokens)
+            torch.testing.assert_close(operator.matrix(x, own, "A"), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
+            pairs = torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)])
+            torch.testing.assert_close(operator.pair(x, own, "A", "B"), pairs)
+            torch.testing.assert_close(operator.added(y, x, own, "A", "B"), y + pairs)
+            out = y.clone()
+            assert operator.added(out, x, own, "A", "B", out).data_ptr() == out.data_ptr()
+            torch.testing.assert_close(out, y + pairs)
+        shortcut, out = operator.shortcut(y, own, "A", "B"), y.clone()
+        assert (shortcut is not None) == {GATHER: False, SEGMENT: own.is_kept, DENSE: True}[operator]
+        if shortcut is not None:
+            shortcut(x, out)
+            torch.testing.assert_close(out, y + pairs)
 
 
 def test_the_shape_chooses() -> None:
-    many, few = Picks(tuple(range(1, 33)), CPU), Picks((1, 2) * 16, CPU)
     A = torch.zeros(40, 6, 8)
-    assert choose(torch.zeros(32, 1, 6), A, many, 8) is GATHER
-    assert choose(torch.zeros(32, 16, 6), A, many, 8) is SEGMENT
-    assert choose(torch.zeros(32, 1, 6), A, few, 8) is DENSE
-    assert choose(torch.zeros(32, 1, 6), A.requires_grad_(), many, 8) is SEGMENT, "its gradient is a batched product, too"
+    many, few, some = (
+        Lanes({"A": A}, Picks(numbers, CPU), Room(10**6)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6)
+    )
+    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER
+    assert choose(torch.zeros(32, 16, 6), many, "A", 8) is SEGMENT
+    assert choose(torch.zeros(32, 1, 6), few, "A", 8) is choose(torch.zeros(32, 16, 6), few, "A", 8) is DENSE
+    assert choose(torch.zeros(30, 1, 6), some, "A", 8) is DENSE
+    assert choose(torch.zeros(30, 16, 6), some, "A", 8) is SEGMENT
+    assert not many.begin(1)
+    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER, "one forward does not pay for a copy"
+    assert many.begin(1)
+    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is SEGMENT
+    trained = Lanes({"A": A.requires_grad_()}, many.picks)
+    assert choose(torch.zeros(32, 1, 6), trained, "A", 8) is SEGMENT, "its gradient is a batched product, too"
+
+
+def test_copies_are_kept_while_there_is_room() -> None:
+    A, _ = tables()
+    one, two = (Lanes({"A": A}, Picks((1, 2, 3), CPU), room) for room in [Room(3 * A[0].numel() * 4)] * 2)
+    for lanes in (one, two, one, two):
+        lanes.begin(1)
+    assert one.is_kept and not two.is_kept
+    assert one.rows("A", A.dtype) is one.rows("A", A.dtype)
+    assert two.rows("A", A.dtype) is not two.rows("A", A.dtype)
+    assert one.rows("A", torch.float64).dtype == torch.float64
 
 
 @torch.no_grad()
@@ -68,12 +104,12 @@ def test_the_definition_of_every_form_is_what_its_patch_computes() -> None:
                 continue
             seen.add(table.form.name)
             lane = next(iter(table.lanes.values()))
-            picks = Picks((lane, 0), CPU)
+            lanes = Lanes(table.tensors, Picks((lane, 0), CPU))
             x, y = sample(module, table.form.name), sample(module, "")
             y = torch.randn(2, 3, (table.tensors.get("b", table.tensors.get("e", y[0]))).shape[-1]) if table.form.name == "shift" else y
             y = matching(table.form.name, table.tensors, y)
             x = matching_input(table.form.name, table.tensors, x)
-            found = table.form.many(x, y, table.tensors, picks, table)
+            found = table.form.many(x, y, lanes, table)
             own = {name: tensor[lane] for name, tensor in table.tensors.items()}
             torch.testing.assert_close(found[0], table.form.one(x[0], y[0], own, table), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[1], y[1], rtol=1e-6, atol=1e-6, msg="lane 0 changes nothing")
@@ -117,8 +153,8 @@ def test_a_table_grows_and_uses_lanes_again() -> None:
     assert table.tensors is before, "lanes that nobody reads are used again"
     with dt.route(backbone, ["d2", "d3"]) as plan:
         own = next(iter(plan.works.values())).steps[0].outputs[0]
-        held = {lane: own.tensors["A"][lane].clone() for lane in own.picks.distinct}
+        held = {lane: own.lanes["A"][lane].clone() for lane in own.lanes.picks.distinct}
         for _ in range(20):
             bank.remove("d2")
             bank.add("d2")
-        assert all(torch.equal(own.tensors["A"][lane], value) for lane, value in held.items()), "an open route reads what it read"
+        assert all(torch.equal(own.lanes["A"][lane], value) for lane, value in held.items()), "an open route reads what it read"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.segment import Segment
 from deltatune.multi.picks import Picks
@@ -21,14 +22,14 @@ def agrees(tokens: int, width: int, rank: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, tokens, width, generator=generator).to(DEVICE, dtype)
     A, B = (torch.randn(4, *shape, generator=generator).to(DEVICE, dtype) / shape[0] ** 0.5 for shape in ((width, rank), (rank, 37)))
     A[0] = B[0] = 0
-    picks = Picks((1, 0, 3, 3, 2), torch.device(DEVICE))
+    lanes = Lanes({"A": A, "B": B}, Picks((1, 0, 3, 3, 2), torch.device(DEVICE)))
     for found, wanted in (
-        (Fused().matrix(x, A, picks), Segment().matrix(x.float(), A.float(), picks)),
-        (Fused().pair(x, A, B, picks), Segment().pair(x.float(), A.float(), B.float(), picks)),
+        (Fused().matrix(x, lanes, "A"), Segment().matrix(x.float(), lanes, "A")),
+        (Fused().pair(x, lanes, "A", "B"), Segment().pair(x.float(), lanes, "A", "B")),
     ):
         assert found.dtype == dtype and found.shape == wanted.shape
         assert float((found.float() - wanted).abs().max()) <= BOUNDS[dtype] * float(wanted.abs().max())
-    assert not Fused().pair(x, A, B, picks)[1].any()
+    assert not Fused().pair(x, lanes, "A", "B")[1].any()
 
 
 @pytest.mark.parametrize(("width", "rank"), [(48, 4), (1100, 16)], ids=["narrow", "parted"])
@@ -47,4 +48,5 @@ def test_it_keeps_to_its_precision(tokens: int, dtype: torch.dtype) -> None:
 
 def test_the_zero_lane_of_a_single_product_is_read() -> None:
     x, W = torch.ones(2, 1, 3, device=DEVICE), torch.ones(2, 3, 2, device=DEVICE)
-    assert (Fused().matrix(x, W, Picks((0, 1), torch.device(DEVICE))) == 3).all()
+    lanes = Lanes({"W": W}, Picks((0, 1), torch.device(DEVICE)))
+    assert (Fused().matrix(x, lanes, "W") == 3).all()

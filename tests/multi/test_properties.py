@@ -84,8 +84,9 @@ def alone(entries: list[Entry], x: Tensor) -> list[Tensor]:
 def test_outputs(entries: list[Entry], tokens: int, factor: int) -> None:
     x = inputs(len(entries) * factor, tokens)
     with dt.route(net(), entries):
-        found = net()(x)
-    assert far(found, alone([entry for entry in entries for _ in range(factor)], x)) < 1e-5
+        found = [net()(x) for _ in range(3)]  # from the second on with copies that are kept
+    expected = alone([entry for entry in entries for _ in range(factor)], x)
+    assert max(far(one, expected) for one in found) < 1e-5
 
 
 @QUICK

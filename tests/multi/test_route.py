@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
-from deltatune.errors import InvalidValue, UnknownName, Unsupported
+from deltatune.errors import CheckpointError, InvalidValue, UnknownName, Unsupported
 from deltatune.methods import IA3, Adapter, BitFit, FullFineTuning, LoRA, NormTuning, PrefixTuning, PromptTuning
 from deltatune.multi.heads import split
 from deltatune.multi.routing import Entry
@@ -235,4 +236,79 @@ def test_heads_of_other_sizes_come_back_with_their_labels() -> None:
         dt.bank(backbone).head("three", {"dense": head["weight"]})
     for delta in dt.deltas(backbone):
         dt.detach(delta)
+    assert all("deltatune" not in module._modules for module in backbone.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_heads_of_other_sizes_come_from_files(format: str, tmp_path: Path) -> None:
+    """Each delta trained on a backbone with as many labels as its task, all routed on one."""
+    generator, inputs, wanted = torch.Generator().manual_seed(3), batch(3), []
+    backbone, _ = fresh("bert")
+    for row_number, labels in enumerate((5, 2)):
+        own, _ = fresh("bert")
+        own.classifier = nn.Linear(32, labels)
+        own.config.num_labels = labels
+        delta = dt.attach(own, LoRA(rank=2), name=f"d{labels}")
+        for parameter in delta.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        dt.save(delta, tmp_path / f"d{labels}", format=format)
+        wanted.append(own(**row(inputs, row_number)).logits[0])
+        dt.load(backbone, tmp_path / f"d{labels}", name=f"d{labels}", head=False, enable=False)
+        dt.bank(backbone).head(f"d{labels}", tmp_path / f"d{labels}")
+    rows = split(routed(backbone, ["d5", "d2", None], inputs))
+    assert all(far(found[None], [own]) < 1e-5 for found, own in zip(rows, wanted, strict=False))
+    assert [len(one) for one in rows] == [5, 2, 3]
+    dt.bank(backbone).remove("d5")
+    dt.bank(backbone).head("d5", tmp_path / "d5")
+    assert [len(one) for one in split(routed(backbone, ["d2", "d5", "d2"], inputs))] == [2, 5, 2]
+
+
+@torch.no_grad()
+def test_what_others_keep_of_an_output_is_not_overwritten() -> None:
+    backbone, _ = fresh("mlp")
+    kept: list[Tensor] = []
+    first = backbone[0]  # type: ignore[index]
+    handle = first.register_forward_hook(lambda module, args, y: kept.append(y))
+    shake(dt.attach(backbone, LoRA(rank=2), "0", name="a"))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with dt.route(backbone, ["a", None]):
+        backbone(x)
+    assert torch.equal(kept[0], torch.nn.functional.linear(x, first.weight, first.bias))
+    handle.remove()
+
+
+def test_copies_made_without_gradients_serve_with_them() -> None:
+    backbone, _ = fresh("mlp")
+    for k in range(20):
+        delta = dt.attach(backbone, LoRA(rank=4), "0", name=f"d{k}")
+        with torch.no_grad():
+            shake(delta, seed=k)
+        delta.freeze()
+    x = torch.randn(20, 1, 32, generator=torch.Generator().manual_seed(0))
+    names = [f"d{k}" for k in range(20)]
+    found = []
+    for before in (0, 3):
+        own = x.clone().requires_grad_()
+        with dt.route(backbone, names):
+            with torch.inference_mode():
+                for _ in range(before):
+                    backbone(x)
+            backbone(own).square().sum().backward()
+        found.append(own.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@torch.no_grad()
+def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
+    backbone, _ = fresh("bert")
+    delta = dt.attach(backbone, LoRA(rank=2), name="a", head=False)
+    dt.save(delta, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="holds no task head"):
+        dt.bank(backbone).head("a", tmp_path / "a")
+    with pytest.raises(InvalidValue, match=r"weight \(5, 31\).*Give a weight \(labels, 32\)"):
+        dt.bank(backbone).head("a", {"weight": torch.zeros(5, 31), "bias": torch.zeros(5)})
+    with pytest.raises(InvalidValue, match=r"bias \(4,\)"):
+        dt.bank(backbone).head("a", {"weight": torch.zeros(5, 32), "bias": torch.zeros(4)})
+    dt.detach(delta)
     assert all("deltatune" not in module._modules for module in backbone.modules())

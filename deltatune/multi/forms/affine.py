@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltatune.multi.forms.form import Form
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import choose
-from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 ABSENT = float("-inf")
@@ -27,13 +27,12 @@ class Affine(Form):
         """x W + b."""
         return x.to(y.dtype) @ tensors["W"].to(y.dtype) + tensors["b"].to(y.dtype)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """One product; rows without a lane keep y."""
-        W, x = tensors["W"], x.to(y.dtype)
-        z = choose(x, W, picks, W.shape[-1]).matrix(x, W, picks)
-        z = z + tensors["b"].index_select(0, picks.lanes)[:, None].to(y.dtype)
+        x = x.to(y.dtype)
+        z = choose(x, lanes, "W", lanes["W"].shape[-1]).matrix(x, lanes, "W") + lanes.rows("b", y.dtype)[:, None]
         width = max(y.shape[-1], z.shape[-1])
-        return _widened(z, width).where(picks.mask, _widened(y, width))
+        return _widened(z, width).where(lanes.picks.mask, _widened(y, width))
 
 
 def _widened(logits: Tensor, width: int) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from deltatune.methods.addition.bottleneck import ACTIVATIONS
 from deltatune.multi.forms.form import Form, padded, rank_class
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import choose
-from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 LANED: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "identity": lambda h: h}
@@ -33,13 +34,13 @@ class Bottleneck(Form):
         D, c, U, e = (tensors[name].to(y.dtype) for name in "DcUe")
         return y + (f(h @ D + c) @ U + e)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """Two products, and the biases of each row."""
         f, h = self._setting(x, y, table)
-        c, e = (tensors[name].index_select(0, picks.lanes)[:, None].to(y.dtype) for name in "ce")
-        operator = choose(h, tensors["D"], picks, tensors["D"].shape[-1])
-        h = f(operator.matrix(h, tensors["D"], picks) + c)
-        return y + (operator.matrix(h, tensors["U"], picks) + e)
+        c, e = (lanes.rows(name, y.dtype)[:, None] for name in "ce")
+        operator = choose(h, lanes, "D", lanes["D"].shape[-1])
+        h = f(operator.matrix(h, lanes, "D") + c)
+        return torch.add(y, operator.matrix(h, lanes, "U") + e, out=out)
 
     @staticmethod
     def _setting(x: Tensor, y: Tensor, table: Table) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deltatune.multi.forms.form import Form
 from deltatune.multi.forms.low_rank import fitted_rank
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import choose
-from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 
@@ -30,11 +30,10 @@ class Decomposed(Form):
         A, B, g = (tensors[name].to(y.dtype) for name in "ABg")
         return y + g * self._linear(y, table) + x @ A @ B
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """LowRank, and a gathered scale."""
-        x, A, B = x.to(y.dtype), tensors["A"], tensors["B"]
-        g = tensors["g"].index_select(0, picks.lanes)[:, None].to(y.dtype)
-        return y + g * self._linear(y, table) + choose(x, A, picks, A.shape[-1]).pair(x, A, B, picks)
+        x, scaled = x.to(y.dtype), lanes.rows("g", y.dtype)[:, None] * self._linear(y, table)
+        return choose(x, lanes, "A", lanes["A"].shape[-1]).added(y, x, lanes, "A", "B", out).add_(scaled)
 
     @staticmethod
     def _linear(y: Tensor, table: Table) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltatune.multi.lanes import Lanes, Shortcut
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -41,16 +42,20 @@ class Form(ABC):
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """The definition, for one lane: x (tokens, in), y (tokens, out) -> (tokens, out)."""
 
+    def shortcut(self, y: Tensor, lanes: Lanes, table: Table) -> Shortcut | None:
+        """``many`` for a y like this one, which is ``out``, looked up once for a route; None where that saves nothing."""
+        return None
+
     @abstractmethod
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """The same for rows with a lane each.
 
         Args:
             x: what the module was given, (rows, tokens, in); what is edited, where an input is.
             y: what is edited, (rows, tokens, out).
-            tensors: name -> (lanes, ...).
-            picks: the lanes of the rows.
+            lanes: the tensors, with the lane of each row.
             table: settings, what lanes share, the module.
+            out: y itself, where nobody else reads it and no gradient is wanted: then the result may be put there.
 
         Returns:
             (rows, tokens, out), of y's dtype.

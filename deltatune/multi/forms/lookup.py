@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from deltatune.multi.forms.form import Form
 from deltatune.multi.forms.low_rank import fitted_rank
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import choose
-from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 
@@ -28,13 +28,12 @@ class Lookup(Form):
         """y + A[ids] B."""
         return y + F.embedding(x, tensors["A"], table.module.padding_idx).to(y.dtype) @ tensors["B"].to(y.dtype)  # type: ignore[arg-type]
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """The rows of all tables one behind the other."""
-        A, B = tensors["A"], tensors["B"]
-        lanes, size, rank = A.shape
-        h = F.embedding(x + picks.lanes[:, None] * size, A.reshape(lanes * size, rank))  # (rows, tokens, r)
+        count, size, rank = lanes["A"].shape
+        h = F.embedding(x + lanes.picks.lanes[:, None] * size, lanes["A"].reshape(count * size, rank))  # (rows, tokens, r)
         padding: Any = table.module.padding_idx
         if padding is not None and h.requires_grad:
             h = h.where((x != padding)[..., None], h.detach())
         h = h.to(y.dtype)
-        return y + choose(h, B, picks, B.shape[-1]).matrix(h, B, picks)
+        return y + choose(h, lanes, "B", lanes["B"].shape[-1]).matrix(h, lanes, "B")

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form, dropped, padded, rank_class
+from deltatune.multi.lanes import Lanes, Shortcut
 from deltatune.multi.operators.choice import choose
-from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 
@@ -27,11 +27,16 @@ class LowRank(Form):
         x = dropped(x.to(y.dtype), table.key.settings[0])
         return y + x @ tensors["A"].to(y.dtype) @ tensors["B"].to(y.dtype)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def shortcut(self, y: Tensor, lanes: Lanes, table: Table) -> Shortcut | None:
+        """The operator's."""
+        return None if table.key.settings[0] else choose(y, lanes, "A", lanes["A"].shape[-1]).shortcut(y, lanes, "A", "B")
+
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """One pair of products."""
-        A, B = tensors["A"], tensors["B"]
-        x = dropped(x.to(y.dtype), table.key.settings[0], picks)
-        return choose(x, A, picks, A.shape[-1]).added(y, x, A, B, picks)
+        x = x.to(y.dtype)
+        if table.key.settings[0]:
+            x = dropped(x, table.key.settings[0], lanes.picks)
+        return choose(x, lanes, "A", lanes["A"].shape[-1]).added(y, x, lanes, "A", "B", out)
 
 
 def fitted_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.multi.forms.form import Form
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.table import Table
 
 
@@ -24,9 +24,9 @@ class Norm(Form):
         """y + norm(x) * gamma."""
         return y + normed(table.module, x) * tensors["gamma"].to(y.dtype)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """The gains of each row."""
-        return y + normed(table.module, x) * tensors["gamma"].index_select(0, picks.lanes)[:, None].to(y.dtype)
+        return y + normed(table.module, x) * lanes.rows("gamma", y.dtype)[:, None]
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.table import Table
 
 
@@ -27,6 +27,6 @@ class Scale(Form):
         """l * y."""
         return y * tensors["l"].to(y.dtype)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """The vectors of each row."""
-        return y * tensors["l"].index_select(0, picks.lanes)[:, None].to(y.dtype)
+        return torch.mul(y, lanes.rows("l", y.dtype)[:, None], out=out)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.table import Table
 
 
@@ -22,6 +23,6 @@ class Shift(Form):
         """y + b."""
         return y + tensors["b"].to(y.dtype)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """The biases of each row."""
-        return y + tensors["b"].index_select(0, picks.lanes)[:, None].to(y.dtype)
+        return torch.add(y, lanes.rows("b", y.dtype)[:, None], out=out)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.methods.kinds import InputPatch, Patch
 from deltatune.multi.forms.form import Form
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.table import Table
 
 
@@ -29,15 +29,15 @@ class Stacked(Form):
         """The patch itself."""
         return self._call(x, y, tensors, table)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """Each row with its own tensors; x and y are (rows, factor, ..., width) here."""
-        chosen = {name: tensor.index_select(0, picks.lanes) for name, tensor in tensors.items()}
+        chosen = {name: lanes.rows(name, tensor.dtype) for name, tensor in lanes.tensors.items()}
 
         def alone(x: Tensor, y: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
             return self._call(x, y, tensors, table)
 
         z: Tensor = torch.vmap(alone, randomness="different")(x, y, chosen)
-        return z.where(picks.mask.reshape(-1, *[1] * (y.ndim - 1)), y)
+        return z.where(lanes.picks.mask.reshape(-1, *[1] * (y.ndim - 1)), y)
 
     @staticmethod
     def _call(x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:

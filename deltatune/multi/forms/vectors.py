@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form, dropped
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.table import Table
 
 
@@ -22,11 +23,11 @@ class Vectors(Form):
         x = dropped(x.to(y.dtype), table.key.settings[0])
         return y + self._change(x, y, tensors["d"], tensors["b"], table)
 
-    def many(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], picks: Picks, table: Table) -> Tensor:
+    def many(self, x: Tensor, y: Tensor, lanes: Lanes, table: Table, out: Tensor | None = None) -> Tensor:
         """Plain products, with the vectors of each row."""
-        d, b = (tensors[name].index_select(0, picks.lanes)[:, None] for name in "db")
-        x = dropped(x.to(y.dtype), table.key.settings[0], picks)
-        return y + self._change(x, y, d, b, table)
+        d, b = (lanes.rows(name, y.dtype)[:, None] for name in "db")
+        x = dropped(x.to(y.dtype), table.key.settings[0], lanes.picks)
+        return torch.add(y, self._change(x, y, d, b, table), out=out)
 
     @staticmethod
     def _change(x: Tensor, y: Tensor, d: Tensor, b: Tensor, table: Table) -> Tensor:

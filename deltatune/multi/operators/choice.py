@@ -5,40 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.operators.dense import Dense
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.operators.segment import Segment
-from deltatune.multi.picks import Picks
 
 FEW = 64
-"""So many numbers between two products may be computed for rows that do not need them."""
-
-TOKENS = 8
-"""From so many tokens a row on, copying the matrices of its lane costs less than reading them token by token."""
+"""So many numbers between two products may be computed for rows that do not need them; half as many where rows have many tokens."""
 
 GATHER, SEGMENT, DENSE, FUSED = Gather(), Segment(), Dense(), Fused()
 
 
-def choose(x: Tensor, W: Tensor, picks: Picks, width: int) -> Operator:
+def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
     """The operator for one product, or for a pair of them.
 
     Args:
         x: (rows, tokens, in).
-        W: (lanes, in, ...).
-        picks: the lanes of the rows.
+        lanes: the lanes of the rows.
+        W: name of their matrices, (lanes, in, ...).
         width: what lies between the two products of a pair; the output of a single one.
     """
     if torch.compiler.is_compiling():
         return SEGMENT  # one graph for all routes
-    if x.device.type == "cuda" and FUSED.is_available() and not _trains(x, W):
+    if x.is_cuda and FUSED.is_available() and not _trains(x, lanes[W]):
         return FUSED
-    if len(picks.distinct) == 1 or len(picks.distinct) * width <= FEW:
+    distinct = len(lanes.picks.distinct)
+    if distinct == 1 or distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2):
         return DENSE
-    if x.shape[1] < TOKENS and x.device.type == "cpu" and not W.requires_grad:
-        return GATHER
-    return SEGMENT
+    if lanes.is_kept or x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
+        return SEGMENT
+    return GATHER
 
 
 def _trains(x: Tensor, W: Tensor) -> bool:

@@ -5,32 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.operators.operator import Operator
-from deltatune.multi.picks import Picks
+from deltatune.multi.lanes import TOKENS, Lanes, Shortcut
+from deltatune.multi.operators.operator import NARROW, Operator
 
 
 class Dense(Operator):
     """(x [A_1 .. A_n] * mask) [B_1; ..; B_n]: two plain products for any number of rows."""
 
-    def matrix(self, x: Tensor, W: Tensor, picks: Picks) -> Tensor:
+    def matrix(self, x: Tensor, lanes: Lanes, W: str) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
-        n, out = len(picks.distinct), W.shape[-1]
-        z = x @ self._beside(W, picks).to(x.dtype)  # (rows, tokens, distinct * out)
+        n, out = len(lanes.picks.distinct), lanes[W].shape[-1]
+        z = x @ lanes.beside(W, x.dtype)  # (rows, tokens, distinct * out)
         if n == 1:
             return z
-        return torch.sum((z * picks.places(out).to(x.dtype)).view(*x.shape[:-1], n, out), -2)
+        return torch.sum((z * lanes.picks.places(out).to(x.dtype)).view(*x.shape[:-1], n, out), -2)
 
-    def pair(self, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
-        """(x A) B."""
-        r, n = A.shape[-1], len(picks.distinct)
-        h = x @ self._beside(A, picks).to(x.dtype)  # (rows, tokens, distinct * r)
-        if n == 1:
-            return h @ B[picks.distinct[0]].to(x.dtype)
-        return (h * picks.places(r).to(x.dtype)) @ B.index_select(0, picks.used).reshape(n * r, -1).to(x.dtype)
+    def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
+        """y + (x A) B, the sum made by the second product."""
+        r, down, up = lanes[A].shape[-1], lanes.beside(A, x.dtype), lanes.below(B, x.dtype)
+        places = lanes.picks.places(r).to(x.dtype) if len(lanes.picks.distinct) > 1 else None
+        return _added(y, x, down, up, places, out)
 
-    @staticmethod
-    def _beside(W: Tensor, picks: Picks) -> Tensor:
-        """The matrices of the lanes in use side by side, (in, distinct * out)."""
-        if len(picks.distinct) == 1:
-            return W[picks.distinct[0]]
-        return W.index_select(0, picks.used).transpose(0, 1).flatten(1)
+    def shortcut(self, y: Tensor, lanes: Lanes, A: str, B: str) -> Shortcut | None:
+        """The same with the copies, or with the only lane."""
+        if not (lanes.is_kept or len(lanes.picks.distinct) == 1):
+            return None
+        r, down, up = lanes[A].shape[-1], lanes.beside(A, y.dtype), lanes.below(B, y.dtype)
+        places = lanes.picks.places(r).to(y.dtype) if len(lanes.picks.distinct) > 1 else None
+        return lambda x, y: _added(y, x, down, up, places, y)
+
+
+def _added(y: Tensor, x: Tensor, down: Tensor, up: Tensor, places: Tensor | None, out: Tensor | None) -> Tensor:
+    """y + (x down * places) up."""
+    flat = x.reshape(-1, x.shape[-1])
+    turned = x.shape[1] >= TOKENS and down.shape[-1] <= NARROW and not torch.is_grad_enabled()
+    h = (down.T @ flat.T).T if turned else flat @ down  # (rows * tokens, distinct * r)
+    if places is not None:
+        h = (h.view(*x.shape[:-1], -1) * places).flatten(0, 1)
+    if out is None:
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up).view(y.shape)
+    whole = out.view(-1, out.shape[-1])
+    torch.addmm(y.reshape(whole.shape), h, up, out=whole)
+    return out

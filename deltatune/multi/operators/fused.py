@@ -7,8 +7,8 @@ import importlib.util
 
 from torch import Tensor
 
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.operator import Operator
-from deltatune.multi.picks import Picks
 
 
 class Fused(Operator):
@@ -20,15 +20,15 @@ class Fused(Operator):
         """Triton is installed."""
         return importlib.util.find_spec("triton") is not None
 
-    def matrix(self, x: Tensor, W: Tensor, picks: Picks) -> Tensor:
+    def matrix(self, x: Tensor, lanes: Lanes, W: str) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
         from deltatune.multi.operators.kernels import launch
 
-        return launch(x[None], W, picks.lanes, x.dtype, splits=False, skips=False)[0]
+        return launch(x[None], lanes[W], lanes.picks.lanes, x.dtype, splits=False, skips=False)[0]
 
-    def pair(self, x: Tensor, A: Tensor, B: Tensor, picks: Picks) -> Tensor:
+    def pair(self, x: Tensor, lanes: Lanes, A: str, B: str) -> Tensor:
         """(x A) B; the zero lane of a pair is zeros."""
         from deltatune.multi.operators.kernels import launch
 
-        h = launch(x[None], A, picks.lanes, x.dtype, splits=True, skips=True)  # (parts, rows, tokens, r)
-        return launch(h, B, picks.lanes, x.dtype, splits=False, skips=True)[0]
+        h = launch(x[None], lanes[A], lanes.picks.lanes, x.dtype, splits=True, skips=True)  # (parts, rows, tokens, r)
+        return launch(h, lanes[B], lanes.picks.lanes, x.dtype, splits=False, skips=True)[0]
