@@ -49,7 +49,7 @@ class Use:
                 if out is not None and (shortcut := self.lanes.shortcuts.get(key)) is not None and x.dtype == y.dtype:
                     shortcut(x, out)
                     return out
-                if self.lanes.begin(y.size(1)) and key not in self.lanes.shortcuts:
+                if self.lanes.begin() and key not in self.lanes.shortcuts:
                     self.lanes.shortcuts[key] = form.shortcut(y, self.lanes, self.table)
             return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
