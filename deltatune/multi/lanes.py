@@ -12,7 +12,6 @@ from deltatune.multi.picks import Picks
 TOKENS = 8
 """From so many tokens a row on, copying the matrices of its lane in each forward costs less than reading them token by token."""
 
-
 Shortcut = Callable[[Tensor, Tensor], object]
 """What later forwards of a route do with x and y, in place, with everything looked up."""
 

@@ -114,12 +114,6 @@ class Work:
         """Inputs are edited; compiled code does it for any route, so that all share one graph."""
         return any(step.inputs for step in self.steps) if torch.compiler.is_compiling() else self.is_edited
 
-    @property
-    def is_idle(self) -> bool:
-        """No row uses anything here."""
-        uses = [*self.module, *(use for step in self.steps for use in (*step.inputs, *step.outputs))]
-        return not self.aparts and all(use.is_idle for use in uses)
-
 
 @dataclass(frozen=True)
 class Plan:
