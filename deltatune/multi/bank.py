@@ -30,13 +30,11 @@ from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatc
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, context_at
 from deltatune.multi.heads import place_head, remove_head
-from deltatune.multi.lanes import Room
 from deltatune.multi.lock import Lock
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
-from deltatune.structure.site import modules_of
 
 if TYPE_CHECKING:
     from deltatune.multi.streams import Streams
@@ -87,7 +85,6 @@ class Bank(Guest):
         newest: number of the newest route.
         open: numbers of the routes that are open.
         layers: the modules that gradient checkpointing may compute anew.
-        size: bytes of the backbone's own parameters; copies that a route keeps take no more.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -103,10 +100,6 @@ class Bank(Guest):
         self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
         self.layers = checkpointing(backbone)
-        own = {
-            id(tensor): tensor for module in modules_of(backbone).values() for tensor in module._parameters.values() if tensor is not None
-        }
-        self.size = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
     @property
     def ledger(self) -> Ledger:
@@ -149,8 +142,9 @@ class Bank(Guest):
 
     def forget(self, delta: str) -> None:
         """It is detached: its acts let go of its lanes themselves, but for a head of its own."""
-        self.records.pop(delta, None)
-        remove_head(delta, self.heads.pop(delta, []))
+        with self.lock:
+            self.records.pop(delta, None)
+            remove_head(delta, self.heads.pop(delta, []))
 
     def head(self, name: str, tensors: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         """Give a delta a task head of its own, with any number of labels; it acts in routes only. See ``multi.heads``.
@@ -234,8 +228,7 @@ class Bank(Guest):
     def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
         names = dict.fromkeys(name for program in programs for term in program for name in term.members)
         training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
-        room = Room(self.size) if streams is None else None
-        return Planner(number, programs, self.acts, self.contexts, training, streams, room).plan()
+        return Planner(number, programs, self.acts, self.contexts, training, streams).plan()
 
     def _renewed(self, plan: Plan) -> Plan:
         """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""

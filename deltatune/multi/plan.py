@@ -49,7 +49,7 @@ class Use:
                 if out is not None and (shortcut := self.lanes.shortcuts.get(key)) is not None and x.dtype == y.dtype:
                     shortcut(x, out)
                     return out
-                if self.lanes.begin(y.size(1)) and key not in self.lanes.shortcuts:
+                if self.lanes.begin() and key not in self.lanes.shortcuts:
                     self.lanes.shortcuts[key] = form.shortcut(y, self.lanes, self.table)
             return form.many(x, y, self.lanes, self.table, out)
         own = [form.fitted(source()) for source in self.trained]
@@ -113,12 +113,6 @@ class Work:
     def edits(self) -> bool:
         """Inputs are edited; compiled code does it for any route, so that all share one graph."""
         return any(step.inputs for step in self.steps) if torch.compiler.is_compiling() else self.is_edited
-
-    @property
-    def is_idle(self) -> bool:
-        """No row uses anything here."""
-        uses = [*self.module, *(use for step in self.steps for use in (*step.inputs, *step.outputs))]
-        return not self.aparts and all(use.is_idle for use in uses)
 
 
 @dataclass(frozen=True)

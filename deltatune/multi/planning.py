@@ -12,7 +12,7 @@ from torch import Tensor
 from deltatune.injection.rows import RowPrefixes
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, plan_contexts
-from deltatune.multi.lanes import Lanes, Room
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
 from deltatune.multi.reading import read
@@ -32,7 +32,6 @@ class Planner:
         contexts: its context acts.
         training: the deltas that gradients may reach.
         streams: whose random numbers each row's dropout takes; None for the global ones.
-        room: for copies of lanes; None where the route is not to keep any.
     """
 
     def __init__(
@@ -43,10 +42,9 @@ class Planner:
         contexts: Mapping[int, Context],
         training: frozenset[str],
         streams: Streams | None = None,
-        room: Room | None = None,
     ) -> None:
         self.number, self.entries, self.training = number, tuple(entries), training
-        self.acts, self.contexts, self.streams, self.room = acts, contexts, streams, room
+        self.acts, self.contexts, self.streams = acts, contexts, streams
         self.programs = tuple(dict.fromkeys(self.entries))
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
@@ -125,7 +123,7 @@ class Planner:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
         trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
-        lanes = Lanes(table.tensors, picks, self.room if picks.lanes.device.type == "cpu" else None)
+        lanes = Lanes(table.tensors, picks, lasts=True)
         if not trained:
             return Use(table, lanes)
         names = list(dict.fromkeys(rows.values()))

@@ -11,7 +11,7 @@ from deltatune.injection.slot import slot_of
 from deltatune.methods import IA3, Adapter, BitFit, DoRA, LoRA, NormTuning, VeRA
 from deltatune.multi.act import RouteAct
 from deltatune.multi.forms import FORMS
-from deltatune.multi.lanes import Lanes, Room
+from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import DENSE, GATHER, SEGMENT, choose
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.picks import Picks
@@ -36,11 +36,11 @@ def tables(seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("training", [False, True])
 def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], tokens: int, training: bool) -> None:
     A, B = tables()
-    own = Lanes({"A": A, "B": B}, Picks(lanes, CPU), Room(10**6))
+    own = Lanes({"A": A, "B": B}, Picks(lanes, CPU), lasts=True)
     x, y = (torch.randn(4, tokens, width, generator=torch.Generator().manual_seed(width)) for width in (6, 5))
     with torch.set_grad_enabled(training):
         for _ in range(3):  # from the second on with copies that are kept
-            own.begin(tokens)
+            own.begin()
             torch.testing.assert_close(operator.matrix(x, own, "A"), torch.stack([x[i] @ A[lane] for i, lane in enumerate(lanes)]))
             pairs = torch.stack([x[i] @ A[lane] @ B[lane] for i, lane in enumerate(lanes)])
             torch.testing.assert_close(operator.pair(x, own, "A", "B"), pairs)
@@ -49,7 +49,7 @@ def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], toke
             assert operator.added(out, x, own, "A", "B", out).data_ptr() == out.data_ptr()
             torch.testing.assert_close(out, y + pairs)
         shortcut, out = operator.shortcut(y, own, "A", "B"), y.clone()
-        assert (shortcut is not None) == {GATHER: False, SEGMENT: own.is_kept, DENSE: True}[operator]
+        assert (shortcut is not None) == (operator is not SEGMENT)
         if shortcut is not None:
             shortcut(x, out)
             torch.testing.assert_close(out, y + pairs)
@@ -57,31 +57,25 @@ def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], toke
 
 def test_the_shape_chooses() -> None:
     A = torch.zeros(40, 6, 8)
-    many, few, some = (
-        Lanes({"A": A}, Picks(numbers, CPU), Room(10**6)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6)
-    )
+    many, few, some = (Lanes({"A": A}, Picks(numbers, CPU)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6))
     assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER
     assert choose(torch.zeros(32, 16, 6), many, "A", 8) is SEGMENT
     assert choose(torch.zeros(32, 1, 6), few, "A", 8) is choose(torch.zeros(32, 16, 6), few, "A", 8) is DENSE
     assert choose(torch.zeros(30, 1, 6), some, "A", 8) is DENSE
     assert choose(torch.zeros(30, 16, 6), some, "A", 8) is SEGMENT
-    assert not many.begin(1)
-    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER, "one forward does not pay for a copy"
-    assert many.begin(1)
-    assert choose(torch.zeros(32, 1, 6), many, "A", 8) is SEGMENT
     trained = Lanes({"A": A.requires_grad_()}, many.picks)
     assert choose(torch.zeros(32, 1, 6), trained, "A", 8) is SEGMENT, "its gradient is a batched product, too"
 
 
-def test_copies_are_kept_while_there_is_room() -> None:
+def test_copies_of_few_lanes_are_kept_from_the_second_forward_on() -> None:
     A, _ = tables()
-    one, two = (Lanes({"A": A}, Picks((1, 2, 3), CPU), room) for room in [Room(3 * A[0].numel() * 4)] * 2)
-    for lanes in (one, two, one, two):
-        lanes.begin(1)
-    assert one.is_kept and not two.is_kept
-    assert one.rows("A", A.dtype) is one.rows("A", A.dtype)
-    assert two.rows("A", A.dtype) is not two.rows("A", A.dtype)
-    assert one.rows("A", torch.float64).dtype == torch.float64
+    lasting, passing = (Lanes({"A": A}, Picks((1, 2, 1), CPU), lasts=lasts) for lasts in (True, False))
+    assert [lasting.begin(), passing.begin(), passing.begin()] == [False, False, False]
+    assert lasting.beside("A", A.dtype) is not lasting.beside("A", A.dtype)
+    assert lasting.begin()
+    assert lasting.beside("A", A.dtype) is lasting.beside("A", A.dtype)
+    assert passing.beside("A", A.dtype) is not passing.beside("A", A.dtype)
+    assert lasting.beside("A", torch.float64).dtype == torch.float64
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
     distinct = len(lanes.picks.distinct)
     if distinct == 1 or distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2):
         return DENSE
-    if lanes.is_kept or x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
+    if x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
         return SEGMENT
     return GATHER
 

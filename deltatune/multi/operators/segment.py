@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.multi.lanes import TOKENS, Lanes, Shortcut
+from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.operators.operator import NARROW, Operator
 
 
 class Segment(Operator):
-    """``bmm`` with the matrices of the rows' lanes; the copy of a matrix is paid by the row's tokens, or by the route's forwards."""
+    """``bmm`` with the matrices of the rows' lanes; the copy of a matrix is paid by the row's tokens."""
 
     def matrix(self, x: Tensor, lanes: Lanes, W: str) -> Tensor:
         """(rows, tokens, in), (lanes, in, out) -> (rows, tokens, out)."""
@@ -22,16 +22,6 @@ class Segment(Operator):
     def added(self, y: Tensor, x: Tensor, lanes: Lanes, A: str, B: str, out: Tensor | None = None) -> Tensor:
         """y + (x A) B, the sum made by the second product."""
         return torch.baddbmm(y, self.matrix(x, lanes, A), lanes.rows(B, x.dtype), out=out)
-
-    def shortcut(self, y: Tensor, lanes: Lanes, A: str, B: str) -> Shortcut | None:
-        """The same with the copies."""
-        if not lanes.is_kept:
-            return None
-        down, up = lanes.rows(A, y.dtype), lanes.rows(B, y.dtype)
-        if not _is_turned(y, down):
-            return lambda x, y: torch.baddbmm(y, torch.bmm(x, down), up, out=y)
-        turned = down.transpose(1, 2)
-        return lambda x, y: torch.baddbmm(y, torch.bmm(turned, x.transpose(1, 2)).transpose(1, 2), up, out=y)
 
 
 def _is_turned(x: Tensor, matrices: Tensor) -> bool:
