@@ -40,7 +40,8 @@ def k_shot(data: TaskData, shots: int | None = None, seed: int = 13) -> TaskData
             named = "" if value is None else task.kind.named(task, data.train[members[0]], task.kind.perfect(task, data.train[members[0]]))
             what = "The training split" if value is None else f"The class `{named}`"
             raise DataError(
-                f"{what} of `{task.name}` has {len(members)} training rows; {wanted} shots and as many for validation need {2 * wanted}."
+                f"{what} of `{task.name}` has {len(members)} training rows; {wanted} shots and as many for validation need {2 * wanted}. "
+                + (f"Ask for {len(members) // 2} at most." if len(members) > 1 else "Leave `shots` out.")
             )
     train = [index for members in strata.values() for index in members[:wanted]]
     validation = [index for members in strata.values() for index in members[wanted : 2 * wanted]]
