@@ -18,7 +18,7 @@ from deltatune.tasks import Task, TaskData, get_task, load_task
 from deltatune.tasks import tasks as registered
 from deltatune.tasks.framing import framings, framings_of
 from deltatune.tasks.rows import text_of
-from deltatune.tasks.sampling import varied
+from deltatune.tasks.sampling import sort_of, varied
 
 if TYPE_CHECKING:
     from deltatune.tasks.statistics import Statistics
@@ -140,7 +140,7 @@ def preview(
     data = _read(name, temperature)
     chosen = varied(data.task, data.train, rows)
     told = {framing: [framings[framing].shown(data.task, row) for row in chosen] for framing in framings_of(data.task)}
-    origins = [str(data.task.kind.sort(data.task, row)) if data.task.parts else "" for row in chosen]
+    origins = [sort_of(data.task, row) if data.task.parts else "" for row in chosen]
     if json:
         rendered = {
             framing: [[{"input": asked, "answer": answer} for asked, answer in shown] for shown in examples]

@@ -7,9 +7,10 @@ from typing import Any
 
 from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks.loading import TaskData
-from deltatune.tasks.rows import Rows
+from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.split import rank, text_key
 from deltatune.tasks.task import Task
+from deltatune.tasks.types.mixture import PART
 
 SEEDS = (13, 21, 42, 87, 100)
 """The seeds under which few-shot results are customarily averaged."""
@@ -40,7 +41,8 @@ def k_shot(data: TaskData, shots: int | None = None, seed: int = 13) -> TaskData
             named = "" if value is None else task.kind.named(task, data.train[members[0]], task.kind.perfect(task, data.train[members[0]]))
             what = "The training split" if value is None else f"The class `{named}`"
             raise DataError(
-                f"{what} of `{task.name}` has {len(members)} training rows; {wanted} shots and as many for validation need {2 * wanted}."
+                f"{what} of `{task.name}` has {len(members)} training rows; {wanted} shots and as many for validation need {2 * wanted}. "
+                + (f"Ask for {len(members) // 2} at most." if len(members) > 1 else "Leave `shots` out.")
             )
     train = [index for members in strata.values() for index in members[:wanted]]
     validation = [index for members in strata.values() for index in members[wanted : 2 * wanted]]
@@ -66,13 +68,18 @@ def varied(task: Task, rows: Rows, count: int) -> Rows:
     order = [*range(0, len(rows), step), *range(0, len(rows) if step > 1 else 0)]
     groups: dict[Any, list[int]] = {}
     for index in order:
-        group = groups.setdefault(task.kind.sort(task, rows[index]), [])
+        group = groups.setdefault(sort_of(task, rows[index]), [])
         if len(group) < count and index not in group:
             group.append(index)
         if len(groups) == count:
             break
     rounds = [index for place in range(count) for group in groups.values() for index in group[place : place + 1]]
     return rows.select(sorted(rounds[:count]))
+
+
+def sort_of(task: Task, row: Row) -> str:
+    """Of what sort a row is, where a few are to show them all: its answer; in a mixture the name of its own task."""
+    return task.parts[row[PART]].name if task.parts else str(task.kind.named(task, row, task.kind.perfect(task, row)))
 
 
 def _order(task: Task, rows: Rows, seed: int) -> list[int]:

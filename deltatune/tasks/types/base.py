@@ -103,10 +103,6 @@ class TaskType(ABC):
         """A value for people: names in place of indices."""
         return value
 
-    def sort(self, task: Task, row: Row) -> Hashable:
-        """Of what sort a row is, where a few rows are to show them all: by its answer."""
-        return str(self.named(task, row, self.perfect(task, row)))
-
     def shares(self, task: Task, row: Row, scores: Tensor) -> dict[str, float]:
         """Probability by name, from the scores of one row; empty where an answer has none."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import DataError, nearest
@@ -85,10 +85,6 @@ class Mixture(TaskType):
     def constant(self, task: Task, rows: Sequence[Row]) -> Any:
         """None is common to several tasks."""
         return None
-
-    def sort(self, task: Task, row: Row) -> Hashable:
-        """The row's own task."""
-        return task.parts[row[PART]].name
 
     def named(self, task: Task, row: Row, value: Any) -> Any:
         """As the row's own task has it."""
