@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltatune.injection.slot import Term
+from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -26,24 +27,22 @@ class Use:
         table: the table.
         tensors: its tensors when the route opened.
         picks: the lane of each row.
-        trained: the deltas' own tensors as lanes, that gradients reach; none where nothing trains.
+        own: the deltas' own tensors as lanes, that gradients reach; None where nothing trains.
         compact: the lane of each row among those.
     """
 
     table: Table
     tensors: Mapping[str, Tensor]
     picks: Picks
-    trained: tuple[Callable[[], Mapping[str, Tensor]], ...] = ()
+    own: Own | None = None
     compact: Picks | None = None
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """The form, for rows with a lane each: x (rows, tokens, in), y (rows, tokens, out)."""
         form = self.table.form
-        if self.compact is None or not torch.is_grad_enabled():
+        if self.own is None or self.compact is None or not torch.is_grad_enabled():
             return form.many(x, y, self.tensors, self.picks, self.table)
-        own = [form.fitted(source()) for source in self.trained]
-        tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.tensors.items()}
-        return form.many(x, y, tensors, self.compact, self.table)
+        return form.many(x, y, self.own(), self.compact, self.table)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deltatune.multi.operators.dense import Dense
+from deltatune.multi.operators.even import Even
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
 from deltatune.multi.operators.operator import Operator
@@ -18,7 +19,7 @@ FEW = 64
 TOKENS = 8
 """From so many tokens a row on, copying the matrices of its lane costs less than reading them token by token."""
 
-GATHER, SEGMENT, DENSE, FUSED = Gather(), Segment(), Dense(), Fused()
+GATHER, SEGMENT, DENSE, EVEN, FUSED = Gather(), Segment(), Dense(), Even(), Fused()
 
 
 def choose(x: Tensor, W: Tensor, picks: Picks, width: int) -> Operator:
@@ -34,6 +35,8 @@ def choose(x: Tensor, W: Tensor, picks: Picks, width: int) -> Operator:
         return SEGMENT  # one graph for all routes
     if x.device.type == "cuda" and FUSED.is_available() and not _trains(x, W):
         return FUSED
+    if picks.is_even:
+        return EVEN
     if len(picks.distinct) == 1 or len(picks.distinct) * width <= FEW:
         return DENSE
     if x.shape[1] < TOKENS and x.device.type == "cpu" and not W.requires_grad:

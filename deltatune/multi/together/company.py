@@ -150,7 +150,7 @@ class Company:
     def round(self) -> None:
         """One step of every job."""
         began = time.perf_counter()
-        taking = list(self.members)
+        taking = sorted(self.members, key=lambda member: member.tenant.row)  # as they lie side by side
         batches: dict[int, list[Batch]] = {}
         for member in taking:
             batches[id(member)] = member.tenant.next()
@@ -233,6 +233,8 @@ class Company:
     def _step(self, member: Member, batches: list[Batch], loss: Tensor, held: dict[str, object]) -> None:
         """Let one job take its step; numbers that are not finite are computed anew alone, to know whose fault they are."""
         tenant = member.tenant
+        assert self.host is not None
+        self.host.settle(tenant)
         norm = tenant.norm()
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             tenant.forget()
