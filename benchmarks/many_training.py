@@ -7,6 +7,7 @@ optimiser step. PEFT's side is one adapter that takes N steps with N optimisers,
 
 T4 is one LoRA step beside a forward and backward of all weights (OPT-like, width 512); T5 the largest difference from separate runs
 after 50 steps; T6 the peak of resident memory of one process with 16 jobs, beside 16 processes with one each.
+The floor of T1 to T3 is the plain backbone's forward and backward over the rows of all jobs; nobody's optimiser is in it.
 ``many_training.py --smoke`` only sees that everything runs.
 """
 
@@ -137,17 +138,32 @@ def theirs(shape: Shape) -> Callable[[], None]:
     return turn
 
 
+def floor(shape: Shape) -> Callable[[], None]:
+    """The frozen backbone's forward and backward over all jobs' rows at once, with one bias at the bottom that trains, and nothing else."""
+    model = backbone(shape).requires_grad_(False).train()
+    bias = torch.zeros(shape.width, requires_grad=True)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + bias)
+    ids = torch.randint(2, VOCABULARY, (shape.jobs * shape.rows, shape.tokens))
+
+    def turn() -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        bias.grad = None
+
+    return turn
+
+
 def steps(shape: Shape, rounds: int) -> dict[str, Any]:
     """T1 to T3; the planner is on for T3, and everything shares one forward else."""
     planned = shape.bar == 1.0
     ours = company(shape, backbone(shape), None if planned else shape.jobs * shape.rows * (shape.tokens + 1))
-    turn = theirs(shape)
-    for work in (ours.round, ours.round, turn):  # the first time plans are made, and the planner probes
+    turn, least = theirs(shape), floor(shape)
+    for work in (ours.round, ours.round, ours.round, turn, least):  # at first plans are made, and the planner probes
         work()
-    seconds = interleave({"ours": lambda: timed(ours.round), "peft": lambda: timed(turn)}, rounds)
+    seconds = interleave({"ours": lambda: timed(ours.round), "peft": lambda: timed(turn), "floor": lambda: timed(least)}, rounds)
     return {
         "PEFT in turn / ours": round(ratio(seconds["peft"], seconds["ours"]), 2),
         "bar": shape.bar,
+        "ours / floor": round(ratio(seconds["ours"], seconds["floor"]), 2),
         "milliseconds": {name: round(1e3 * statistics.median(times), 1) for name, times in seconds.items()},
     }
 

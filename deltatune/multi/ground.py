@@ -99,29 +99,38 @@ class Stacked:
     rows: Tensor | None
     scale: float | Tensor
 
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.values if self.rows is None else self.rows)
+
+    def look(self) -> Tensor:
+        """The tensors as they lie, without scale and gradient."""
+        values = self.values.detach()
+        return values if self.rows is None else values.index_select(0, self.rows)
+
+    def add(self, gradient: Tensor) -> None:
+        """A gradient of what ``look`` gave is added to those that are there."""
+        if self.rows is None:
+            self.gradients.add_(gradient)
+        else:
+            self.gradients.index_add_(0, self.rows, gradient.to(self.gradients.dtype))
+
     def __call__(self) -> Tensor:
-        """The product; gradients are added to those on the ground."""
+        """scale * values, with its way back."""
         found: Tensor = _Looked.apply(self.values, self)  # type: ignore[no-untyped-call]
         return found
 
 
 class _Looked(torch.autograd.Function):
-    """scale * values[rows]. What autograd has itself would copy gradients, and complain that they do not lie one behind the other."""
+    """What autograd has itself would copy gradients, and complain that they do not lie one behind the other."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, stacked: Stacked) -> Tensor:
         ctx.stacked = stacked
-        chosen = values if stacked.rows is None else values.index_select(0, stacked.rows)
-        plain = isinstance(stacked.scale, float) and stacked.scale == 1
-        return chosen.view_as(chosen) if plain else chosen * stacked.scale
+        return stacked.look() * stacked.scale
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        rows, scale, whole = ctx.stacked.rows, ctx.stacked.scale, ctx.stacked.gradients
-        if rows is not None:
-            whole.index_add_(0, rows, gradient * scale)
-        elif isinstance(scale, Tensor):
-            whole.addcmul_(gradient, scale)
-        else:
-            whole.add_(gradient, alpha=scale)
+        ctx.stacked.add(gradient * ctx.stacked.scale)
         return None, None

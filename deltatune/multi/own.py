@@ -23,16 +23,19 @@ class Own:
         sources: each reads the patch of one lane.
         grounds: where the tensors of several deltas may lie side by side.
         zero: a lane that changes nothing goes ahead of them, for rows without one.
+
+    Attributes:
+        beside: each tensor of all lanes, where they lie side by side; None where some do not.
     """
 
     def __init__(self, form: Form, sources: Sequence[Callable[[], Lane]], grounds: Sequence[Ground], *, zero: bool) -> None:
         self.form, self.sources, self.zero = form, tuple(sources), zero
-        self._beside = self._found(grounds) if grounds else None
+        self.beside = self._found(grounds) if grounds else None
 
     def __call__(self) -> dict[str, Tensor]:
         """Name -> (lanes, ...)."""
-        if self._beside is not None:
-            lanes = {name: one() for name, one in self._beside.items()}
+        if self.beside is not None:
+            lanes = {name: one() for name, one in self.beside.items()}
         else:
             fitted = [self.form.fitted(source().tensors) for source in self.sources]
             lanes = {name: torch.stack([lane[name] for lane in fitted]) for name in fitted[0]}

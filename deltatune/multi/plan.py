@@ -42,6 +42,8 @@ class Use:
         form = self.table.form
         if self.own is None or self.compact is None or not torch.is_grad_enabled():
             return form.many(x, y, self.tensors, self.picks, self.table)
+        if self.own.beside is not None and self.compact.is_even:
+            return form.beside(x, y, self.own.beside, self.compact, self.table)
         return form.many(x, y, self.own(), self.compact, self.table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -236,7 +237,7 @@ class Company:
         assert self.host is not None
         self.host.settle(tenant)
         norm = tenant.norm()
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             tenant.forget()
             tenant.stream.held = held
             loss = tenant.alone(batches)

@@ -92,8 +92,9 @@ class Flat:
         """Norm of the gradients, which are clipped to the largest that is allowed."""
         gradients = self.ground.gradients[self.row]
         norm = torch.linalg.vector_norm(gradients)
-        if largest and largest < norm + 1e-6:
-            gradients.mul_(largest / (norm + 1e-6))
+        share = largest / (float(norm) + 1e-6) if largest else 1.0
+        if share < 1:
+            gradients.mul_(share)
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class Host:
         """
         before = [task.tenant.stream.held for task in tasks]
         losses = self._forward(tasks, calls)
-        whole = [bool(torch.isfinite(loss)) for loss in losses]
+        whole = torch.stack(losses).isfinite().tolist()
         if all(whole):
             self._backward()
             return [loss.detach() for loss in losses]

@@ -6,9 +6,10 @@ checkpoints: a run that was begun together can be finished alone, and the other 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -149,16 +150,22 @@ class Tenant:
         for number in count(epoch):
             order.set_epoch(number)
             with self.stream:
-                batches = iter(loader)
+                iter(loader)  # draws a number, as a run by itself does
+            batches = iter(loader.batch_sampler)
             for update in range(self._steps_in_epoch):
                 size = min(several, whole - update * several)
-                found = [moved(next(batches), self.job.backbone) for _ in range(size)]
+                found = [self._collated(next(batches)) for _ in range(size)]
                 if number == epoch and update < skipped:
                     continue
                 if held is not None:
                     self.stream.held |= held
                     held = None
                 yield number + (update * several + size) / whole, found
+
+    def _collated(self, numbers: Sequence[int]) -> Batch:
+        """Rows as a batch; a loader's own way to it takes longer than collating."""
+        batch = self.material.framing.collate([self.material.train[number] for number in numbers])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
     def form(self) -> tuple[int, ...]:
@@ -244,7 +251,7 @@ class Tenant:
             Diverged: loss or gradients are no longer finite.
         """
         number = self.state.global_step + 1
-        if not (torch.isfinite(norm) and torch.isfinite(loss)):
+        if not (math.isfinite(norm) and math.isfinite(loss)):
             raise Diverged(
                 f"The training diverged: at step {number}, the {'gradients' if torch.isfinite(loss) else 'loss'} of "
                 f"`{'+'.join(one.name for one in self.job.trained)}` are NaN or infinite. Lower the learning rate (`lr`), or clip the "
