@@ -226,9 +226,7 @@ class Bank(Guest):
         with self.lock:
             self.open.remove(plan.number)
 
-    def _plan(
-        self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()
-    ) -> Plan:
+    def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()) -> Plan:
         names = dict.fromkeys(name for program in programs for term in program for name in term.members)
         training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
         return Planner(number, programs, self.acts, self.contexts, training, streams, grounds).plan()

@@ -131,6 +131,6 @@ class _Looked(torch.autograd.Function):
         return stacked.look() * stacked.scale
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         ctx.stacked.add(gradient * ctx.stacked.scale)
         return None, None

@@ -296,11 +296,12 @@ def write(
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model can spread out the vocabulary at chosen places only."""
-    return _keeps_logits(type(getattr(model, "module", model)))  # DDP passes everything on
+    inner: nn.Module = getattr(model, "module", model)  # DDP passes everything on
+    return _keeps_logits(type(inner))
 
 
 @cache
-def _keeps_logits(kind: type[nn.Module]) -> bool:
+def _keeps_logits(kind: Any) -> bool:
     """Asked in every step, and slow to see."""
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 

@@ -49,7 +49,7 @@ class _Beside(torch.autograd.Function):
             return torch.baddbmm(y, h.mT, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, a, b, h = ctx.saved_tensors
         dh = torch.bmm(b, g.mT) * ctx.scale  # (n, r, t)
         ctx.A.add(torch.bmm(dh, x).mT)

@@ -91,7 +91,7 @@ class Flat:
     def clip(self, largest: float) -> Tensor:
         """Norm of the gradients, which are clipped to the largest that is allowed."""
         gradients = self.ground.gradients[self.row]
-        norm = torch.linalg.vector_norm(gradients)
+        norm: Tensor = torch.linalg.vector_norm(gradients)
         share = largest / (float(norm) + 1e-6) if largest else 1.0
         if share < 1:
             gradients.mul_(share)

@@ -151,6 +151,7 @@ class Tenant:
             order.set_epoch(number)
             with self.stream:
                 iter(loader)  # draws a number, as a run by itself does
+            assert loader.batch_sampler is not None
             batches = iter(loader.batch_sampler)
             for update in range(self._steps_in_epoch):
                 size = min(several, whole - update * several)
