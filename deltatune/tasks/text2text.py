@@ -296,8 +296,8 @@ def write(
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model can spread out the vocabulary at chosen places only."""
-    inner: nn.Module = getattr(model, "module", model)  # DDP passes everything on
-    return _keeps_logits(type(inner))
+    kind: Any = type(getattr(model, "module", model))  # DDP passes everything on
+    return _keeps_logits(kind)
 
 
 @cache
