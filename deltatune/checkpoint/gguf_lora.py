@@ -73,7 +73,9 @@ def write_gguf_lora(delta: Delta | Composition, file: str | os.PathLike[str], *,
     target = place_of(file)
     if target.suffix != ".gguf" or target.is_dir():
         name = f"{target.name}.gguf"
-        raise OutputError(f"`{target}` cannot be written: llama.cpp reads a LoRA from one file called `*.gguf`. Call it `{name}`, for example.")
+        raise OutputError(
+            f"`{target}` cannot be written: llama.cpp reads a LoRA from one file called `*.gguf`. Call it `{name}`, for example."
+        )
     if target.exists() and not overwrite:
         raise OutputError(f"`{target}` is there already. Choose another name, or give overwrite=True (--overwrite).")
     dialect = _dialect(delta)

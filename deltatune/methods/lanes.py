@@ -29,15 +29,22 @@ class Lane:
 
     Attributes:
         form: its name.
-        tensors: those of the lane, under the form's letters; they carry gradients to the patch's parameters.
+        plain: the tensors of the lane, under the form's letters; they carry gradients to the patch's parameters.
         settings: what lanes must agree in to stand in one table.
         shared: tensors that all lanes with the same ``settings`` have in common.
+        scales: by what some of ``plain`` are to be multiplied; views of parameters can be stacked without a copy, products cannot.
     """
 
     form: str
-    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Tensor]
     settings: tuple[Hashable, ...] = ()
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Scaling folded in."""
+        return {name: self.scales[name] * tensor if name in self.scales else tensor for name, tensor in self.plain.items()}
 
 
 @runtime_checkable

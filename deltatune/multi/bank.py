@@ -37,6 +37,7 @@ from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
 from deltatune.multi.recompute import checkpointing
 
 if TYPE_CHECKING:
+    from deltatune.multi.ground import Ground
     from deltatune.multi.streams import Streams
 
 VERSION = attrgetter("_version")
@@ -206,17 +207,23 @@ class Bank(Guest):
                 self.add(name)
             return self._opened(programs, streams)
 
-    def training_plan(self, programs: Sequence[Program], streams: Streams) -> Plan:
-        """The same for a route of which every delta trains: gradients need the deltas' own tensors, so lanes are not entered anew."""
+    def training_plan(self, programs: Sequence[Program], streams: Streams, grounds: Sequence[Ground] = ()) -> Plan:
+        """The same for a route of which every delta trains: gradients need the deltas' own tensors, so lanes are not entered anew.
+
+        Args:
+            programs: what each row uses.
+            streams: whose random numbers each row's dropout takes.
+            grounds: where what deltas train lies side by side.
+        """
         with self.lock:
             for name in dict.fromkeys(name for program in programs for term in program for name in term.members):
                 if name not in self.records:
                     self.add(name)
-            return self._opened(programs, streams)
+            return self._opened(programs, streams, grounds)
 
-    def _opened(self, programs: Sequence[Program], streams: Streams | None) -> Plan:
+    def _opened(self, programs: Sequence[Program], streams: Streams | None, grounds: Sequence[Ground] = ()) -> Plan:
         self.newest += 1
-        plan = self._plan(self.newest, programs, streams)
+        plan = self._plan(self.newest, programs, streams, grounds)
         self.open.append(plan.number)
         return plan
 
@@ -225,10 +232,10 @@ class Bank(Guest):
         with self.lock:
             self.open.remove(plan.number)
 
-    def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
+    def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()) -> Plan:
         names = dict.fromkeys(name for program in programs for term in program for name in term.members)
         training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
-        return Planner(number, programs, self.acts, self.contexts, training, streams).plan()
+        return Planner(number, programs, self.acts, self.contexts, training, streams, grounds).plan()
 
     def _renewed(self, plan: Plan) -> Plan:
         """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""

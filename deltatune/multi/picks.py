@@ -14,20 +14,29 @@ if TYPE_CHECKING:
 class Picks:
     """The lanes of a batch's rows; lane 0 is the zero delta.
 
+    Args:
+        numbers: the lane of each row.
+        device: of the tables.
+        streams: whose random numbers each row's dropout takes; None for the global ones.
+        first: number of the first lane of the stack; 1 where every row has one, and the zero delta is left out.
+
     Attributes:
-        numbers: one per row.
-        lanes: the same, (rows,).
-        distinct: the lanes in use, 0 included where a row has none, in order.
+        numbers: one per row, 0 where it has none.
+        lanes: which tensor of a stack each row uses, (rows,).
+        distinct: the lanes in use, that of rows without one included, in order.
+        is_even: each of the stack's lanes is used by as many rows as the next, one behind the other.
         mask: rows that use a lane, (rows, 1, 1).
         streams: whose random numbers each row's dropout takes; None for the global ones.
     """
 
-    def __init__(self, numbers: tuple[int, ...], device: torch.device, streams: Streams | None = None) -> None:
+    def __init__(self, numbers: tuple[int, ...], device: torch.device, streams: Streams | None = None, first: int = 0) -> None:
         self.numbers, self.streams = numbers, streams
         with torch.inference_mode(False):  # gradients may need them later
-            self.lanes = torch.tensor(numbers, dtype=torch.long, device=device)
-            self.mask = (self.lanes > 0)[:, None, None]
-        self.distinct = tuple(sorted(set(numbers)))
+            each = torch.tensor(numbers, dtype=torch.long, device=device)
+            self.lanes = each - first
+            self.mask = (each > 0)[:, None, None]
+        self.distinct = tuple(sorted({number - first for number in numbers}))
+        self.is_even = bool(first) and numbers == _repeated(first, len(self.distinct), len(numbers))
         self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._used: Tensor | None = None
         self._places: dict[int, Tensor] = {}
@@ -35,7 +44,7 @@ class Picks:
     @property
     def is_used(self) -> bool:
         """Some row uses a lane."""
-        return self.distinct != (0,)
+        return any(self.numbers)
 
     @torch.inference_mode(False)
     def bags(self, width: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -65,3 +74,9 @@ class Picks:
             own = (self.lanes[:, None] == self.used).float()
             found = self._places[width] = own.repeat_interleave(width, 1)[:, None]
         return found
+
+
+def _repeated(first: int, lanes: int, rows: int) -> tuple[int, ...]:
+    """Each lane for as many rows as the next."""
+    each = rows // lanes
+    return tuple(first + row // each for row in range(rows)) if each * lanes == rows else ()

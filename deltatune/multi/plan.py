@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltatune.injection.slot import Term
 from deltatune.multi.lanes import TOKENS, Lanes
+from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
@@ -26,13 +27,13 @@ class Use:
     Attributes:
         table: the table.
         lanes: its tensors when the route opened, and the lane of each row.
-        trained: the deltas' own tensors as lanes, that gradients reach; none where nothing trains.
+        own: the deltas' own tensors as lanes, that gradients reach; None where nothing trains.
         compact: the lane of each row among those.
     """
 
     table: Table
     lanes: Lanes
-    trained: tuple[Callable[[], Mapping[str, Tensor]], ...] = ()
+    own: Own | None = None
     compact: Picks | None = None
 
     @property
@@ -43,7 +44,7 @@ class Use:
     def apply(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         """The form, for rows with a lane each: x (rows, tokens, in), y (rows, tokens, out); ``out`` is y where it may be overwritten."""
         form = self.table.form
-        if self.compact is None or not torch.is_grad_enabled():
+        if self.own is None or self.compact is None or not torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 key = y.dtype, y.size(1) < TOKENS
                 if out is not None and (shortcut := self.lanes.shortcuts.get(key)) is not None and x.dtype == y.dtype:
@@ -52,9 +53,9 @@ class Use:
                 if self.lanes.begin() and key not in self.lanes.shortcuts:
                     self.lanes.shortcuts[key] = form.shortcut(y, self.lanes, self.table)
             return form.many(x, y, self.lanes, self.table, out)
-        own = [form.fitted(source()) for source in self.trained]
-        tensors = {name: torch.stack([zero[0].detach(), *(lane[name] for lane in own)]) for name, zero in self.lanes.tensors.items()}
-        return form.many(x, y, Lanes(tensors, self.compact), self.table)
+        if self.own.beside is not None and self.compact.is_even:
+            return form.beside(x, y, self.own.beside, self.compact, self.table)
+        return form.many(x, y, Lanes(self.own(), self.compact), self.table)
 
 
 @dataclass(frozen=True)

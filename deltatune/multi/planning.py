@@ -7,18 +7,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from deltatune.injection.rows import RowPrefixes
+from deltatune.methods.lanes import Lane
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, plan_contexts
 from deltatune.multi.lanes import Lanes
+from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
 from deltatune.multi.reading import read
 from deltatune.multi.table import LaneName, Table
 
 if TYPE_CHECKING:
+    from deltatune.multi.ground import Ground
     from deltatune.multi.streams import Streams
 
 
@@ -32,6 +34,7 @@ class Planner:
         contexts: its context acts.
         training: the deltas that gradients may reach.
         streams: whose random numbers each row's dropout takes; None for the global ones.
+        grounds: where what deltas train lies side by side.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class Planner:
         contexts: Mapping[int, Context],
         training: frozenset[str],
         streams: Streams | None = None,
+        grounds: Sequence[Ground] = (),
     ) -> None:
-        self.number, self.entries, self.training = number, tuple(entries), training
+        self.number, self.entries, self.training, self.grounds = number, tuple(entries), training, tuple(grounds)
         self.acts, self.contexts, self.streams = acts, contexts, streams
         self.programs = tuple(dict.fromkeys(self.entries))
         self.rows_of: dict[Program, list[int]] = {}
@@ -52,7 +56,7 @@ class Planner:
         self.members = {program: members_of(program) for program in self.programs}
         self.single = self._single()
         self.depth = max((len(self.members[program] or ()) for program in self.programs), default=0)
-        self._picks: dict[tuple[tuple[int, ...], torch.device], Picks] = {}
+        self._picks: dict[tuple[tuple[int, ...], torch.device, int], Picks] = {}
 
     def plan(self) -> Plan:
         """The plan."""
@@ -126,22 +130,24 @@ class Planner:
         lanes = Lanes(table.tensors, picks, lasts=True)
         if not trained:
             return Use(table, lanes)
-        names = list(dict.fromkeys(rows.values()))
-        compact = self._picked(tuple(names.index(rows[row]) + 1 if row in rows else 0 for row in range(len(self.entries))), table)
-        return Use(table, lanes, tuple(partial(_own, act, name) for name in names), compact)
+        numbers_of = {name: k + 1 for k, name in enumerate(dict.fromkeys(rows.values()))}
+        compact = tuple(numbers_of[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
+        own = Own(table.form, [partial(_own, act, name) for name in numbers_of], self.grounds, zero=0 in compact)
+        return Use(table, lanes, own, self._picked(compact, table, first=0 if own.zero else 1))
 
-    def _picked(self, numbers: tuple[int, ...], table: Table) -> Picks:
+    def _picked(self, numbers: tuple[int, ...], table: Table, first: int = 0) -> Picks:
         device = next(iter(table.tensors.values())).device
-        if (numbers, device) not in self._picks:
-            self._picks[numbers, device] = Picks(numbers, device, self.streams)
-        return self._picks[numbers, device]
+        key = numbers, device, first
+        if key not in self._picks:
+            self._picks[key] = Picks(numbers, device, self.streams, first)
+        return self._picks[key]
 
 
-def _own(act: RouteAct, name: LaneName) -> Mapping[str, Tensor]:
+def _own(act: RouteAct, name: LaneName) -> Lane:
     """The delta's own tensors as a lane."""
     source = read(act.spots[name])
     assert source is not None
-    return source.lane.tensors
+    return source.lane
 
 
 def _device(act: RouteAct) -> torch.device:

@@ -166,7 +166,8 @@ def _low_rank_at(spot: Spot, lane: Lane) -> Source | None:
     if isinstance(spot.module, nn.Embedding):
         if spot.site.rows is not None or type(spot.module).forward is not nn.Embedding.forward:
             return None
-        return Source(Lane("lookup", {"A": lane.tensors["B"].T, "B": lane.tensors["A"].T}), spot.site)
+        scales = {other: lane.scales[name] for name, other in (("A", "B"), ("B", "A")) if name in lane.scales}
+        return Source(Lane("lookup", {"A": lane.plain["B"].T, "B": lane.plain["A"].T}, scales=scales), spot.site)
     return Source(lane, spot.site) if _is_linear(spot) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -295,8 +296,14 @@ def write(
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model can spread out the vocabulary at chosen places only."""
-    inner = getattr(model, "module", model)  # DDP passes everything on
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    kind: Any = type(getattr(model, "module", model))  # DDP passes everything on
+    return _keeps_logits(kind)
+
+
+@cache
+def _keeps_logits(kind: Any) -> bool:
+    """Asked in every step, and slow to see."""
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class Life:
         self.mixing = [part for part in parts if isinstance(part, Mixing)]
         self.total = total
         self.step = 0
+        self._penalised = [(delta, delta.method) for delta in self.deltas if isinstance(delta.method, Penalised)]
+        self._stepping = [(delta, delta.method) for delta in self.deltas if isinstance(delta.method, Stepping)]
+        self._phased = [(delta, delta.method) for delta in self.deltas if isinstance(delta.method, Phased)]
         self._starts = {delta.name: phase_starts(delta, total) for delta in self.deltas}
         self._entered = dict.fromkeys(self._starts, 0)
 
@@ -83,18 +86,16 @@ class Life:
 
     def add_penalty(self) -> None:
         """Add the gradients of the methods' own loss terms, once an optimiser step, behind the last backward."""
-        for delta in self.deltas:
-            if isinstance(delta.method, Penalised):
-                _add_gradients(delta.method.penalty(list(_patches(delta))), delta)
+        for delta, method in self._penalised:
+            _add_gradients(method.penalty(list(_patches(delta))), delta)
         for mixing in self.mixing:
             _add_gradients(mixing.penalty(), mixing)
 
     def after_step(self) -> None:
         """Count the step and let the methods act on it; gradients must still be there."""
         self.step += 1
-        for delta in self.deltas:
-            if isinstance(delta.method, Stepping):
-                delta.method.after_step(list(_patches(delta)), self.step, self.total)
+        for delta, method in self._stepping:
+            method.after_step(list(_patches(delta)), self.step, self.total)
 
     def finish(self) -> None:
         """Enter what phases are left, and bring each delta into its final form."""
@@ -106,13 +107,11 @@ class Life:
                     delta.method.export(patches, delta.shared)
 
     def _enter_until(self, step: int) -> None:
-        for delta in self.deltas:
-            if not isinstance(delta.method, Phased):
-                continue
+        for delta, method in self._phased:
             starts = self._starts[delta.name]
             while self._entered[delta.name] < len(starts) and starts[self._entered[delta.name]] <= step:
-                phase = delta.method.phases[self._entered[delta.name]]
-                delta.method.enter(list(_patches(delta)), phase.name)
+                phase = method.phases[self._entered[delta.name]]
+                method.enter(list(_patches(delta)), phase.name)
                 self._entered[delta.name] += 1
 
 

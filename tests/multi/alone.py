@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import deltatune as dt
 from deltatune.multi.together.job import Job, Outcome
 from deltatune.multi.together.together import train_together
+from deltatune.tasks import TaskData
 from deltatune.training.result import Result
 from tests.training import tiny
 
@@ -34,8 +36,14 @@ def still(name: str) -> Any:
     return model
 
 
+def data() -> TaskData:
+    """The tiny task with one metric: to resample f1 for its interval takes longer than 50 steps."""
+    whole = tiny.data()
+    return dataclasses.replace(whole, task=dataclasses.replace(whole.task, metrics=("accuracy",)))
+
+
 def job(method: Any, **settings: Any) -> Job:
-    return Job(tiny.data(), method, **(COMMON | settings))
+    return Job(data(), method, **(COMMON | settings))
 
 
 def alone(model: nn.Module, one: Job, **options: Any) -> Result:

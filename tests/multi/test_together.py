@@ -348,7 +348,7 @@ def test_one_vector_steps_as_many_tensors_do() -> None:
                 joined[k].grad += gradient
         if flat is None and step == 1:
             assert Flat.fits(optimizers[1])
-            flat = Flat(optimizers[1])
+            flat = Flat(optimizers[1], Flat.new_ground(optimizers[1]))
         for optimizer in optimizers:
             optimizer.step()
         if flat is None:

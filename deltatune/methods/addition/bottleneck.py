@@ -71,7 +71,8 @@ class Bottleneck(nn.Module):
         if not isinstance(self.D, Affine) or not isinstance(self.U, Affine):
             return None
         (W_d, b_d), (W_u, b_u) = self.D.affine(), self.U.affine()
-        return Lane("bottleneck", {"D": W_d.T, "c": b_d, "U": scale * W_u.T, "e": scale * b_u}, (self.activation, reads))
+        scales = {"U": scale, "e": scale} if scale != 1 else {}
+        return Lane("bottleneck", {"D": W_d.T, "c": b_d, "U": W_u.T, "e": b_u}, (self.activation, reads), scales=scales)
 
 
 class Serial(OutputPatch):

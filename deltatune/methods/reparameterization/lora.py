@@ -136,7 +136,7 @@ class LoRALinear(OutputPatch):
 
     def lane(self) -> Lane:
         """(x A^T) (s B)^T."""
-        return Lane("low-rank", {"A": self.lora_A.T, "B": self.scale * self.lora_B.T}, (self.dropout * self.training,))
+        return Lane("low-rank", {"A": self.lora_A.T, "B": self.lora_B.T}, (self.dropout * self.training,), scales={"B": self.scale})
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, in the precision of W."""
@@ -163,7 +163,7 @@ class LoRAEmbedding(OutputPatch):
 
     def lane(self) -> Lane:
         """A^T[ids] (s e B)^T."""
-        return Lane("lookup", {"A": self.lora_A.T, "B": self.scale * self.embed_scale * self.lora_B.T})
+        return Lane("lookup", {"A": self.lora_A.T, "B": self.lora_B.T}, scales={"B": self.scale * self.embed_scale})
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The table (rows, width) plus s (B A)^T."""
@@ -190,7 +190,7 @@ class LoRAWeight(WeightPatch):
         """x A^T (s B)^T."""
         if not self.view.is_plain:
             return None
-        return Lane("low-rank", {"A": self.lora_A.T, "B": self.scale * self.lora_B.T}, (0.0,))
+        return Lane("low-rank", {"A": self.lora_A.T, "B": self.lora_B.T}, (0.0,), scales={"B": self.scale})
 
 
 def hold(patch: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from deltatune.multi.lanes import Lanes, Shortcut
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
+
+if TYPE_CHECKING:
+    from deltatune.multi.ground import Stacked
 
 
 class Form(ABC):
@@ -60,6 +63,10 @@ class Form(ABC):
         Returns:
             (rows, tokens, out), of y's dtype.
         """
+
+    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Stacked], picks: Picks, table: Table) -> Tensor:
+        """The same for lanes that train where they lie, each with as many rows as the next."""
+        return self.many(x, y, Lanes({name: stacked() for name, stacked in lanes.items()}, picks), table)
 
 
 def rank_class(rank: int) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from deltatune.multi.forms.form import Form, dropped, padded, rank_class
 from deltatune.multi.lanes import Lanes, Shortcut
-from deltatune.multi.operators.choice import choose
+from deltatune.multi.operators.choice import EVEN, choose
+from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
+
+if TYPE_CHECKING:
+    from deltatune.multi.ground import Stacked
 
 
 class LowRank(Form):
@@ -37,6 +41,10 @@ class LowRank(Form):
         if table.key.settings[0]:
             x = dropped(x, table.key.settings[0], lanes.picks)
         return choose(x, lanes, "A", lanes["A"].shape[-1]).added(y, x, lanes, "A", "B", out)
+
+    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Stacked], picks: Picks, table: Table) -> Tensor:
+        """All products of forward and backward as one operation."""
+        return EVEN.beside(y, dropped(x.to(y.dtype), table.key.settings[0], picks), lanes["A"], lanes["B"])
 
 
 def fitted_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

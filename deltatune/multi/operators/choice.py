@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltatune.multi.lanes import TOKENS, Lanes
 from deltatune.multi.operators.dense import Dense
+from deltatune.multi.operators.even import Even
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
 from deltatune.multi.operators.operator import Operator
@@ -15,7 +16,7 @@ from deltatune.multi.operators.segment import Segment
 FEW = 64
 """So many numbers between two products may be computed for rows that do not need them; half as many where rows have many tokens."""
 
-GATHER, SEGMENT, DENSE, FUSED = Gather(), Segment(), Dense(), Fused()
+GATHER, SEGMENT, DENSE, EVEN, FUSED = Gather(), Segment(), Dense(), Even(), Fused()
 
 
 def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
@@ -31,6 +32,8 @@ def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
         return SEGMENT  # one graph for all routes
     if x.is_cuda and FUSED.is_available() and not _trains(x, lanes[W]):
         return FUSED
+    if lanes.picks.is_even:
+        return EVEN
     distinct = len(lanes.picks.distinct)
     if distinct == 1 or distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2):
         return DENSE

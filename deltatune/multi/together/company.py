@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ class Company:
     def round(self) -> None:
         """One step of every job."""
         began = time.perf_counter()
-        taking = list(self.members)
+        taking = sorted(self.members, key=lambda member: member.tenant.row)  # as they lie side by side
         batches: dict[int, list[Batch]] = {}
         for member in taking:
             batches[id(member)] = member.tenant.next()
@@ -233,8 +234,10 @@ class Company:
     def _step(self, member: Member, batches: list[Batch], loss: Tensor, held: dict[str, object]) -> None:
         """Let one job take its step; numbers that are not finite are computed anew alone, to know whose fault they are."""
         tenant = member.tenant
+        assert self.host is not None
+        self.host.settle(tenant)
         norm = tenant.norm()
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             tenant.forget()
             tenant.stream.held = held
             loss = tenant.alone(batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,6 +20,7 @@ from deltatune.injection.slot import Term
 from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch, PromptPatch
 from deltatune.methods.lanes import Laned
 from deltatune.multi.bank import Bank, bank
+from deltatune.multi.ground import Ground
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.reading import check_routable
 from deltatune.multi.streams import Block, Places, Streams
@@ -74,6 +75,7 @@ class Host:
         self.portion = Portion(tree)
         self._lodgings: dict[int, Lodging] = {}
         self._plans: dict[tuple[tuple[int, int], ...], tuple[Plan, Streams]] = {}
+        self._grounds: dict[Hashable, Ground] = {}
         self._numbers = 0
         self._in_batch: list[Lodging] = []
         self._current: Streams | None = None
@@ -107,8 +109,16 @@ class Host:
         self.tree.train()
         self.refresh()
 
+    def settle(self, tenant: Tenant) -> None:
+        """Let what a tenant trains lie beside what others do, as soon as it can."""
+        if tenant.wants_ground:
+            tenant.settle(self._grounds)
+            self.refresh()
+
     def dismiss(self, tenant: Tenant) -> None:
         """Let a tenant's deltas go; nothing of them stays."""
+        tenant.release()
+        self._grounds = {shape: ground for shape, ground in self._grounds.items() if ground.settlers}
         lodging = self._lodgings.pop(id(tenant))
         self.refresh()
         for hook in lodging.hooks:
@@ -147,7 +157,7 @@ class Host:
         """
         before = [task.tenant.stream.held for task in tasks]
         losses = self._forward(tasks, calls)
-        whole = [bool(torch.isfinite(loss)) for loss in losses]
+        whole = torch.stack(losses).isfinite().tolist()
         if all(whole):
             self._backward()
             return [loss.detach() for loss in losses]
@@ -206,7 +216,7 @@ class Host:
             if len(self._plans) >= KEPT:
                 plan, _ = self._plans.pop(next(iter(self._plans)))
                 self._bank.close(plan)
-            self._plans[key] = self._bank.training_plan(programs, streams), streams
+            self._plans[key] = self._bank.training_plan(programs, streams, tuple(self._grounds.values())), streams
         return self._plans[key]
 
     def _joined(self, calls: Sequence[Call], plan: Plan) -> tuple[Joined, Places]:

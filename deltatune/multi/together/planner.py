@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,15 +35,32 @@ def bins(calls: Sequence[Call], tokens: int) -> list[list[int]]:
     >>> bins(texts, tokens=60)
     [[1, 3], [0, 2]]
     """
-    found: dict[Hashable, list[list[int]]] = {}
-    for number in sorted(range(len(calls)), key=lambda k: -_length(calls[k])):
-        several = found.setdefault(calls[number].kind, [])
-        room = next((one for one in several if _tokens([calls[k] for k in (*one, number)]) <= tokens), None)
+    found: dict[Hashable, list[Bin]] = {}
+    lengths = list(map(_length, calls))
+    for number in sorted(range(len(calls)), key=lambda k: -lengths[k]):
+        rows, several = calls[number].rows, found.setdefault(calls[number].kind, [])
+        room = next((one for one in several if (one.rows + rows) * one.length <= tokens), None)
         if room is None:
-            several.append([number])
-        else:
-            room.append(number)
-    return [sorted(one) for several in found.values() for one in several]
+            room = Bin(lengths[number])
+            several.append(room)
+        room.numbers.append(number)
+        room.rows += rows
+    return [sorted(one.numbers) for several in found.values() for one in several]
+
+
+@dataclass
+class Bin:
+    """Calls that share a forward.
+
+    Attributes:
+        length: of the longest, which came first.
+        rows: of all.
+        numbers: which they are.
+    """
+
+    length: int
+    rows: int = 0
+    numbers: list[int] = field(default_factory=list)
 
 
 def _length(call: Call) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +30,12 @@ class Call:
 
     inputs: Mapping[str, Any]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """What has a row for each of the batch."""
         return {name: value for name, value in self.inputs.items() if isinstance(value, Tensor) and name != KEPT}
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Of the batch."""
         return next(iter(self.tensors.values())).shape[0]
@@ -43,7 +44,7 @@ class Call:
         """Tokens of a row, of the text or of what a decoder writes; 0 where there is none."""
         return next((value.shape[1] for name, value in self.tensors.items() if (name in TARGETS) == target and value.ndim > 1), 0)
 
-    @property
+    @cached_property
     def kind(self) -> Hashable:
         """What calls must agree in to be joined: their names, what is no tensor, and any axes beside rows and tokens."""
         plain = tuple((name, repr(value)) for name, value in sorted(self.inputs.items()) if not isinstance(value, Tensor))
@@ -138,7 +139,8 @@ class Joined:
         found = []
         for call, part, width in zip(self.calls, torch.split(logits, self.sizes), widths, strict=True):
             if part.ndim == 3 and self.kept is not None:
-                part = part.index_select(1, torch.searchsorted(self.kept, call.inputs[KEPT]))
+                if len(call.inputs[KEPT]) < len(self.kept):  # else it kept what all of them did
+                    part = part.index_select(1, torch.searchsorted(self.kept, call.inputs[KEPT]))
             elif part.ndim == 3:
                 part = part[:, : call.length(target=True) or call.length()]
             found.append(part if width is None else part[..., :width])

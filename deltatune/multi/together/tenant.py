@@ -6,8 +6,10 @@ checkpoints: a run that was begun together can be finished alone, and the other 
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from deltatune.errors import Diverged
 from deltatune.methods.kinds import Penalised, Phased, Stepping, Stochastic
+from deltatune.multi.ground import Ground
 from deltatune.multi.streams import Stream
 from deltatune.multi.together.flat import Flat
 from deltatune.tasks.tensors import Features, items, length_of, moved
@@ -147,16 +150,23 @@ class Tenant:
         for number in count(epoch):
             order.set_epoch(number)
             with self.stream:
-                batches = iter(loader)
+                iter(loader)  # draws a number, as a run by itself does
+            assert loader.batch_sampler is not None
+            batches = iter(loader.batch_sampler)
             for update in range(self._steps_in_epoch):
                 size = min(several, whole - update * several)
-                found = [moved(next(batches), self.job.backbone) for _ in range(size)]
+                found = [self._collated(next(batches)) for _ in range(size)]
                 if number == epoch and update < skipped:
                     continue
                 if held is not None:
                     self.stream.held |= held
                     held = None
                 yield number + (update * several + size) / whole, found
+
+    def _collated(self, numbers: Sequence[int]) -> Batch:
+        """Rows as a batch; a loader's own way to it takes longer than collating."""
+        batch = self.material.framing.collate([self.material.train[number] for number in numbers])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
     def form(self) -> tuple[int, ...]:
@@ -205,10 +215,33 @@ class Tenant:
         for parameter in self._parameters():
             parameter.grad = None
 
+    @property
+    def wants_ground(self) -> bool:
+        """It has gradients for everything it trains, and keeps its form: it can lie flat."""
+        return self._flat is None and not self._changes and Flat.fits(self.optimizer)
+
+    @property
+    def row(self) -> int:
+        """Of its ground; behind all others where it has none."""
+        return sys.maxsize if self._flat is None else self._flat.row
+
+    def settle(self, grounds: dict[Hashable, Ground]) -> None:
+        """Lie flat from now on, on the ground of its shape."""
+        shape = Flat.shape(self.optimizer)
+        if shape not in grounds:
+            grounds[shape] = Flat.new_ground(self.optimizer)
+        self._flat = Flat(self.optimizer, grounds[shape])
+
+    def release(self) -> None:
+        """What it trains has memory of its own again."""
+        if self._flat is not None:
+            self._flat.release()
+            self._flat = None
+
     def norm(self) -> Tensor:
         """Norm of its gradients, which are clipped to the largest that is allowed."""
-        if self._flat is None and not self._changes and Flat.fits(self.optimizer):
-            self._flat = Flat(self.optimizer)
+        if self._flat is not None:
+            return self._flat.clip(self.args.max_grad_norm)
         held = [parameter for parameter in self._parameters() if parameter.grad is not None]
         return clip_grad_norm_(held, self.args.max_grad_norm or float("inf"))
 
@@ -219,7 +252,7 @@ class Tenant:
             Diverged: loss or gradients are no longer finite.
         """
         number = self.state.global_step + 1
-        if not (torch.isfinite(norm) and torch.isfinite(loss)):
+        if not (math.isfinite(norm) and math.isfinite(loss)):
             raise Diverged(
                 f"The training diverged: at step {number}, the {'gradients' if torch.isfinite(loss) else 'loss'} of "
                 f"`{'+'.join(one.name for one in self.job.trained)}` are NaN or infinite. Lower the learning rate (`lr`), or clip the "
@@ -294,8 +327,7 @@ class Tenant:
         Raises:
             Diverged: a delta holds NaN or infinity.
         """
-        if self._flat is not None:
-            self._flat.release()
+        self.release()
         best = best_step(self.job.trained, self.state) if self.keeps_best else None
         if best is not None and best != self.state.global_step:
             read_state(self.job.trained, self.folder / f"checkpoint-{best}")
