@@ -77,6 +77,8 @@ def _obstacle(job: Job) -> str | None:
     """A setting that shares no forward."""
     if job.settings.gradient_checkpointing:
         return "`gradient_checkpointing` computes parts of a forward anew, and each job's random numbers with them"
+    if job.settings.keep_frozen is not None:
+        return f"`keep_frozen={job.settings.keep_frozen}` lets a forward begin at layers of its own"
     if job.settings.quantize is not None:
         return f"`quantize={job.settings.quantize}` makes a backbone of its own"
     if job.settings.report_to:
