@@ -62,7 +62,7 @@ class Fused(torch.autograd.Function):
             return tuple(F.linear(x, _merged(one.W, one.A, one.B), one.b) for one in maps)
         assert h is not None
         outputs = [F.linear(x, one.W, one.b) for one in maps]
-        for y, part, one in zip(outputs, h.split([one.A.shape[1] for one in maps]), maps, strict=True):
+        for y, part, one in zip(outputs, torch.split(h, [one.A.shape[1] for one in maps]), maps, strict=True):
             _rows(y).addmm_(part.T, one.B)
         return tuple(outputs)
 
