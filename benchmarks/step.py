@@ -56,9 +56,11 @@ def quiet(backbone: nn.Module) -> nn.Module:
 
 
 def floor(backbone: nn.Module) -> list[nn.Parameter]:
-    """One bias at the bottom: that of the first norm or linear map."""
+    """One bias at the bottom: that of the first norm, in the embeddings or the first layer."""
     backbone.requires_grad_(False)
-    for module in backbone.modules():
+    for name, module in backbone.named_modules():
+        if "final" in name:  # OPT makes it before its layers
+            continue
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.LayerNorm) or (weight is not None and type(module).__name__.endswith("RMSNorm")):
             parameter = module.bias if getattr(module, "bias", None) is not None else weight

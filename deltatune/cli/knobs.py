@@ -19,7 +19,7 @@ from deltatune.training.settings import Settings
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Scoring and stopping": ("early_stopping", "evaluations", "eval_rows", "eval_batch_size", "test_rows", "save_steps"),
-    "Memory and speed": ("bf16", "gradient_checkpointing", "quantize", "max_length", "streaming"),
+    "Memory and speed": ("bf16", "gradient_checkpointing", "keep_frozen", "quantize", "max_length", "streaming"),
     "How the task is put": (
         "framing",
         "template",
@@ -34,7 +34,7 @@ PANELS: dict[str, tuple[str, ...]] = {
 }
 """Where the help shows them; what is not listed is ``Training``."""
 
-CHOICES = {"framing": "auto|head|text2text|cloze", "quantize": "int8|nf4"}
+CHOICES = {"framing": "auto|head|text2text|cloze", "quantize": "int8|nf4", "keep_frozen": "memory|disk"}
 """What the help shows for fields with few values; the dataclass checks them."""
 
 TOLD = {

@@ -93,7 +93,7 @@ class Lean:
         """A and B in x's type; None where this forward has to run plainly."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or is_watched(module):
             return None
-        if torch._C._functorch.maybe_current_level() is not None:
+        if torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None:
             return None
         found = self.patch.factors()
         if found is None:

@@ -21,8 +21,9 @@ from deltatune.errors import Unsupported
 from deltatune.injection import lean
 from deltatune.injection.branches import Given
 from deltatune.injection.draws import Draws
+from deltatune.injection.fused import Sharing
 from deltatune.injection.mixers import Mixer
-from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
+from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, slot_of, thread_key
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, InputPatch, OutputPatch, Patch, Stochastic
 from deltatune.structure.index import Index
 from deltatune.structure.site import Rows, Site
@@ -99,7 +100,8 @@ class OutputAct(Act):
         self._stochastic: tuple[Patch, ...] = ()
         self._draws: Draws | None = None
         self._lean: lean.Lean | None = None
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor] | Tensor] = {}
+        self._sharing = Sharing()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
@@ -124,8 +126,9 @@ class OutputAct(Act):
             )
 
     def join(self, around: Around, backbone: nn.Module, index: Index, site: Site) -> None:
-        """Learn where random draws are reckoned."""
+        """Learn where random draws are reckoned, and who is given the same."""
         self._draws = around.draws
+        self._sharing.others = index.companions(site)
 
     def arrange(self, module: nn.Module, terms: Sequence[Term], mixers: nn.ModuleDict) -> None:
         """Order the steps; members of merged or disabled deltas are in no term."""
@@ -176,6 +179,10 @@ class OutputAct(Act):
         self, way: lean.Lean, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs, self.names)
+        y = self._sharing.output(way, module, x, partner)
+        if y is not None:
+            self._kept[thread_key()] = y
+            return replace_input(args, kwargs, self.names, x.new_empty(0, x.shape[-1]))
         given, kept = lean.before(way, module, x)
         if kept is None:
             return args, kwargs
@@ -193,7 +200,7 @@ class OutputAct(Act):
     def _edited(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         kept = self._kept.pop(thread_key(), None) if self._kept else None
         if kept is not None and output is not None:
-            return lean.after(output, kept)
+            return kept if isinstance(kept, Tensor) else lean.after(output, kept)
         seen = self._seen.pop(thread_key(), None) if self._edits_input else None
         if output is None or not self._reads_input:
             return output
@@ -215,6 +222,13 @@ class OutputAct(Act):
         for j, step in enumerate(self.steps[:k]):
             y = step.apply(seen[k - 1 - j], y, lambda x, j=j: self._inner(module, args, kwargs, j, x))  # type: ignore[misc]
         return y
+
+
+def partner(module: nn.Module) -> tuple[lean.Lean, Sharing] | None:
+    """What acts leanly on another module, and its share in common work; None where that is more or less than one low-rank change."""
+    slot = slot_of(module)
+    act = None if slot is None else slot.acts.get(OutputAct)
+    return (act._lean, act._sharing) if isinstance(act, OutputAct) and act._lean is not None and not act._stochastic else None
 
 
 def run_input(member: Member, x: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ BEGINNINGS = {
 }
 """Last projection of a sub-layer -> the projections that are given what the sub-layer is given, those of this order first."""
 
+ALIKE = {"attention": ("query", "key", "value"), "cross_attention": ("key", "value"), "feed_forward": ("gate", "up")}
+"""Sub-layer -> those of its projections that are given one and the same tensor."""
+
 Owner = tuple[nn.Module, str, str]
 """A module, the name under which it holds a parameter, and the path of that parameter in the backbone."""
 
@@ -138,6 +141,17 @@ class Index:
             f"given (looked for {', '.join(firsts)}). Use a serial method there, such as Adapter, or describe the backbone in an "
             "architecture file."
         )
+
+    def companions(self, site: Site) -> tuple[nn.Module, ...]:
+        """The other modules of its layer that are given what ``site`` is given: keys and values with queries, gates with what they gate."""
+        *front, part, leaf = ["", *(site.role or "").split(".")]
+        leaves = ALIKE.get(part, ())
+        if leaf not in leaves or site.layer is None:
+            return ()
+        roles = [".".join([*front[1:], part, other]) for other in leaves]
+        found = [self._in_layer.get((self.layer_list(site), site.layer, role), []) for role in roles]
+        alone = [sites[0] for sites in found if len(sites) == 1 and sites[0].rows is None and sites[0].parameter is None]
+        return tuple(other.module for other in alone if other.module is not site.module and site in alone and other.routable)
 
     def owners(self, parameter: nn.Parameter) -> list[Owner]:
         """All modules that hold ``parameter``: one, or several where weights are tied."""

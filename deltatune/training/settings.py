@@ -13,6 +13,7 @@ from deltatune.tasks.framing import framings
 
 Quantize = Literal["int8", "nf4"]
 Precision = Literal["fp32", "bf16"]
+Place = Literal["memory", "disk"]
 
 LARGEST = 2**32
 """Whole numbers are smaller: more no seed can be, and no count has to be."""
@@ -34,6 +35,8 @@ class Settings:
         max_length: most tokens of one input.
         bf16: run forward and backward in bfloat16 where that is safe; parameters stay as they are.
         gradient_checkpointing: compute activations anew in the backward instead of keeping them.
+        keep_frozen: compute what the frozen layers below the delta give for a training row once and keep it, in ``memory`` or on ``disk``;
+            dropout is off there.
         early_stopping: stop after so many evaluations without a better validation score; None never stops.
         evaluations: how often the validation rows are scored in the course of the run; the best delta is kept.
         eval_rows: most validation rows that are scored each time; 0 takes all.
@@ -69,6 +72,7 @@ class Settings:
     max_length: int = 128
     bf16: bool = False
     gradient_checkpointing: bool = False
+    keep_frozen: Place | None = None
     early_stopping: int | None = None
     evaluations: int = 5
     eval_rows: int = 512
@@ -108,6 +112,7 @@ class Settings:
         self._check("temperature", self.temperature >= 1, "1 or more")
         self._check("framing", self.framing == "auto" or self.framing in framings, f"one of auto, {', '.join(framings)}")
         self._check("quantize", self.quantize in (None, *get_args(Quantize)), f"one of {', '.join(get_args(Quantize))}, or left out")
+        self._check("keep_frozen", self.keep_frozen in (None, *get_args(Place)), f"one of {', '.join(get_args(Place))}, or left out")
 
     def _check_size(self, name: str, value: Any) -> None:
         if isinstance(value, float):

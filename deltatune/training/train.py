@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from deltatune.checkpoint.folder import check_free
@@ -40,6 +41,9 @@ from deltatune.training.watch import Show, watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from deltatune.training.kept import KeptRows
+    from deltatune.training.trainer import Material
 
 
 def train(
@@ -237,6 +241,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     watched = shown(show, label_of(job), job.metric, rows_a_step)
     if settings.gradient_checkpointing:
         stack.enter_context(recomputing(job.backbone))
+    kept = kept_rows(job, settings, material) if settings.keep_frozen else None
     trainer = DeltaTrainer(
         job.backbone,
         job.trained,
@@ -244,6 +249,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
         training_arguments(settings, schedule, folder, job.lr),
         keep_best=settings.early_stopping is not None,
         patience=settings.early_stopping,
+        kept=kept,
         callbacks=[timer, *([watched] if watched else [])],
     )
     stack.callback(give_back, trainer)
@@ -260,6 +266,17 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
         peak_memory_bytes=peak.bytes,
         history=tuple(entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry),
     )
+
+
+def kept_rows(job: Job, settings: Settings, material: Material) -> KeptRows:
+    """What the frozen layers give for the training rows, on the device where the training will be."""
+    from deltatune.training.kept import KeptRows
+
+    assert settings.keep_frozen is not None
+    if torch.accelerator.is_available():
+        job.backbone.to(torch.accelerator.current_accelerator())
+    size, bf16 = settings.eval_batch_size, settings.bf16
+    return KeptRows(job.backbone, job.framing, material.train, settings.keep_frozen, batch_size=size, bf16=bf16)
 
 
 def label_of(job: Job) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from deltatune.training.batches import LengthGrouped, Streamed
 from deltatune.training.callback import DeltaCallback
 from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
+from deltatune.training.kept import ROW, KeptRows
 from deltatune.training.life import Life, Trained, deltas_of, phase_starts
 from deltatune.training.objective import Objective
 from deltatune.training.optimizer import optimizer_of
@@ -64,6 +66,7 @@ class DeltaTrainer(Trainer):
         args: transformers' arguments; see ``training.arguments``.
         keep_best: end with the deltas of the best validation score instead of the last ones.
         patience: stop after so many evaluations without a better score.
+        kept: what the frozen layers give for the training rows; None computes it in every step.
         callbacks: further callbacks, such as the progress bar.
     """
 
@@ -76,6 +79,7 @@ class DeltaTrainer(Trainer):
         *,
         keep_best: bool = False,
         patience: int | None = None,
+        kept: KeptRows | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.backbone = backbone
@@ -83,14 +87,16 @@ class DeltaTrainer(Trainer):
         self.material = material
         self.keep_best = keep_best
         self.patience = patience
-        own: list[TrainerCallback] = [DeltaCallback(self.deltas, saves=False)]
+        self.kept = kept
+        batches = None if kept is None else kept.plain_batches(args.per_device_train_batch_size)
+        own: list[TrainerCallback] = [DeltaCallback(self.deltas, batches, saves=False)]
         if patience is not None:
             own.append(EarlyStopping(self.deltas, patience))
         super().__init__(
             model=backbone,
             args=args,
-            data_collator=material.framing.collate,
-            train_dataset=material.train,
+            data_collator=material.framing.collate if kept is None else kept.collate,
+            train_dataset=material.train if kept is None else kept.numbered(),
             eval_dataset=material.validation,
             callbacks=[*own, *callbacks],
         )
@@ -140,7 +146,9 @@ class DeltaTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The task's loss, averaged over the items of all batches of the optimiser step and of all processes."""
-        loss = self.material.objective(model, inputs, num_items_in_batch)
+        rows = inputs.pop(ROW, None)
+        with nullcontext() if rows is None or self.kept is None else self.kept.given(rows.tolist()):
+            loss = self.material.objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss

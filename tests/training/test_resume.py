@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, Method, str, dict[str, Any]]] = {
     "tied embeddings": ("gpt2", LoRA(rank=2), "step:10", {"where": ["embedding", "attention.query"]}),
     "behind a change of phase": ("bert", DiffPruning(density=0.05, fine_tune_share=0.5), "step:10", {"lr": 1e-2}),
     "in place": ("bert", FullFineTuning(), "save:4", {"lr": 1e-3}),
+    "frozen layers kept": ("bert", LoRA(rank=2, dropout=0.2), "step:8", {"layers": "top:1", "keep_frozen": "memory"}),
     "early stopping": ("bert", LoRA(rank=2, dropout=0.2), "step:6", {"early_stopping": 2, "evaluations": 6, "save_steps": 2}),
 }
 

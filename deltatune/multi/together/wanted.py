@@ -79,6 +79,8 @@ def _obstacle(job: Job) -> str | None:
         return "`gradient_checkpointing` computes parts of a forward anew, and each job's random numbers with them"
     if job.settings.streaming:
         return "`streaming` reads rows while it trains, and the jobs of a company look ahead"
+    if job.settings.keep_frozen is not None:
+        return f"`keep_frozen={job.settings.keep_frozen}` lets a forward begin at layers of its own"
     if job.settings.quantize is not None:
         return f"`quantize={job.settings.quantize}` makes a backbone of its own"
     if job.settings.report_to:

@@ -1,0 +1,244 @@
+"""Low-rank changes of linear maps that are given the same tensor, in one autograd function.
+
+    y_i = x (W_i + (A_i B_i)^T)^T + b_i        folded, where there are more tokens than the maps are wide
+    y_i = x W_i^T + b_i + (x A) B_i            else, with one product x A for all of them
+    dL/dx = sum_i g_i W_i'                     summed in place, not map by map
+    dL/dA_i = x^T (g_i B_i^T),   dL/dB_i = (x A_i)^T g_i
+
+Folding puts the change into a copy of the weight, r passes over the weight instead of some over all tokens; the copy lives for one
+product. So the forward and the gradient of x cost what they cost without a change. The modules themselves are asked about no rows.
+Queries, keys and values go together, and gates with what they gate: the first one that is called computes for all, the others find
+their output if they are given the same tensor. ``injection.lean`` runs what does not qualify, and the plain path the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.errors import Unsupported
+from deltatune.injection.lean import Lean
+from deltatune.injection.slot import slot_of, thread_key
+
+EXACT = (torch.float32, torch.float64)
+"""Types in which the sum of a weight and a small change loses nothing that matters."""
+ROWS = 512
+"""Rows of wide gradients that a CPU reads several times while they are in its cache."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One map and its change: W (out, in), b (out,) or None, A (in, r), B (r, out)."""
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+
+    @property
+    def widest(self) -> int:
+        """The larger of the map's sides."""
+        return max(self.W.shape)
+
+
+class Fused(torch.autograd.Function):
+    """x, folded, (W, b, A, B) of each map -> its y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, folded: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        """Every map's output."""
+        maps = _maps(operands)
+        learns_A = any(ctx.needs_input_grad[4 + 4 * k] for k in range(len(maps)))
+        h = None if folded and learns_A else _joined(maps).T @ _rows(x).T  # (r of all, tokens)
+        ctx.folded, ctx.shape, ctx.like = folded, x.shape, x.new_empty(0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if learns_A else None, h, *(tensor for one in maps for tensor in (one.W, one.A, one.B)))
+        if folded:
+            return tuple(F.linear(x, _merged(one.W, one.A, one.B), one.b) for one in maps)
+        assert h is not None
+        outputs = [F.linear(x, one.W, one.b) for one in maps]
+        for y, part, one in zip(outputs, torch.split(h, [one.A.shape[1] for one in maps]), maps, strict=True):
+            _rows(y).addmm_(part.T, one.B)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        """What x, each b, each A and each B get."""
+        x, h, *tensors = ctx.saved_tensors
+        maps = [Operands(W, None, A, B) for W, A, B in zip(*[iter(tensors)] * 3, strict=True)]
+        flat = [None if g is None else _rows(g) for g in gradients]
+        needed = ctx.needs_input_grad
+        biases = [g.sum(0) if g is not None and needed[3 + 4 * k] else None for k, g in enumerate(flat)]
+        wanted_again = torch.is_grad_enabled()  # a gradient of the gradient
+        found = _written_out(x, maps, flat) if wanted_again else _at_once(ctx, None if x is None else _rows(x), h, maps, flat)
+        g_x, g_A, g_B = found
+        ours = [entry for k in range(len(maps)) for entry in (None, biases[k], g_A[k], g_B[k])]
+        return (g_x.view(ctx.shape) if g_x is not None and needed[0] else None, None, *ours)
+
+
+Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
+
+
+def _at_once(ctx: Any, x: Tensor | None, h: Tensor | None, maps: Sequence[Operands], gradients: Sequence[Tensor | None]) -> Gradients:
+    """Every gradient, block by block of rows where the gradients are wider than x."""
+    needed, like = ctx.needs_input_grad, ctx.like
+    tokens, width = ctx.shape.numel() // ctx.shape[-1], ctx.shape[-1]
+    wide = like.device.type == "cpu" and sum(one.W.shape[0] for one in maps) > width
+    joined = _joined(maps).T.contiguous()  # (r of all, in)
+    weights = [_merged(one.W, one.A, one.B) if ctx.folded and needed[0] else one.W for one in maps]
+    ranks = [one.A.shape[1] for one in maps]
+    g_x = like.new_empty(tokens, width) if needed[0] else None
+    g_A = None if x is None else like.new_zeros(joined.shape)
+    g_B = [
+        like.new_zeros(one.B.shape) if g is not None and needed[5 + 4 * k] else None
+        for k, (one, g) in enumerate(zip(maps, gradients, strict=True))
+    ]
+    for rows in _blocks(tokens, ROWS if wide else tokens):
+        block = None if x is None else x[rows]
+        small = h[:, rows] if h is not None else joined @ block.T  # type: ignore[union-attr]
+        u = like.new_zeros(len(joined), rows.stop - rows.start)
+        begun = False
+        for part, part_u, one, weight, whole, into in zip(small.split(ranks), u.split(ranks), maps, weights, gradients, g_B, strict=True):
+            if whole is None:
+                continue
+            g = whole[rows]
+            if into is not None:
+                into.addmm_(part, g)
+            torch.mm(one.B, g.T, out=part_u)
+            if g_x is not None:
+                g_x[rows].addmm_(g, weight, beta=int(begun))
+                begun = True
+        if g_x is not None and not ctx.folded:
+            g_x[rows].addmm_(u.T, joined)
+        if g_A is not None and block is not None:
+            g_A.addmm_(u, block)
+    each = [None] * len(maps) if g_A is None else [one.T for one in g_A.split(ranks)]
+    return (g_x if any(g is not None for g in gradients) else None), each, g_B
+
+
+def _written_out(x: Tensor | None, maps: Sequence[Operands], gradients: Sequence[Tensor | None]) -> Gradients:
+    """The same as formulas that autograd can follow."""
+    if x is None:
+        raise Unsupported("A gradient of a gradient was asked for where A is fixed and x was not kept. Let A train, as LoRA does.")
+    flat = _rows(x)
+    sums = [g @ one.W + (g @ one.B.T) @ one.A.T for one, g in zip(maps, gradients, strict=True) if g is not None]
+    g_x = sum(sums[1:], start=sums[0]) if sums else None
+    g_A = [None if g is None else flat.T @ (g @ one.B.T) for one, g in zip(maps, gradients, strict=True)]
+    g_B = [None if g is None else (flat @ one.A).T @ g for one, g in zip(maps, gradients, strict=True)]
+    return g_x, g_A, g_B
+
+
+def _maps(operands: Sequence[Any]) -> list[Operands]:
+    return [Operands(*four) for four in zip(*[iter(operands)] * 4, strict=True)]
+
+
+def _joined(maps: Sequence[Operands]) -> Tensor:
+    """All A side by side, (in, r of all)."""
+    return maps[0].A if len(maps) == 1 else torch.cat([one.A for one in maps], 1)
+
+
+def _merged(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W + (A B)^T."""
+    return torch.addmm(W, B.T, A.T)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., width) -> (tokens, width)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An output that another map's call has computed: of x, as it was then."""
+
+    x: Tensor
+    version: int
+    y: Tensor
+
+
+Partner = Callable[[nn.Module], "tuple[Lean, Sharing] | None"]
+
+
+class Sharing:
+    """Which modules are given what one module is given, and its output once one of them has computed it.
+
+    Attributes:
+        others: the modules.
+        is_shared: False once this module was given something else than another one of them.
+        ready: outputs that wait, of each thread.
+    """
+
+    def __init__(self) -> None:
+        self.others: tuple[nn.Module, ...] = ()
+        self.is_shared = True
+        self.ready: dict[int, Ready] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ready": {}}
+
+    def output(self, way: Lean, module: nn.Module, x: Tensor, partner: Partner) -> Tensor | None:
+        """The module's output with its change; None where the module has to run.
+
+        Args:
+            way: the change.
+            module: the linear map.
+            x: what it is given.
+            partner: what acts on another module, and its share in this.
+        """
+        ready = self.ready.pop(thread_key(), None)
+        if ready is not None:
+            if ready.x is x and ready.version == x._version:
+                return ready.y
+            self.is_shared = False
+        mine = operands_of(way, module, x)
+        if mine is None:
+            return None
+        others = self._partners(x, partner) if self.is_shared else []
+        maps = [mine, *(found for _, found in others)]
+        tokens = x.numel() // max(1, x.shape[-1])
+        folded = x.dtype in EXACT and tokens >= max(one.widest for one in maps)
+        if not (folded or others):
+            return None
+        y, *rest = Fused.apply(x, folded, *(tensor for one in maps for tensor in (one.W, one.b, one.A, one.B)))  # type: ignore[no-untyped-call]
+        for (sharing, _), output in zip(others, rest, strict=True):
+            sharing.ready[thread_key()] = Ready(x, x._version, output)
+        return y  # type: ignore[no-any-return]
+
+    def _partners(self, x: Tensor, partner: Partner) -> list[tuple[Sharing, Operands]]:
+        found = []
+        for module in self.others:
+            pair = partner(module)
+            operands = None if pair is None else operands_of(pair[0], module, x)
+            if pair is not None and pair[1].is_shared and operands is not None:
+                found.append((pair[1], operands))
+        return found
+
+
+def operands_of(way: Lean, module: nn.Module, x: Tensor) -> Operands | None:
+    """What a map's output is made of; None where it has to be the module itself that makes it."""
+    if not torch.is_grad_enabled() or not _is_bare(module):
+        return None
+    W, b = module.weight, module.bias
+    plain = type(W) in (nn.Parameter, Tensor) and not W.requires_grad
+    if not plain or (W.dtype, W.device) != (x.dtype, x.device) or (b is not None and b.dtype != x.dtype):
+        return None
+    factors = way.factors(module, x)
+    if factors is None or not any(tensor.requires_grad for tensor in (x, *factors)):
+        return None
+    return Operands(W, b, *factors)  # type: ignore[arg-type]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """A linear map that nothing but one act of ours looks at."""
+    slot = slot_of(module)
+    alone = slot is not None and sum(act.listens for act in slot.acts.values()) == 1
+    return alone and type(module) is nn.Linear and len(module._forward_pre_hooks) == 1 and "forward" not in vars(module)
