@@ -1,0 +1,218 @@
+"""``deltatune study``: run a grid of trials that survives any kill, look on, and report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from deltatune.cli.commands import commands
+from deltatune.cli.terminal import Json, note, plural, quoted, show, show_command, show_json, table
+from deltatune.errors import InvalidValue, Unsupported, missing_extra
+
+if TYPE_CHECKING:
+    from deltatune.study.design import Study
+    from deltatune.study.record import Record
+    from deltatune.study.runner.runner import Runner
+    from deltatune.study.shows import Show
+    from deltatune.study.store.store import Store
+
+Place = Annotated[
+    str | None,
+    typer.Option("--store", metavar="PLACE", help="A file of SQLite, or a database's URL. Left out: $DELTATUNE_STORE, or runs/studies.db."),
+]
+Name = Annotated[str, typer.Argument(help="A study in the store; `deltatune study list` names them.")]
+Chosen = Annotated[str, typer.Option("--runner", metavar="local|ray", help="Where trials run: in this process, or on Ray.")]
+Events = Annotated[bool, typer.Option("--json", help="Print one JSON object for each event, instead of bars.")]
+Fuse = Annotated[bool, typer.Option("--fuse", help="Train trials of one backbone together, in shared forwards.")]
+Again = Annotated[bool, typer.Option("--again", help="Try failed trials once more.")]
+Folder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
+]
+Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")]
+Workers = Annotated[int | None, typer.Option(help="With --runner ray: most trials at the same time. Left out: as many as fit.")]
+
+study = typer.Typer(help="Run a grid of trials, look on, compare, and report.", no_args_is_help=True, rich_markup_mode="rich")
+commands.register("study")(study)
+
+
+@study.command("run", no_args_is_help=True)
+def run(
+    what: Annotated[str, typer.Argument(help="A study.yaml, or the name of a built-in experiment, such as performance.")],
+    profile: Annotated[
+        str, typer.Option(metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
+    ] = "quick",
+    name: Annotated[str | None, typer.Option(help="Another name for the study.")] = None,
+    change: Annotated[bool, typer.Option("--change", help="Let a study in the store take this design; shared trials are kept.")] = False,
+    runner: Chosen = "local",
+    fuse: Fuse = False,
+    again: Again = False,
+    store: Place = None,
+    folder: Folder = None,
+    address: Address = None,
+    workers: Workers = None,
+    json: Events = False,
+) -> None:
+    """Run a study, or go on with it: what is done already is not done again.
+
+    deltatune study run study.yaml
+    deltatune study run performance --profile quick
+    """
+    opened = _open(store)
+    asked = _asked(what, profile, name)
+    opened.add(asked, change=change)
+    _conduct(opened, asked.name, folder, runner, address, workers, fuse=fuse, again=again, json=json)
+
+
+@study.command("resume", no_args_is_help=True)
+def resume(
+    name: Name,
+    runner: Chosen = "local",
+    fuse: Fuse = False,
+    again: Again = False,
+    store: Place = None,
+    folder: Folder = None,
+    address: Address = None,
+    workers: Workers = None,
+    json: Events = False,
+) -> None:
+    """Go on with a study of the store."""
+    _conduct(_open(store), name, folder, runner, address, workers, fuse=fuse, again=again, json=json)
+
+
+@study.command("status", no_args_is_help=True)
+def status(name: Name, store: Place = None, json: Json = False) -> None:
+    """How far a study is, what failed and why."""
+    opened = _open(store)
+    counts, records = opened.counts(name), opened.records(name)
+    if json:
+        show_json({"study": name, **counts, "trials": [_plain(record) for record in records]})
+        return
+    drawn = table("method", "done", "running", "waiting", "failed", right=("done", "running", "waiting", "failed"), whole=("method",))
+    for method in dict.fromkeys(record.method for record in records):
+        own = [record.state for record in records if record.method == method]
+        cells = [str(own.count(state)) if own.count(state) else "-" for state in ("done", "running", "waiting", "failed")]
+        drawn.add_row(Text(method, style="cyan"), *cells)
+    show(Text.assemble((name, "bold"), f": {counts['done']} of {plural(sum(counts.values()), 'trial')} done"), drawn)
+    for record in records:
+        if record.error:
+            said = f"{record.method} on {record.task}, seed {record.seed}, {plural(record.attempts, 'attempt')}"
+            show(Text.assemble(("✗ ", "red"), said, (f"  {record.error}", "red")))
+    if counts["done"] < sum(counts.values()):
+        show_command(f"deltatune study resume {name}{' --again' if counts['failed'] else ''}")
+
+
+@study.command("list")
+def listing(store: Place = None, json: Json = False) -> None:
+    """The studies in the store."""
+    opened = _open(store)
+    found = [(opened.study(name), opened.counts(name)) for name in opened.names()]
+    if json:
+        show_json([{"name": one.name, "experiment": one.experiment, "profile": one.profile, **counts} for one, counts in found])
+        return
+    drawn = table("study", "experiment", "profile", "done", "trials", "failed", right=("done", "trials", "failed"), whole=("study",))
+    for one, counts in found:
+        numbers = (str(counts["done"]), str(sum(counts.values())), str(counts["failed"] or "-"))
+        drawn.add_row(Text(one.name, style="cyan"), one.experiment, one.profile, *numbers)
+    show(drawn if found else quoted("The store is empty: `deltatune study run FILE` begins a study."))
+
+
+@study.command("rm", no_args_is_help=True)
+def remove(name: Name, store: Place = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove a study with all its results."""
+    opened = _open(store)
+    counts = opened.counts(name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InvalidValue(f"`{name}` has {plural(counts['done'], 'result')}. Say that they may go: --yes.")
+        typer.confirm(f"Remove {name} with {plural(counts['done'], 'result')}?", abort=True)
+    opened.remove(name)
+    note(f"`{name}` is removed.")
+
+
+def _open(place: str | None) -> Store:
+    try:
+        from deltatune.study.store.store import Store
+    except ImportError as cause:
+        if (cause.name or "").partition(".")[0] not in ("sqlalchemy", "alembic"):
+            raise
+        raise missing_extra("sqlalchemy", "study") from cause
+    return Store(place)
+
+
+def _asked(what: str, profile: str, name: str | None) -> Study:
+    """The study that a file or an experiment's name stands for."""
+    import dataclasses
+
+    from deltatune.study.design import read_study
+    from deltatune.study.experiments import experiments
+
+    if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file():
+        found = read_study(what)
+    else:
+        found = experiments[what].study(profile)
+    return found if name is None else dataclasses.replace(found, name=name)
+
+
+def _conduct(
+    store: Store,
+    name: str,
+    folder: Path | None,
+    runner: str,
+    address: str | None,
+    workers: int | None,
+    *,
+    fuse: bool,
+    again: bool,
+    json: bool,
+) -> None:
+    from deltatune.study.driver import Driver
+
+    place = folder or _folder(store, name)
+    driver = Driver(store, name, place, _runner(runner, address, workers), _show(json), fuse=fuse, again=again)
+    try:
+        progress = driver.run()
+    except KeyboardInterrupt:
+        note(f"Nothing is lost: `deltatune study resume {name}` goes on.")
+        raise
+    if not json:
+        note(f"{name}: {progress.done} of {plural(progress.total, 'trial')} done.")
+        show_command(f"deltatune study report {name}")
+    if progress.failed:
+        raise Unsupported(f"{plural(progress.failed, 'trial')} failed; the others are done. `deltatune study status {name}` says why.")
+
+
+def _folder(store: Store, name: str) -> Path:
+    file = store.engine.url.database if store.engine.dialect.name == "sqlite" else None
+    return (Path(file).parent if file else Path("runs")) / "studies" / name
+
+
+def _runner(name: str, address: str | None, workers: int | None) -> Callable[[Path, float | None], Runner]:
+    from deltatune.study.runner.local import LocalRunner
+
+    if name == "local":
+        if address or workers:
+            raise InvalidValue("`--address` and `--workers` belong to Ray. Add --runner ray, or leave them out.")
+        return LocalRunner
+    if name != "ray":
+        raise InvalidValue(f"There is no runner called `{name}`. Known: `local`, `ray`.")
+    from deltatune.study.runner.ray import ray_runner
+
+    return ray_runner(address, workers)
+
+
+def _show(json: bool) -> Show:
+    from deltatune.study import shows
+
+    if json:
+        return shows.Events()
+    return shows.Panel() if sys.stderr.isatty() else shows.Lines()
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    names = ("key", "backbone", "task", "category", "method", "seed", "cell", "state", "metric", "score", "attempts", "error")
+    return {name: getattr(record, name) for name in names}

@@ -1,0 +1,3 @@
+from deltatune.registry import Registry
+
+experiments = Registry("experiment", "experiments")
