@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deltatune.cli.commands import commands
 from deltatune.cli.terminal import Json, note, plural, quoted, show, show_command, show_json, table
-from deltatune.errors import InvalidValue, Unsupported, missing_extra
+from deltatune.errors import InvalidValue, UnknownName, Unsupported, missing_extra, nearest
 
 if TYPE_CHECKING:
     from deltatune.study.design import Study
@@ -34,7 +34,12 @@ Folder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
 ]
 Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")]
+Profiles = Annotated[
+    str, typer.Option("--profile", metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
+]
 Workers = Annotated[int | None, typer.Option(help="With --runner ray: most trials at the same time. Left out: as many as fit.")]
+
+COLOURS = {"holds": "green", "does not hold": "red", "undecided": "dim"}
 
 study = typer.Typer(help="Run a grid of trials, look on, compare, and report.", no_args_is_help=True, rich_markup_mode="rich")
 commands.register("study")(study)
@@ -43,9 +48,7 @@ commands.register("study")(study)
 @study.command("run", no_args_is_help=True)
 def run(
     what: Annotated[str, typer.Argument(help="A study.yaml, or the name of a built-in experiment, such as performance.")],
-    profile: Annotated[
-        str, typer.Option(metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
-    ] = "quick",
+    profile: Profiles = "quick",
     name: Annotated[str | None, typer.Option(help="Another name for the study.")] = None,
     change: Annotated[bool, typer.Option("--change", help="Let a study in the store take this design; shared trials are kept.")] = False,
     runner: Chosen = "local",
@@ -134,6 +137,58 @@ def remove(name: Name, store: Place = None, yes: Annotated[bool, typer.Option("-
     note(f"`{name}` is removed.")
 
 
+@study.command("report", no_args_is_help=True)
+def report(
+    name: Name,
+    store: Place = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Left out: reports/NAME beside the store, or below runs/.")] = None,
+    json: Json = False,
+) -> None:
+    """Write what a study found: report.html, report.md with its pictures, and results.csv."""
+    from deltatune.study.report.markdown import write_markdown
+    from deltatune.study.report.page import write_page
+    from deltatune.study.report.report import report_of
+    from deltatune.study.report.results import write_results
+
+    opened = _open(store)
+    found, folder = report_of(opened, name), out or _beside(opened) / "reports" / name
+    files = [write_page(found, folder), write_markdown(found, folder), write_results(opened, name, folder)]
+    verdicts = [{"claim": claim.number, "says": claim.says, **vars(told)} for claim, told in found.verdicts]
+    if json:
+        show_json({"study": name, "files": [str(file) for file in files], "verdicts": verdicts})
+        return
+    drawn = table("claim", "says", "verdict", whole=("claim", "verdict"))
+    for one in verdicts:
+        drawn.add_row(one["claim"], one["says"], Text(one["verdict"], style=COLOURS[one["verdict"]]))
+    show(*([drawn] if verdicts else []), f"Written: {', '.join(str(file) for file in files)}")
+
+
+@study.command("compare", no_args_is_help=True)
+def compare(
+    name: Name,
+    methods: Annotated[list[str] | None, typer.Argument(help="Labels of methods; left out, all against the first.")] = None,
+    store: Place = None,
+    json: Json = False,
+) -> None:
+    """Compare methods of a study in pairs, across the tasks they share."""
+    from deltatune.study.report.report import evidence_of
+    from deltatune.study.statistics import paired
+
+    evidence, methods = evidence_of(_open(store), name), methods or []
+    if unknown := [one for one in methods if one not in evidence.methods]:
+        raise UnknownName(f"`{unknown[0]}` has no scores in `{name}`. {nearest(unknown[0], evidence.methods)}")
+    first, *others = methods if len(methods) > 1 else [*methods, *(one for one in evidence.methods if one not in methods)]
+    found = paired(evidence.scores(), [(other, first) for other in others])
+    if json:
+        show_json([vars(one) for one in found])
+        return
+    drawn = table("method", "against", "difference", "95% interval", "better on", "p (Holm)", right=("difference", "better on", "p (Holm)"))
+    for one in found:
+        interval, wins = f"{one.low:+.3f} to {one.high:+.3f}", f"{one.wins:g} of {one.tasks}"
+        drawn.add_row(Text(one.method, style="cyan"), one.other, f"{one.difference:+.3f}", interval, wins, f"{one.corrected:.2g}")
+    show(drawn)
+
+
 def _open(place: str | None) -> Store:
     try:
         from deltatune.study.store.store import Store
@@ -151,10 +206,8 @@ def _asked(what: str, profile: str, name: str | None) -> Study:
     from deltatune.study.design import read_study
     from deltatune.study.experiments import experiments
 
-    if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file():
-        found = read_study(what)
-    else:
-        found = experiments[what].study(profile)
+    is_file = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
+    found = read_study(what) if is_file else experiments[what].study(profile)
     return found if name is None else dataclasses.replace(found, name=name)
 
 
@@ -187,8 +240,12 @@ def _conduct(
 
 
 def _folder(store: Store, name: str) -> Path:
+    return _beside(store) / "studies" / name
+
+
+def _beside(store: Store) -> Path:
     file = store.engine.url.database if store.engine.dialect.name == "sqlite" else None
-    return (Path(file).parent if file else Path("runs")) / "studies" / name
+    return Path(file).parent if file else Path("runs")
 
 
 def _runner(name: str, address: str | None, workers: int | None) -> Callable[[Path, float | None], Runner]:
