@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.text import Text
@@ -34,6 +34,8 @@ Folder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
 ]
 Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")]
+Cores = Annotated[float | None, typer.Option("--cpus", help="With --runner ray: cores of a trial. Left out: all, shared by the workers.")]
+Cards = Annotated[float | None, typer.Option("--gpus", help="With --runner ray: GPUs of a trial. Left out: all, shared by the workers.")]
 Profiles = Annotated[
     str, typer.Option("--profile", metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
 ]
@@ -58,6 +60,8 @@ def run(
     folder: Folder = None,
     address: Address = None,
     workers: Workers = None,
+    cpus: Cores = None,
+    gpus: Cards = None,
     json: Events = False,
 ) -> None:
     """Run a study, or go on with it: what is done already is not done again.
@@ -68,7 +72,7 @@ def run(
     opened = _open(store)
     asked = _asked(what, profile, name)
     opened.add(asked, change=change)
-    _conduct(opened, asked.name, folder, runner, address, workers, fuse=fuse, again=again, json=json)
+    _conduct(opened, asked.name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
 
 
 @study.command("resume", no_args_is_help=True)
@@ -81,10 +85,12 @@ def resume(
     folder: Folder = None,
     address: Address = None,
     workers: Workers = None,
+    cpus: Cores = None,
+    gpus: Cards = None,
     json: Events = False,
 ) -> None:
     """Go on with a study of the store."""
-    _conduct(_open(store), name, folder, runner, address, workers, fuse=fuse, again=again, json=json)
+    _conduct(_open(store), name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
 
 
 @study.command("status", no_args_is_help=True)
@@ -199,13 +205,15 @@ def _open(place: str | None) -> Store:
     return Store(place)
 
 
-def _asked(what: str, profile: str, name: str | None) -> Study:
+def _asked(what: str, profile: Any, name: str | None) -> Study:
     """The study that a file or an experiment's name stands for."""
     import dataclasses
 
-    from deltatune.study.design import read_study
+    from deltatune.study.design import Profile, read_study
     from deltatune.study.experiments import experiments
 
+    if profile not in get_args(Profile):
+        raise InvalidValue(f"`--profile {profile}` is neither quick nor full.")
     is_file = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
     found = read_study(what) if is_file else experiments[what].study(profile)
     return found if name is None else dataclasses.replace(found, name=name)
@@ -215,9 +223,7 @@ def _conduct(
     store: Store,
     name: str,
     folder: Path | None,
-    runner: str,
-    address: str | None,
-    workers: int | None,
+    runner: Callable[[Path, float | None], Runner],
     *,
     fuse: bool,
     again: bool,
@@ -226,7 +232,7 @@ def _conduct(
     from deltatune.study.driver import Driver
 
     place = folder or _folder(store, name)
-    driver = Driver(store, name, place, _runner(runner, address, workers), _show(json), fuse=fuse, again=again)
+    driver = Driver(store, name, place, runner, _show(json), fuse=fuse, again=again)
     try:
         progress = driver.run()
     except KeyboardInterrupt:
@@ -248,18 +254,18 @@ def _beside(store: Store) -> Path:
     return Path(file).parent if file else Path("runs")
 
 
-def _runner(name: str, address: str | None, workers: int | None) -> Callable[[Path, float | None], Runner]:
+def _runner(name: str, address: str | None, workers: int | None, cpus: float | None, gpus: float | None) -> Callable[..., Runner]:
     from deltatune.study.runner.local import LocalRunner
 
     if name == "local":
-        if address or workers:
-            raise InvalidValue("`--address` and `--workers` belong to Ray. Add --runner ray, or leave them out.")
+        if (address, workers, cpus, gpus) != (None, None, None, None):
+            raise InvalidValue("`--address`, `--workers`, `--cpus` and `--gpus` belong to Ray. Add --runner ray, or leave them out.")
         return LocalRunner
     if name != "ray":
         raise InvalidValue(f"There is no runner called `{name}`. Known: `local`, `ray`.")
-    from deltatune.study.runner.ray import ray_runner
+    from deltatune.study.runner.ray import Resources, ray_runner
 
-    return ray_runner(address, workers)
+    return ray_runner(Resources(address, workers, cpus, gpus))
 
 
 def _show(json: bool) -> Show:

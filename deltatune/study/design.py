@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deltatune.errors import DeltaError, InvalidValue
 from deltatune.methods import Frozen, LoRA
@@ -184,6 +184,10 @@ class Study:
         for task in self.tasks:
             if isinstance(task, str) and "," not in task:
                 get_task(task)
+        if self.profile not in get_args(Profile) or self.keep not in get_args(Keep):
+            raise InvalidValue(
+                f"The study `{self.name}` has profile {self.profile} and keeps {self.keep}: quick or full, nothing or deltas."
+            )
         self._check_trials()
 
     def _check_trials(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,16 +9,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from deltatune.study.design import Keep
 from deltatune.study.progress import Progress
 from deltatune.study.runner.runner import Begun, Happening, Runner, Unit
+from deltatune.study.search import Search, searches_of, with_rate
 from deltatune.study.shows import Show
 from deltatune.study.store.store import Store
 from deltatune.study.store.writer import Writer
 from deltatune.study.trial import Failure, Outcome, Trial
+from deltatune.training.files import discard
 
 TOGETHER = 16
 """Most trials of a unit."""
+
+SEARCH = "search"
 
 
 @dataclass
@@ -56,70 +58,106 @@ class Driver:
 
 
 class _Course:
-    """One run of a driver."""
+    """One run of a driver: searches for learning rates first, where there are any, then the trials."""
 
     def __init__(self, driver: Driver, writer: Writer) -> None:
-        self.show, self.folder, self.writer = driver.show, driver.folder, writer
-        study = driver.store.study(driver.name)
-        self.keep: Keep = study.keep
-        self.retries = study.retries
+        self.show, self.folder, self.writer, self.fuse = driver.show, driver.folder, writer, driver.fuse
+        self.study = driver.store.study(driver.name)
         first = set(writer.recover())
         if driver.again:
             writer.again()
-        trials = sorted(writer.waiting(), key=lambda trial: trial.key not in first)
-        counts = driver.store.counts(driver.name)
-        self.runner = driver.runner(self.folder, study.time_limit)
-        self.attempts = {record.key: record.attempts for record in driver.store.records(driver.name)}
-        self.allowed = {key: count + 1 + self.retries for key, count in self.attempts.items()}
-        self.progress = Progress(driver.name, sum(counts.values()), counts["done"], counts["failed"], self.runner.at_once)
-        self.progress.waiting = {trial.key: trial for trial in trials}
-        self.progress.learn(driver.store.records(driver.name))
-        self.queue = deque(units(trials) if driver.fuse else [(trial,) for trial in trials])
-        self._sweep({trial.key for trial in trials})
+        self.waiting = sorted(writer.waiting(), key=lambda trial: trial.key not in first)
+        records = driver.store.records(driver.name)
+        self.attempts = {record.key: record.attempts for record in records}
+        self.before = dict(self.attempts)
+        self.searches = searches_of(self.study)
+        for trial, history in driver.store.searched(driver.name) if self.searches else ():
+            self._search_of(trial).take(trial, history)
+        self.runner = driver.runner(self.folder, self.study.time_limit)
+        self.progress = self._progress(driver.store.counts(driver.name))
+        self.progress.learn(records)
+        self.queue: deque[Unit] = deque()
 
-    def _sweep(self, waiting: set[str]) -> None:
+    def _progress(self, counts: dict[str, int]) -> Progress:
+        budget = sum(search.rates.trials * len(search.tasks) for search in self.searches.values())
+        known = sum(len(found) for search in self.searches.values() for found in search.values.values())
+        known += sum(trial.purpose == SEARCH for trial in self.waiting)
+        total = sum(counts.values()) + max(budget - known, 0)
+        progress = Progress(self.study.name, total, counts["done"], counts["failed"], self.runner.at_once)
+        progress.waiting = {trial.key: trial for trial in self.waiting}
+        return progress
+
+    def _sweep(self) -> None:
         """Folders of trials that were stored ahead of a kill."""
-        if self.keep == "nothing" and self.folder.is_dir():
+        waiting = {trial.key for trial in self.waiting}
+        if self.study.keep == "nothing" and self.folder.is_dir():
             for place in self.folder.iterdir():
                 if place.is_dir() and place.name not in waiting:
-                    shutil.rmtree(place, ignore_errors=True)
+                    discard(place)
 
     def run(self) -> Progress:
+        self._sweep()
         self.show.began(self.progress)
         try:
-            for happening in self.runner.conduct(self.queue):
-                self._take(happening)
+            self._conduct([trial for trial in self.waiting if trial.purpose == SEARCH], list(self.searches.values()))
+            self._conduct([self._rated(trial) for trial in self.waiting if trial.purpose != SEARCH], [])
         except KeyboardInterrupt:
             self.writer.drop(list(self.progress.running))
             raise
         finally:
+            self.runner.close()
             self.show.close(self.progress)
         return self.progress
+
+    def _conduct(self, trials: Sequence[Trial], searches: Sequence[Search]) -> None:
+        self.queue.extend(units(trials) if self.fuse else [(trial,) for trial in trials])
+        for search in searches:
+            self._propose(search)
+        for happening in self.runner.conduct(self.queue):
+            self._take(happening)
+
+    def _search_of(self, trial: Trial) -> Search:
+        return self.searches[trial.backbone, trial.label]
+
+    def _propose(self, search: Search) -> None:
+        """Enter the search's next trials, if it has any."""
+        if any(trial.purpose == SEARCH and self._search_of(trial) is search for trial in self.progress.waiting.values()):
+            return
+        for trial in search.next():
+            self.writer.enter(trial)
+            self.progress.waiting[trial.key] = trial
+            self.queue.append((trial,))
+
+    def _rated(self, trial: Trial) -> Trial:
+        search = self.searches.get((trial.backbone, trial.label))
+        return trial if search is None else with_rate(trial, search.best)
 
     def _take(self, happening: Happening) -> None:
         if isinstance(happening, Begun):
             for trial in happening.unit:
                 self.progress.waiting.pop(trial.key, None)
-                self.attempts[trial.key] = self.writer.start(trial.key, happening.place)
+                self.attempts[trial.key] = self.writer.start(trial)
                 self.progress.running[trial.key] = (trial, time.monotonic())
                 self.show.started(trial, self.progress)
             return
         trial, _ = self.progress.running.pop(happening.key)
-        if isinstance(happening, Outcome):
-            self._done(trial, happening)
-        else:
-            self._failed(trial, happening)
+        over = self._done(trial, happening) if isinstance(happening, Outcome) else self._failed(trial, happening)
+        if over and trial.purpose == SEARCH:
+            self._search_of(trial).take(trial, happening.history if isinstance(happening, Outcome) else None)
+            self._propose(self._search_of(trial))
 
-    def _done(self, trial: Trial, outcome: Outcome) -> None:
+    def _done(self, trial: Trial, outcome: Outcome) -> bool:
         self.writer.finish(outcome)
-        if self.keep == "nothing":
-            shutil.rmtree(self.folder / trial.key, ignore_errors=True)
+        if self.study.keep == "nothing" or trial.purpose == SEARCH:
+            discard(self.folder / trial.key)
         self.progress.done += 1
         self.progress.pace.learn(trial.procedure, trial.backbone, trial.label, outcome.seconds)
         self.show.done(trial, outcome, self.progress)
+        return True
 
-    def _failed(self, trial: Trial, failure: Failure) -> None:
-        again = not failure.lasting and self.attempts[trial.key] < self.allowed[trial.key]
+    def _failed(self, trial: Trial, failure: Failure) -> bool:
+        """Whether that was the last attempt."""
+        again = not failure.lasting and self.attempts[trial.key] - self.before.get(trial.key, 0) <= self.study.retries
         self.writer.fail(failure, again=again)
         if again:
             self.progress.waiting[trial.key] = trial
@@ -127,6 +165,7 @@ class _Course:
         else:
             self.progress.failed += 1
         self.show.failed(trial, failure, again, self.progress)
+        return not again
 
 
 def units(trials: Sequence[Trial]) -> list[Unit]:

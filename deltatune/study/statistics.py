@@ -177,7 +177,8 @@ class Ranks:
     @property
     def alike(self) -> list[tuple[str, ...]]:
         """The largest groups of methods, next to each other in rank, that cannot be told apart."""
-        names, groups = list(self.average), []
+        names = list(self.average)
+        groups: list[tuple[str, ...]] = []
         for start, name in enumerate(names):
             group = tuple(other for other in names[start:] if self.average[other] - self.average[name] < self.difference)
             if len(group) > 1 and not any(set(group) <= set(before) for before in groups):

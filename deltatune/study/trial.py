@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.errors import DeltaError
+from deltatune.study.surroundings import Surroundings
 from deltatune.tasks import get_task
 from deltatune.training.run import Run, run_from_dict
 
@@ -28,6 +29,7 @@ class Trial:
         cell: the values of the settings in which trials of one method differ, beside the seed.
         options: what else the procedure is told.
         purpose: ``trial``, or ``search`` where it only helps to find a learning rate.
+        known_as: its key, where that is not the hash of what it has become.
     """
 
     run: Run
@@ -36,10 +38,13 @@ class Trial:
     cell: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     purpose: str = "trial"
+    known_as: str = ""
 
     @property
     def key(self) -> str:
         """Hash of everything that decides the result; neither the label nor who asks for it does."""
+        if self.known_as:
+            return self.known_as
         run = {name: value for name, value in self.run.to_dict().items() if name not in ("versions", "fingerprint")}
         content = [self.procedure, dict(self.options), run]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:KEY]
@@ -80,6 +85,7 @@ class Trial:
             "cell": dict(self.cell),
             "options": dict(self.options),
             "purpose": self.purpose,
+            "known_as": self.known_as,
             "run": self.run.to_dict(),
         }
 
@@ -94,7 +100,7 @@ def trial_from_dict(written: Mapping[str, Any]) -> Trial:
         run = run_from_dict(written["run"], "The trial")
     except DeltaError as error:
         raise type(error)(f"The trial `{written['label']}` in the store: {error}") from error
-    rest = {name: written[name] for name in ("label", "procedure", "cell", "options", "purpose")}
+    rest = {name: written[name] for name in ("label", "procedure", "cell", "options", "purpose", "known_as")}
     return Trial(run, **rest)
 
 
@@ -107,12 +113,14 @@ class Outcome:
         numbers: as ``metrics.json`` holds them: score, metric, seconds, ...; procedures may add to them.
         history: losses and validation scores by step.
         seconds: the trial took, from loading the backbone to the last file.
+        place: where it was carried out, if that is not the driver's process.
     """
 
     key: str
     numbers: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...] = ()
     seconds: float = 0.0
+    place: Surroundings | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def filled(place: Path, study: Study, leave: Sequence[str] = ()) -> Store:
     with store.writer(study.name) as writer:
         for trial in writer.waiting():
             if trial.label not in leave:
-                writer.start(trial.key)
+                writer.start(trial)
                 writer.finish(outcome(trial))
     return store
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from deltatune.registry import Registry
@@ -45,6 +45,10 @@ class Evidence:
     def categories(self) -> dict[str, str]:
         """Task -> category."""
         return {record.task: record.category for record in self.records}
+
+    def narrowed(self, keep: Callable[[Record], bool]) -> Evidence:
+        """What some of the trials say."""
+        return replace(self, records=[record for record in self.records if keep(record)])
 
     def scores(self, backbone: str | None = None) -> Scores:
         """Task -> method -> mean score, of all backbones or of one."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deltatune.methods import Adapter, BitFit, DiffPruning, FullFineTuning, LastLayers, LinearProbe, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.kinds import Method, methods
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
+from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.judging import FEWEST, all_of, better, lacking, level, ordered, ratio_of, reaches
 from deltatune.study.report.comparison import comparison
 from deltatune.study.statistics import complete, over_tasks
@@ -59,7 +59,7 @@ def suitable() -> list[str]:
 def count_does_not_rule(evidence: Evidence) -> Judgement:
     """The method that trains most of the deltas is not the best, and counts do not order scores."""
     own = [label for label in evidence.methods if label in (LR, AP, PF, PT, BF)]
-    if (found := lacking(evidence, own)) is not None or len(own) < 4:
+    if (found := lacking(evidence.scores(), own)) is not None or len(own) < 4:
         return found or Judgement("undecided", f"Only {', '.join(own)} have scores; four deltas are needed.")
     scores = complete(evidence.scores(), own)
     means = {label: over_tasks(scores, label).value for label in own}
@@ -71,7 +71,7 @@ def count_does_not_rule(evidence: Evidence) -> Judgement:
 
 def deltas_beat_full(evidence: Evidence) -> Judgement:
     """Each of the three close methods is better than full fine-tuning on a tenth of the tasks or more."""
-    if (found := lacking(evidence, (FT, LR, AP, PF))) is not None:
+    if (found := lacking(evidence.scores(), (FT, LR, AP, PF))) is not None:
         return found
     scores = complete(evidence.scores(), (FT, LR, AP, PF))
     shares = {method: sum(row[method] > row[FT] for row in scores.values()) / len(scores) for method in (LR, AP, PF)}
@@ -90,7 +90,7 @@ def lora_everywhere(evidence: Evidence) -> Judgement:
             shared = complete(evidence.scores(backbone), (LR, FT))
             if len(shared) >= FEWEST:
                 ratio, low, high = ratio_of(shared, LR, FT)
-                verdict = "holds" if low >= 0.97 else "does not hold" if high < 0.97 else "undecided"
+                verdict: Verdict = "holds" if low >= 0.97 else "does not hold" if high < 0.97 else "undecided"
                 found.append(Judgement(verdict, f"On {backbone} ({wanted}) {ratio:.1%} ({low:.1%} to {high:.1%})."))
     missing: Sequence[str] = [kind for kind in ("encoder", "decoder") if kind not in kinds.values()]
     if missing or len(found) < 2:
@@ -99,21 +99,23 @@ def lora_everywhere(evidence: Evidence) -> Judgement:
 
 
 CLAIMS = (
-    Claim("E2", "The ranking is FT > LoRA > adapter > prefix > prompt.", lambda evidence: ordered(evidence, (FT, LR, AP, PF, PT))),
+    Claim("E2", "The ranking is FT > LoRA > adapter > prefix > prompt.", lambda evidence: ordered(evidence.scores(), (FT, LR, AP, PF, PT))),
     Claim(
         "E2",
         "LoRA, adapter and prefix tuning are close to each other (within 0.03).",
-        lambda evidence: all_of([level(evidence, LR, AP, 0.03), level(evidence, LR, PF, 0.03), level(evidence, AP, PF, 0.03)]),
+        lambda evidence: all_of(
+            [level(evidence.scores(), LR, AP, 0.03), level(evidence.scores(), LR, PF, 0.03), level(evidence.scores(), AP, PF, 0.03)]
+        ),
     ),
     Claim("E2", "Each of these three is sometimes better than FT (on a tenth of the tasks or more).", deltas_beat_full),
     Claim("E3", "Quality is not tied to how many parameters train: structure matters.", count_does_not_rule),
-    Claim("E23", "BitFit reaches 95 % of FT.", lambda evidence: reaches(evidence, BF, FT, 0.95)),
-    Claim("E23", "BitFit is better than a frozen backbone with a trained head.", lambda evidence: better(evidence, BF, PROBE)),
-    Claim("E23", "BitFit is level with diff pruning (within 0.03).", lambda evidence: level(evidence, BF, DIFF, 0.03)),
+    Claim("E23", "BitFit reaches 95 % of FT.", lambda evidence: reaches(evidence.scores(), BF, FT, 0.95)),
+    Claim("E23", "BitFit is better than a frozen backbone with a trained head.", lambda evidence: better(evidence.scores(), BF, PROBE)),
+    Claim("E23", "BitFit is level with diff pruning (within 0.03).", lambda evidence: level(evidence.scores(), BF, DIFF, 0.03)),
     Claim(
         "C6",
         "Training the last quarter of the layers reaches about 90 % of FT (at least 88 %).",
-        lambda evidence: reaches(evidence, LAST, FT, 0.88),
+        lambda evidence: reaches(evidence.scores(), LAST, FT, 0.88),
     ),
     Claim("E25", "LoRA matches FT (at least 97 %) on encoders and decoders.", lora_everywhere),
 )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from deltatune.study.store.surroundings import Surroundings
 from deltatune.study.trial import Failure, Outcome, Trial
 
 Unit: TypeAlias = tuple[Trial, ...]
@@ -21,11 +20,9 @@ class Begun:
 
     Attributes:
         unit: its trials.
-        place: the machine, where it is not the driver's.
     """
 
     unit: Unit
-    place: Surroundings | None = None
 
 
 Happening: TypeAlias = Begun | Outcome | Failure
@@ -42,3 +39,6 @@ class Runner(ABC):
     @abstractmethod
     def conduct(self, queue: deque[Unit]) -> Iterator[Happening]:
         """Take units from the left until none are left, and tell what happens; who listens may put more in meanwhile."""
+
+    def close(self) -> None:
+        """Give back what is held."""

@@ -36,7 +36,13 @@ def carry_out(unit: Sequence[Trial], folder: Path, limit: float | None = None) -
         yield from _together(unit, folder, limit)
         return
     [trial] = unit
-    yield guarded(trial, lambda: procedures[trial.procedure](trial, folder / trial.key), limit)
+    place = folder / trial.key
+
+    def work() -> Outcome:
+        with alone(place):
+            return procedures[trial.procedure](trial, place)
+
+    yield guarded(trial, work, limit)
 
 
 def guarded(trial: Trial, work: Callable[[], Outcome], limit: float | None) -> Outcome | Failure:
@@ -78,6 +84,23 @@ def _job(trial: Trial, folder: Path) -> Job:
     run = trial.run
     settings = run.settings.to_dict()
     return Job(run.task, run.methods, name=trial.key, where=run.where, layers=run.layers, out=folder / trial.key / RUN, **settings)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in the folder: a worker may outlive its driver for a moment."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

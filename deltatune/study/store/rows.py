@@ -47,8 +47,6 @@ def trial_row(session: Session, name: str, key: str) -> TrialRow:
 
 def new_row(study: int, position: int, trial: Trial) -> TrialRow:
     """The row of a trial that waits."""
-    settings = trial.run.settings
-    own = min(method.learning_rate for method in trial.run.methods)
     return TrialRow(
         study_id=study,
         key=trial.key,
@@ -62,9 +60,15 @@ def new_row(study: int, position: int, trial: Trial) -> TrialRow:
         seed=trial.seed,
         cell=dict(trial.cell),
         asked=json.loads(json.dumps(trial.to_dict(), default=str)),
-        lr=own if settings.lr is None else settings.lr,
+        lr=rate_of(trial),
         state=WAITING,
     )
+
+
+def rate_of(trial: Trial) -> float:
+    """The learning rate that was asked for, or the methods' own."""
+    given = trial.run.settings.lr
+    return min(method.learning_rate for method in trial.run.methods) if given is None else given
 
 
 def record_of(row: TrialRow, attempts: Sequence[AttemptRow]) -> Record:

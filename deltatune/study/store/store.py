@@ -22,6 +22,7 @@ from deltatune.study.store.place import url_of
 from deltatune.study.store.rows import new_row, record_of, study_row, trial_row, trials_of
 from deltatune.study.store.schema import DONE, FAILED, RUNNING, WAITING, AttemptRow, PointRow, StudyRow, SurroundingsRow, TrialRow
 from deltatune.study.store.writer import Writer
+from deltatune.study.trial import Trial, trial_from_dict
 
 
 class Store:
@@ -83,7 +84,7 @@ class Store:
             row.design, row.experiment, row.profile = design, study.experiment, study.profile
             there = {one.key: one for one in session.scalars(select(TrialRow).where(TrialRow.study_id == row.id))}
             wanted = {trial.key for trial in trials}
-            for key in there.keys() - wanted:
+            for key in {key for key, one in there.items() if one.purpose == "trial"} - wanted:
                 session.delete(there[key])
             for position, trial in enumerate(trials):
                 if trial.key in there:
@@ -159,6 +160,13 @@ class Store:
             row = trial_row(session, name, key)
             found = session.scalars(select(PointRow).where(PointRow.trial_id == row.id).order_by(PointRow.step, PointRow.name))
             return [{"step": one.step, one.name: one.value} for one in found]
+
+    def searched(self, name: str) -> list[tuple[Trial, list[dict[str, Any]] | None]]:
+        """The search trials that are over, each with its curve; None for those that failed."""
+        with self._session() as session:
+            over = trials_of(session, name).where(TrialRow.purpose == "search", TrialRow.state.in_((DONE, FAILED)))
+            rows = list(session.scalars(over.order_by(TrialRow.position)))
+        return [(trial_from_dict(row.asked), self.curve(name, row.key) if row.state == DONE else None) for row in rows]
 
     def places(self, name: str) -> list[SurroundingsRow]:
         """The machines and versions that a study's attempts were made on."""

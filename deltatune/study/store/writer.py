@@ -11,9 +11,9 @@ from typing import Any
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from deltatune.study.store.rows import trial_row, trials_of
+from deltatune.study.store.rows import new_row, rate_of, study_row, trial_row, trials_of
 from deltatune.study.store.schema import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, AttemptRow, PointRow, SurroundingsRow, TrialRow, now
-from deltatune.study.store.surroundings import Surroundings, surroundings
+from deltatune.study.surroundings import Surroundings, surroundings
 from deltatune.study.trial import Failure, Outcome, Trial, trial_from_dict
 
 COLUMNS = ("metric", "score", "degenerate", "steps", "tokens", "seconds_per_step", "peak_memory_bytes", "delta_bytes")
@@ -59,14 +59,20 @@ class Writer:
             rows = session.scalars(trials_of(session, self.name).where(TrialRow.state == WAITING).order_by(TrialRow.position))
             return [trial_from_dict(row.asked) for row in rows]
 
-    def start(self, key: str, where: Surroundings | None = None) -> int:
-        """A trial begins; returns the number of the attempt."""
-        found = where or surroundings()
+    def enter(self, trial: Trial) -> None:
+        """A trial that the design did not have, behind all others."""
         with self._session() as session, session.begin():
-            row = trial_row(session, self.name, key)
-            row.state = RUNNING
+            study = study_row(session, self.name).id
+            last = session.scalar(select(func.max(TrialRow.position)).where(TrialRow.study_id == study)) or 0
+            session.add(new_row(study, last + 1, trial))
+
+    def start(self, trial: Trial) -> int:
+        """A trial begins; returns the number of the attempt. It is said to be here until its outcome says where it was."""
+        with self._session() as session, session.begin():
+            row = trial_row(session, self.name, trial.key)
+            row.state, row.lr = RUNNING, rate_of(trial)
             before = session.scalar(select(func.count()).select_from(AttemptRow).where(AttemptRow.trial_id == row.id)) or 0
-            session.add(AttemptRow(trial_id=row.id, number=before + 1, surroundings_id=_place(session, found)))
+            session.add(AttemptRow(trial_id=row.id, number=before + 1, surroundings_id=_place(session, surroundings())))
             return before + 1
 
     def finish(self, outcome: Outcome) -> None:
@@ -82,7 +88,7 @@ class Writer:
             row.seconds, row.numbers, row.state = outcome.seconds, numbers, DONE
             session.execute(delete(PointRow).where(PointRow.trial_id == row.id))
             session.add_all(PointRow(trial_id=row.id, step=step, name=what, value=value) for step, what, value in points(outcome.history))
-            _end(session, row, DONE)
+            _end(session, row, DONE, place=outcome.place)
 
     def fail(self, failure: Failure, *, again: bool) -> None:
         """An attempt came to nothing; the trial waits for another one, or has failed."""
@@ -122,8 +128,10 @@ def _place(session: Session, found: Surroundings) -> int:
     return row.id
 
 
-def _end(session: Session, row: TrialRow, state: str, failure: Failure | None = None) -> None:
-    told = {"error": failure.kind[:200], "message": failure.message, "traceback": failure.traceback} if failure else {}
+def _end(session: Session, row: TrialRow, state: str, failure: Failure | None = None, place: Surroundings | None = None) -> None:
+    told: dict[str, Any] = {"error": failure.kind[:200], "message": failure.message, "traceback": failure.traceback} if failure else {}
+    if place is not None:
+        told["surroundings_id"] = _place(session, place)
     session.execute(
         update(AttemptRow).where(AttemptRow.trial_id == row.id, AttemptRow.state == RUNNING).values(state=state, ended=now(), **told)
     )

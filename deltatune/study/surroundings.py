@@ -1,4 +1,4 @@
-"""The machine and the software a trial runs on, as the store keeps them."""
+"""The machine and the software a trial runs on, as a store keeps them."""
 
 from __future__ import annotations
 
