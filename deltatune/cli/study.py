@@ -150,15 +150,20 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Left out: reports/NAME beside the store, or below runs/.")] = None,
     json: Json = False,
 ) -> None:
-    """Write what a study found: report.html, report.md with its pictures, and results.csv."""
+    """Write what a study found: report.html, report.md with its pictures, results.csv, and study.yaml, which does it again."""
     from deltatune.study.report.markdown import write_markdown
     from deltatune.study.report.page import write_page
     from deltatune.study.report.report import report_of
-    from deltatune.study.report.results import write_results
+    from deltatune.study.report.results import write_design, write_results
 
     opened = _open(store)
     found, folder = report_of(opened, name), out or _beside(opened) / "reports" / name
-    files = [write_page(found, folder), write_markdown(found, folder), write_results(opened, name, folder)]
+    files = [
+        write_page(found, folder),
+        write_markdown(found, folder),
+        write_results(opened, name, folder),
+        write_design(opened, name, folder),
+    ]
     verdicts = [{"claim": claim.number, "says": claim.says, **vars(told)} for claim, told in found.verdicts]
     if json:
         show_json({"study": name, "files": [str(file) for file in files], "verdicts": verdicts})

@@ -191,8 +191,10 @@ class Study:
         self._check_trials()
 
     def _check_trials(self) -> None:
+        """Every method in every cell of the grid makes a trial of its own; of one task, since tasks, backbones and seeds differ."""
         seen: dict[str, Trial] = {}
-        for trial in self.trials():
+        task, backbone, seed = self.tasks[0], self.backbones[0], self.seeds[0]
+        for trial in (self.trial(entry, backbone, task, cell, seed) for cell in self.cells for entry in self.entries):
             if (other := seen.setdefault(trial.key, trial)) is not trial:
                 raise InvalidValue(f"The study `{self.name}` asks for one trial twice: as `{other.said}` and as `{trial.said}`.")
 
@@ -202,13 +204,14 @@ class Study:
         labels = {entry.label for entry in self.methods}
         return (*self.methods, *(entry for entry in baselines() if entry.label not in labels))
 
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        """Every combination of the grid's values; one empty one without a grid."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
     def trials(self) -> Iterator[Trial]:
-        """All cells, seed by seed and task by task, so that a study that is stopped early can be reported on."""
-        names = list(self.grid)
-        for seed, task, backbone, values in itertools.product(
-            self.seeds, self.tasks, self.backbones, itertools.product(*self.grid.values())
-        ):
-            cell = dict(zip(names, values, strict=True))
+        """All trials, seed by seed and task by task, so that a study that is stopped early can be reported on."""
+        for seed, task, backbone, cell in itertools.product(self.seeds, self.tasks, self.backbones, self.cells):
             for entry in self.entries:
                 yield self.trial(entry, backbone, task, cell, seed)
 

@@ -70,7 +70,7 @@ class Run:
 
     def to_yaml(self) -> str:
         """The text of ``run.yaml``."""
-        return str(_yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120))
+        return written_yaml(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, from which ``run_from_dict`` makes an equal run."""
@@ -163,6 +163,11 @@ def run_from_dict(written: Mapping[Any, Any], place: str) -> Run:
         fingerprint=entries.get("fingerprint", ""),
         versions=entries.get("versions", {}),
     )
+
+
+def written_yaml(values: Mapping[str, Any]) -> str:
+    """Names and values as a YAML file holds them, in their order."""
+    return str(_yaml().safe_dump(_lists(values), sort_keys=False, allow_unicode=True, width=120))
 
 
 def data_file(written: dict[str, Any], place: str) -> DataFile:

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from deltatune.cli.main import main
+from deltatune.study.design import read_study
+from deltatune.study.store.store import Store
 from tests.cli.conftest import Call, refused
 from tests.study.made_up import design, filled
 
@@ -52,8 +54,9 @@ def test_list(call: Call, store: Path) -> None:
 
 def test_report(call: Call, store: Path, tmp_path: Path) -> None:
     told = json.loads(call("study", "report", "small", "--store", store, "--out", tmp_path / "out", "--json").out)
-    assert [Path(file).name for file in told["files"]] == ["report.html", "report.md", "results.csv"]
+    assert [Path(file).name for file in told["files"]] == ["report.html", "report.md", "results.csv", "study.yaml"]
     assert all(Path(file).is_file() for file in told["files"])
+    assert read_study(tmp_path / "out" / "study.yaml") == Store(store).study("small")
     assert {verdict["verdict"] for verdict in told["verdicts"]} == {"undecided"}
 
 

@@ -38,7 +38,7 @@ def method_scores(scores: Scores, methods: Sequence[str]) -> list[MethodScores]:
     return sorted(found, key=lambda one: -one.mean.value)
 
 
-def draw_method_scores(rows: Sequence[MethodScores], order: Sequence[str]) -> Figure:
+def draw_method_scores(rows: Sequence[MethodScores], order: Sequence[str], what: str = "score on the test rows") -> Figure:
     """A row a method; ``order`` gives methods the same colours in all pictures."""
     figure, axes = sheet(7.4, 0.8 + 0.42 * len(rows))
     colour = colours(order)
@@ -51,6 +51,6 @@ def draw_method_scores(rows: Sequence[MethodScores], order: Sequence[str]) -> Fi
         )
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("score on the test rows")
+    axes.set_xlabel(what)
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -25,9 +25,17 @@ def train(trial: Trial, folder: Path) -> Outcome:
 
 
 def finished(trial: Trial, place: Path, seconds: float, together: int = 1) -> Outcome:
-    """The outcome of a run that is finished, from its files; ``together`` counts the trials that shared its forwards."""
+    """The outcome of a run that is finished, from its files.
+
+    Args:
+        trial: whose run it is.
+        place: the run's folder.
+        seconds: the trial took; its share of what was done together.
+        together: trials that shared its forwards.
+    """
     numbers = json.loads((place / METRICS).read_text(encoding="utf-8"))
     history = tuple(numbers.pop("history", ()))
     numbers.pop("out", None)
-    numbers["together"] = together
+    if together > 1:
+        numbers |= {"seconds": seconds, "together": together}
     return Outcome(trial.key, numbers, history, round(seconds, 3))

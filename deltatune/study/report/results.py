@@ -1,4 +1,4 @@
-"""Every trial of a study as one CSV, for programs and for evidence that others can check."""
+"""Every trial of a study as one CSV, and its design: evidence that others can check and do again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltatune.study.record import Record
 from deltatune.training.files import write_text
+from deltatune.training.run import written_yaml
 
 if TYPE_CHECKING:
     from deltatune.study.store.store import Store
@@ -35,6 +36,18 @@ def write_results(store: Store, name: str, folder: Path) -> Path:
     for record in store.records(name):
         writer.writerow((experiment, *(_cell(record, column) for column in NAMES)))
     write_text(target, text.getvalue())
+    return target
+
+
+def write_design(store: Store, name: str, folder: Path) -> Path:
+    """``study.yaml``, which does the study again.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "study.yaml"
+    write_text(target, written_yaml(store.study(name).to_dict()))
     return target
 
 

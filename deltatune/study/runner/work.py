@@ -64,7 +64,7 @@ def failure_of(trial: Trial, cause: BaseException, seconds: float) -> Failure:
 
 def _together(unit: Sequence[Trial], folder: Path, limit: float | None) -> Iterator[Outcome | Failure]:
     """In shared forwards; if the unit as a whole fails, each by itself."""
-    jobs = [_job(trial, folder) for trial in unit]
+    jobs, began = [_job(trial, folder) for trial in unit], time.perf_counter()
     try:
         with limited(None if limit is None else limit * len(unit)):
             outcomes = train_together(jobs, unit[0].backbone, progress="none")
@@ -72,8 +72,8 @@ def _together(unit: Sequence[Trial], folder: Path, limit: float | None) -> Itera
         for trial in unit:
             yield from carry_out([trial], folder, limit)
         return
+    seconds = round((time.perf_counter() - began) / len(unit), 3)  # each its share
     for trial, outcome in zip(unit, outcomes, strict=True):
-        seconds = float(outcome.numbers.get("seconds", 0.0))
         if outcome.error is not None:
             yield failure_of(trial, outcome.error, seconds)
         else:
