@@ -86,7 +86,9 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
         text.count("<svg") == text.count("</svg>") == sum(isinstance(one, Picture) for part in report.sections for one in part.blocks) >= 4
     )
     assert text.count('class="verdict"') == 9
-    assert "undefined" not in text and "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL).lower().replace("finance", "")
+    assert "undefined" not in text and "nan" not in re.sub(r"<(svg|script).*?</(svg|script)>", "", text, flags=re.DOTALL).lower().replace(
+        "finance", ""
+    )
 
 
 def test_the_markdown_has_its_pictures(report: Report, tmp_path: Path) -> None:

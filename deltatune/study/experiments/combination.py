@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import combinations
 from statistics import fmean
 
 from deltatune.methods import Adapter, BitFit, LinearProbe, PromptTuning
@@ -14,7 +14,7 @@ from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, 
 from deltatune.study.experiments.judging import all_of, better
 from deltatune.study.experiments.performance import design as performance
 from deltatune.study.report.comparison import comparison
-from deltatune.study.report.parts import Section, Table
+from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, paired
 
 PARTS: Mapping[str, Method] = {"AP": Adapter(), "BF": BitFit(), "PT": PromptTuning()}
@@ -98,8 +98,14 @@ def sections(evidence: Evidence) -> list[Section]:
     columns = ("examples", "part", "adds", "95 % interval", "better on")
     note = "Mean score of the four subsets with the part, less that of the four without it."
     first = [Section("What each part adds", "", (Table(columns, rows, left=2, note=note),))] if rows else []
-    named = ((name, section) for name, own in settings_of(evidence) for section in comparison(own))
-    return [*first, *chain(replace(section, title=f"{section.title}, {name}") for name, section in named)]
+    cells = enumerate(settings_of(evidence))
+    return [*first, *(_of_cell(section, number, name) for number, (name, own) in cells for section in comparison(own))]
+
+
+def _of_cell(section: Section, number: int, name: str) -> Section:
+    """A section that says of which cell it is, with pictures of names of its own."""
+    blocks = (replace(block, name=f"cell-{number}-{block.name}") if isinstance(block, Picture) else block for block in section.blocks)
+    return replace(section, title=f"{section.title}, {name}", blocks=tuple(blocks))
 
 
 CLAIMS = (

@@ -45,7 +45,10 @@ def at(evidence: Evidence, shots: int) -> Evidence:
 
 def keeps_up(evidence: Evidence) -> Judgement:
     """LoRA, adapter and BitFit level with full fine-tuning, or better, at the fewest examples."""
-    fewest = min(value for value in evidence.study.grid["shots"])
+    shots = [value for value in evidence.study.grid.get("shots", ()) if value is not None]
+    if not shots:
+        return Judgement("undecided", "The study has no `shots` in its grid.")
+    fewest = min(shots)
     scores = at(evidence, fewest).scores()
     told = []
     for method in (LR, AP, BF):
@@ -57,7 +60,7 @@ def keeps_up(evidence: Evidence) -> Judgement:
 
 def sections(evidence: Evidence) -> list[Section]:
     """Mean score by number of examples."""
-    shots = [value for value in evidence.study.grid.get("shots", ()) if at(evidence, value).done]
+    shots = [value for value in evidence.study.grid.get("shots", ()) if value is not None and at(evidence, value).done]
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     rows = []
     for method in evidence.methods:
