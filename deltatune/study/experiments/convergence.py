@@ -23,7 +23,7 @@ NEVER = math.inf
 
 TASKS = (
     "bbc-news", "tweet-sentiment", "glue-sst2", "glue-cola", "glue-mrpc", "glue-rte", "glue-qnli", "ag-news", "atis-intent", "clickbait",
-    "boolq", "subjectivity",
+    "boolq", "subj",
 )  # fmt: skip
 """Of several categories and sizes."""
 
@@ -46,14 +46,8 @@ def design(profile: Profile) -> Study:
     base = performance(profile)
     settings = {"epochs": 12, "evaluations": 48, "max_length": 64} if profile == "full" else {**base.settings, "evaluations": 5}
     methods = tuple(replace(entry, settings={}) for entry in base.methods if entry.label in (FT, LR, AP, PF, PT))
-    tasks = tuple(name for name in TASKS if name in _known()) if profile == "full" else base.tasks
+    tasks = TASKS if profile == "full" else base.tasks
     return replace(base, name=f"convergence-{profile}", experiment="convergence", tasks=tasks, methods=methods, settings=settings)
-
-
-def _known() -> set[str]:
-    from deltatune.tasks import tasks
-
-    return set(tasks)
 
 
 def arrivals(evidence: Evidence) -> dict[str, dict[str, Arrival]]:

@@ -15,7 +15,7 @@ from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import mean_of
 
 TASKS = (
-    "bbc-news", "tweet-sentiment", "glue-sst2", "glue-cola", "glue-mrpc", "glue-qnli", "ag-news", "clickbait", "subjectivity", "glue-rte",
+    "bbc-news", "tweet-sentiment", "glue-sst2", "glue-cola", "glue-mrpc", "glue-qnli", "ag-news", "clickbait", "subj", "glue-rte",
 )  # fmt: skip
 SHOTS = {"quick": (4, 16), "full": (8, 16, 64, 256, 1024)}
 """Examples of each class; the mirror has 4,000 in all."""
