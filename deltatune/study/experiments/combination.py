@@ -19,8 +19,9 @@ from deltatune.study.statistics import Scores, complete, paired
 
 PARTS: Mapping[str, Method] = {"AP": Adapter(), "BF": BitFit(), "PT": PromptTuning()}
 NONE = "none"
-GLUE = ("glue-cola", "glue-sst2", "glue-mrpc", "glue-qqp", "glue-mnli", "glue-qnli", "glue-rte")
-"""The seven of the paper's eight that the mirror has; STS-B is not among them."""
+GLUE = ("glue-cola", "glue-sst2", "glue-mrpc", "stsb", "glue-qqp", "glue-mnli", "glue-qnli", "glue-rte")
+"""The paper's eight."""
+
 SUBSETS = [subset for count in range(4) for subset in combinations(PARTS, count)]
 
 
@@ -63,13 +64,11 @@ def effects(scores: Scores) -> dict[str, Scores]:
 def settings_of(evidence: Evidence) -> list[tuple[str, Evidence]]:
     """The cells of the grid, each with what its trials say."""
     values = list(dict.fromkeys(record.cell.get("shots") for record in evidence.done))
-    return [
-        (
-            "all examples" if value is None else f"{value} of each class",
-            evidence.narrowed(lambda record, own=value: record.cell.get("shots") == own),
-        )
-        for value in values
-    ]
+    return [("all examples" if value is None else f"{value} of each class", _with_shots(evidence, value)) for value in values]
+
+
+def _with_shots(evidence: Evidence, shots: int | None) -> Evidence:
+    return evidence.narrowed(lambda record: record.cell.get("shots") == shots)
 
 
 def helps(part: str, *, hurts: bool = False) -> Callable[[Evidence], Judgement]:

@@ -34,7 +34,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
         return ()
     first, last = max(curve[0][0] for curve in curves), max(curve[-1][0] for curve in curves)
     steps = np.unique(np.geomspace(first, max(last, first + 1), POINTS).round().astype(int))
-    values = np.mean([np.interp(steps, *zip(*curve, strict=True)) for curve in curves], axis=0)
+    lines = [np.interp(steps, [step for step, _ in curve], [score for _, score in curve]) for curve in curves]
+    values = np.mean(lines, axis=0)
     return tuple((int(step), float(value)) for step, value in zip(steps, values, strict=True))
 
 
