@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from alembic import command
 from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
+
+from deltatune.study.store.schema import Base
 
 
 def upgrade(connection: Connection, revision: str = "head") -> None:
     """Bring the tables behind a connection to a revision, the newest if left out; from nothing, too."""
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    command.upgrade(config, revision)
+    scripts = ScriptDirectory(str(Path(__file__).parent))
+
+    def steps(current: Any, context: Any) -> Any:
+        return scripts._upgrade_revs(revision, current)
+
+    with EnvironmentContext(config, scripts, fn=steps, destination_rev=revision) as surroundings:
+        surroundings.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+        with surroundings.begin_transaction():
+            surroundings.run_migrations()
