@@ -14,31 +14,32 @@ from deltatune.study.store.store import Store
 from tests.study.conftest import driver
 from tests.study.killed import kill
 
-TRAININGS_LEFT = {"begin:2": 3, "step:9": 3, "finish:2": 2, "commit:2": 2, "sweep:2": 2}
-"""Of the four trainings, those that a second driver has to begin or to finish; a run whose files are whole is read."""
+RUNS_LEFT = {"begin:2": 5, "step:9": 5, "finish:2": 4, "commit:2": 4, "sweep:2": 4}
+"""Of the six runs (the frozen backbone's are among them), those that a second driver has to begin or to finish; a run whose files are whole
+is read."""
 
 
 def values(records: list[Record]) -> dict[str, Any]:
     return {record.key: (record.score, record.numbers["metrics"], record.steps, record.tokens) for record in records}
 
 
-@pytest.mark.parametrize("moment", TRAININGS_LEFT)
+@pytest.mark.parametrize("moment", RUNS_LEFT)
 def test_a_killed_study_ends_as_if_it_had_not_been(
     moment: str, tiny: Study, whole: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert kill(tiny.to_dict(), tmp_path, moment) == -9
     store = Store(tmp_path / "studies.db")
     before = {record.key: record for record in store.records("tiny") if record.state == "done"}
-    trained: list[Any] = []
+    runs: list[Any] = []
     original = train.dt_train
-    monkeypatch.setattr(train, "dt_train", lambda *args, **kwargs: trained.append(args) or original(*args, **kwargs))
+    monkeypatch.setattr(train, "dt_train", lambda *args, **kwargs: runs.append(args) or original(*args, **kwargs))
 
     progress = driver(store, tiny, tmp_path / "trials").run()
 
     records = store.records("tiny")
     assert (progress.done, progress.failed) == (8, 0)
     assert values(records) == values(whole)
-    assert len(trained) == TRAININGS_LEFT[moment]
+    assert len(runs) == RUNS_LEFT[moment]
     assert [record for record in records if record.key in before] == list(before.values())
     attempts = {record.key: [attempt.state for attempt in store.attempts("tiny", record.key)] for record in records}
     assert all(states.count("done") == 1 and states[-1] == "done" for states in attempts.values())
