@@ -77,7 +77,7 @@ def test_remove(call: Call, tmp_path: Path) -> None:
 def test_mistakes(call: Call, tmp_path: Path) -> None:
     place = ("--store", tmp_path / "s.db")
     refused(call("study", "status", "nothing", *place), "no study called `nothing`", "There is none yet")
-    refused(call("study", "run", "performence", *place), "No experiment is called `performence`. Did you mean `performance`?")
+    refused(call("study", "run", "performence", *place), "No experiment is called `performence`. Did you mean `performance`")
     refused(call("study", "run", tmp_path / "no.yaml", *place), "cannot be read")
     refused(call("study", "run", "performance", "--profile", "slow", *place), "neither quick nor full")
     refused(call("study", "resume", "x", "--workers", 2, *place), "belong to Ray")
