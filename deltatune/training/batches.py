@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, Sampler
 from deltatune.tasks.collector import collector_held
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.rows import Row
-from deltatune.tasks.tensors import Features, length_of
+from deltatune.tasks.tensors import Features, length_of, tokens_of
 
 POOL = 16
 """Batches that are sorted together."""
@@ -69,6 +69,10 @@ class Streamed(IterableDataset[Features]):
         rows: the number of a pass -> all rows, one after the other.
         batch_size: examples a batch.
         seed: of the order.
+
+    Attributes:
+        given: examples given so far.
+        tokens: of these.
     """
 
     def __init__(self, framing: Framing, rows: Callable[[int], Iterator[Row]], batch_size: int, seed: int = 0) -> None:
@@ -76,6 +80,7 @@ class Streamed(IterableDataset[Features]):
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
+        self.given = self.tokens = 0
 
     def __iter__(self) -> Iterator[Features]:
         rows = (row for number in count() for row in self.rows(number))
@@ -87,5 +92,8 @@ class Streamed(IterableDataset[Features]):
             order.set_epoch(number)
             places = list(order)
             whole = len(places) - len(places) % self.batch_size
-            yield from (pool[place] for place in places[:whole])
+            for place in places[:whole]:
+                self.given += 1
+                self.tokens += tokens_of(pool[place])
+                yield pool[place]
             left = [pool[place] for place in places[whole:]]

@@ -33,6 +33,7 @@ class Result:
         seconds: the training took, evaluations and checkpoints included.
         seconds_per_step: median of an optimiser step.
         peak_memory_bytes: most memory the process (or the GPU) held meanwhile.
+        tokens: of the training rows that were read, each time they were; padding left out.
         delta_bytes: of the delta on disk; of its tensors where nothing was written.
         steps: optimiser steps.
         out: the run's folder, or None.
@@ -52,6 +53,7 @@ class Result:
     seconds: float
     seconds_per_step: float
     peak_memory_bytes: int
+    tokens: int
     delta_bytes: int
     steps: int
     out: Path | None

@@ -75,9 +75,10 @@ class Run:
 
     def to_yaml(self) -> str:
         """The text of ``run.yaml``."""
-        return str(_yaml().safe_dump(self._plain(), sort_keys=False, allow_unicode=True, width=120))
+        return written_yaml(self.to_dict())
 
-    def _plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which ``run_from_dict`` makes an equal run."""
         recipes = [method_to_dict(method) for method in self.methods]
         task = (
             {"task": self.task}
@@ -97,7 +98,7 @@ class Run:
 
     def differences(self, other: Run) -> list[str]:
         """What ``other`` would do differently, in words; empty if both give the same result."""
-        mine, theirs = _flat(self._plain()), _flat(other._plain())
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = [key for key in (mine | theirs) if not key.startswith("versions")]
         return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys if mine.get(key) != theirs.get(key)]
 
@@ -111,7 +112,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """
     file = Path(path).expanduser()
     place = f"The configuration `{path}`"
-    return _run(read_yaml(file / RUN_FILE if file.is_dir() else file, place, "Give a run.yaml, or a folder that holds one."), place)
+    found = file / RUN_FILE if file.is_dir() else file
+    return run_from_dict(read_yaml(found, place, "Give a run.yaml, or a folder that holds one."), place)
 
 
 def read_yaml(path: str | os.PathLike[str], place: str, hint: str = "Give a file that can be read.") -> dict[Any, Any]:
@@ -136,7 +138,17 @@ def read_yaml(path: str | os.PathLike[str], place: str, hint: str = "Give a file
     return entries
 
 
-def _run(written: dict[Any, Any], place: str) -> Run:
+def run_from_dict(written: Mapping[Any, Any], place: str) -> Run:
+    """The inverse of ``Run.to_dict``.
+
+    Args:
+        written: the entries of a ``run.yaml``.
+        place: where they stand, for errors.
+
+    Raises:
+        InvalidValue: entries missing or of another kind.
+        UnknownName: an entry, a method, a field or a setting that is not known here.
+    """
     entries = checked(written, RUN, place)
     lacking = [name for name in ("backbone", "method") if name not in entries]
     if ("task" in entries) == ("data" in entries):
@@ -156,6 +168,11 @@ def _run(written: dict[Any, Any], place: str) -> Run:
         fingerprint=entries.get("fingerprint", ""),
         versions=entries.get("versions", {}),
     )
+
+
+def written_yaml(values: Mapping[str, Any]) -> str:
+    """Names and values as a YAML file holds them, in their order."""
+    return str(_yaml().safe_dump(_lists(values), sort_keys=False, allow_unicode=True, width=120))
 
 
 def data_file(written: dict[str, Any], place: str) -> DataFile:

@@ -108,6 +108,9 @@ class Settings:
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
         self._check("streaming", not self.streaming or self.max_steps is not None, "used with `max_steps`: a stream has no length")
         self._check("streaming", not (self.streaming and self.shots), "used without `shots`, which chooses from all rows")
+        self._check(
+            "streaming", not (self.streaming and self.keep_frozen), "used without `keep_frozen`, which keeps something of every row"
+        )
         self._check("streaming", not (self.streaming and self.class_weights), "used without `class_weights`, which counts all rows")
         self._check("temperature", self.temperature >= 1, "1 or more")
         self._check("framing", self.framing == "auto" or self.framing in framings, f"one of auto, {', '.join(framings)}")

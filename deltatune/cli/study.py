@@ -1,0 +1,286 @@
+"""``deltatune study``: run a grid of trials that survives any kill, look on, and report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.text import Text
+
+from deltatune.cli.commands import commands
+from deltatune.cli.terminal import Json, note, plural, quoted, show, show_command, show_json, table
+from deltatune.errors import InvalidValue, UnknownName, Unsupported, missing_extra, nearest
+
+if TYPE_CHECKING:
+    from deltatune.study.design import Study
+    from deltatune.study.record import Record
+    from deltatune.study.runner.runner import Runner
+    from deltatune.study.shows import Show
+    from deltatune.study.store.store import Store
+
+Place = Annotated[
+    str | None,
+    typer.Option("--store", metavar="PLACE", help="A file of SQLite, or a database's URL. Left out: $DELTATUNE_STORE, or runs/studies.db."),
+]
+Name = Annotated[str, typer.Argument(help="A study in the store; `deltatune study list` names them.")]
+Chosen = Annotated[str, typer.Option("--runner", metavar="local|ray", help="Where trials run: in this process, or on Ray.")]
+Events = Annotated[bool, typer.Option("--json", help="Print one JSON object for each event, instead of bars.")]
+Fuse = Annotated[bool, typer.Option("--fuse", help="Train trials of one backbone together, in shared forwards.")]
+Again = Annotated[bool, typer.Option("--again", help="Try failed trials once more.")]
+Folder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
+]
+Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")]
+Cores = Annotated[float | None, typer.Option("--cpus", help="With --runner ray: cores of a trial. Left out: all, shared by the workers.")]
+Cards = Annotated[float | None, typer.Option("--gpus", help="With --runner ray: GPUs of a trial. Left out: all, shared by the workers.")]
+Profiles = Annotated[
+    str, typer.Option("--profile", metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
+]
+Workers = Annotated[int | None, typer.Option(help="With --runner ray: most trials at the same time. Left out: as many as fit.")]
+
+COLOURS = {"holds": "green", "does not hold": "red", "undecided": "dim"}
+
+study = typer.Typer(help="Run a grid of trials, look on, compare, and report.", no_args_is_help=True, rich_markup_mode="rich")
+commands.register("study")(study)
+
+
+@study.command("run", no_args_is_help=True)
+def run(
+    what: Annotated[str, typer.Argument(help="A study.yaml, or the name of a built-in experiment, such as performance.")],
+    profile: Profiles = "quick",
+    name: Annotated[str | None, typer.Option(help="Another name for the study.")] = None,
+    change: Annotated[bool, typer.Option("--change", help="Let a study in the store take this design; shared trials are kept.")] = False,
+    runner: Chosen = "local",
+    fuse: Fuse = False,
+    again: Again = False,
+    store: Place = None,
+    folder: Folder = None,
+    address: Address = None,
+    workers: Workers = None,
+    cpus: Cores = None,
+    gpus: Cards = None,
+    json: Events = False,
+) -> None:
+    """Run a study, or go on with it: what is done already is not done again.
+
+    deltatune study run study.yaml
+    deltatune study run performance --profile quick
+    """
+    opened = _open(store)
+    asked = _asked(what, profile, name)
+    opened.add(asked, change=change)
+    _conduct(opened, asked.name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
+
+
+@study.command("resume", no_args_is_help=True)
+def resume(
+    name: Name,
+    runner: Chosen = "local",
+    fuse: Fuse = False,
+    again: Again = False,
+    store: Place = None,
+    folder: Folder = None,
+    address: Address = None,
+    workers: Workers = None,
+    cpus: Cores = None,
+    gpus: Cards = None,
+    json: Events = False,
+) -> None:
+    """Go on with a study of the store."""
+    _conduct(_open(store), name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
+
+
+@study.command("status", no_args_is_help=True)
+def status(name: Name, store: Place = None, json: Json = False) -> None:
+    """How far a study is, what failed and why."""
+    opened = _open(store)
+    counts, records = opened.counts(name), opened.records(name)
+    if json:
+        show_json({"study": name, **counts, "trials": [_plain(record) for record in records]})
+        return
+    drawn = table("method", "done", "running", "waiting", "failed", right=("done", "running", "waiting", "failed"), whole=("method",))
+    for method in dict.fromkeys(record.method for record in records):
+        own = [record.state for record in records if record.method == method]
+        cells = [str(own.count(state)) if own.count(state) else "-" for state in ("done", "running", "waiting", "failed")]
+        drawn.add_row(Text(method, style="cyan"), *cells)
+    show(Text.assemble((name, "bold"), f": {counts['done']} of {plural(sum(counts.values()), 'trial')} done"), drawn)
+    for record in records:
+        if record.error:
+            said = f"{record.method} on {record.task}, seed {record.seed}, {plural(record.attempts, 'attempt')}"
+            show(Text.assemble(("✗ ", "red"), said, (f"  {record.error}", "red")))
+    if counts["done"] < sum(counts.values()):
+        show_command(f"deltatune study resume {name}{' --again' if counts['failed'] else ''}")
+
+
+@study.command("list")
+def listing(store: Place = None, json: Json = False) -> None:
+    """The studies in the store."""
+    opened = _open(store)
+    found = [(opened.study(name), opened.counts(name)) for name in opened.names()]
+    if json:
+        show_json([{"name": one.name, "experiment": one.experiment, "profile": one.profile, **counts} for one, counts in found])
+        return
+    drawn = table("study", "experiment", "profile", "done", "trials", "failed", right=("done", "trials", "failed"), whole=("study",))
+    for one, counts in found:
+        numbers = (str(counts["done"]), str(sum(counts.values())), str(counts["failed"] or "-"))
+        drawn.add_row(Text(one.name, style="cyan"), one.experiment, one.profile, *numbers)
+    show(drawn if found else quoted("The store is empty: `deltatune study run FILE` begins a study."))
+
+
+@study.command("rm", no_args_is_help=True)
+def remove(name: Name, store: Place = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove a study with all its results."""
+    opened = _open(store)
+    counts = opened.counts(name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InvalidValue(f"`{name}` has {plural(counts['done'], 'result')}. Say that they may go: --yes.")
+        typer.confirm(f"Remove {name} with {plural(counts['done'], 'result')}?", abort=True)
+    opened.remove(name)
+    note(f"`{name}` is removed.")
+
+
+@study.command("report", no_args_is_help=True)
+def report(
+    name: Name,
+    store: Place = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Left out: reports/NAME beside the store, or below runs/.")] = None,
+    json: Json = False,
+) -> None:
+    """Write what a study found: report.html, report.md with its pictures, results.csv, and study.yaml, which does it again."""
+    from deltatune.study.report.markdown import write_markdown
+    from deltatune.study.report.page import write_page
+    from deltatune.study.report.report import report_of
+    from deltatune.study.report.results import write_design, write_results
+
+    opened = _open(store)
+    found, folder = report_of(opened, name), out or _beside(opened) / "reports" / name
+    files = [
+        write_page(found, folder),
+        write_markdown(found, folder),
+        write_results(opened, name, folder),
+        write_design(opened, name, folder),
+    ]
+    verdicts = [{"claim": claim.number, "says": claim.says, **vars(told)} for claim, told in found.verdicts]
+    if json:
+        show_json({"study": name, "files": [str(file) for file in files], "verdicts": verdicts})
+        return
+    drawn = table("claim", "says", "verdict", whole=("claim", "verdict"))
+    for one in verdicts:
+        drawn.add_row(one["claim"], one["says"], Text(one["verdict"], style=COLOURS[one["verdict"]]))
+    show(*([drawn] if verdicts else []), f"Written: {', '.join(str(file) for file in files)}")
+
+
+@study.command("compare", no_args_is_help=True)
+def compare(
+    name: Name,
+    methods: Annotated[list[str] | None, typer.Argument(help="Labels of methods; left out, all against the first.")] = None,
+    store: Place = None,
+    json: Json = False,
+) -> None:
+    """Compare methods of a study in pairs, across the tasks they share."""
+    from deltatune.study.report.report import evidence_of
+    from deltatune.study.statistics import paired
+
+    evidence, methods = evidence_of(_open(store), name), methods or []
+    if unknown := [one for one in methods if one not in evidence.methods]:
+        raise UnknownName(f"`{unknown[0]}` has no scores in `{name}`. {nearest(unknown[0], evidence.methods)}")
+    first, *others = methods if len(methods) > 1 else [*methods, *(one for one in evidence.methods if one not in methods)]
+    found = paired(evidence.scores(), [(other, first) for other in others])
+    if json:
+        show_json([vars(one) for one in found])
+        return
+    drawn = table("method", "against", "difference", "95% interval", "better on", "p (Holm)", right=("difference", "better on", "p (Holm)"))
+    for one in found:
+        interval, wins = f"{one.low:+.3f} to {one.high:+.3f}", f"{one.wins:g} of {one.tasks}"
+        drawn.add_row(Text(one.method, style="cyan"), one.other, f"{one.difference:+.3f}", interval, wins, f"{one.corrected:.2g}")
+    show(drawn)
+
+
+def _open(place: str | None) -> Store:
+    try:
+        from deltatune.study.store.store import Store
+    except ImportError as cause:
+        if (cause.name or "").partition(".")[0] not in ("sqlalchemy", "alembic"):
+            raise
+        raise missing_extra("sqlalchemy", "study") from cause
+    return Store(place)
+
+
+def _asked(what: str, profile: Any, name: str | None) -> Study:
+    """The study that a file or an experiment's name stands for."""
+    import dataclasses
+
+    from deltatune.study.design import Profile, read_study
+    from deltatune.study.experiments import experiments
+
+    if profile not in get_args(Profile):
+        raise InvalidValue(f"`--profile {profile}` is neither quick nor full.")
+    is_file = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
+    found = read_study(what) if is_file else experiments[what].study(profile)
+    return found if name is None else dataclasses.replace(found, name=name)
+
+
+def _conduct(
+    store: Store,
+    name: str,
+    folder: Path | None,
+    runner: Callable[[Path, float | None], Runner],
+    *,
+    fuse: bool,
+    again: bool,
+    json: bool,
+) -> None:
+    from deltatune.study.driver import Driver
+
+    place = folder or _folder(store, name)
+    driver = Driver(store, name, place, runner, _show(json), fuse=fuse, again=again)
+    try:
+        progress = driver.run()
+    except KeyboardInterrupt:
+        note(f"Nothing is lost: `deltatune study resume {name}` goes on.")
+        raise
+    if not json:
+        note(f"{name}: {progress.done} of {plural(progress.total, 'trial')} done.")
+        show_command(f"deltatune study report {name}")
+    if progress.failed:
+        raise Unsupported(f"{plural(progress.failed, 'trial')} failed; the others are done. `deltatune study status {name}` says why.")
+
+
+def _folder(store: Store, name: str) -> Path:
+    return _beside(store) / "studies" / name
+
+
+def _beside(store: Store) -> Path:
+    file = store.engine.url.database if store.engine.dialect.name == "sqlite" else None
+    return Path(file).parent if file else Path("runs")
+
+
+def _runner(name: str, address: str | None, workers: int | None, cpus: float | None, gpus: float | None) -> Callable[..., Runner]:
+    from deltatune.study.runner.local import LocalRunner
+
+    if name == "local":
+        if (address, workers, cpus, gpus) != (None, None, None, None):
+            raise InvalidValue("`--address`, `--workers`, `--cpus` and `--gpus` belong to Ray. Add --runner ray, or leave them out.")
+        return LocalRunner
+    if name != "ray":
+        raise InvalidValue(f"There is no runner called `{name}`. Known: `local`, `ray`.")
+    from deltatune.study.runner.ray import Resources, ray_runner
+
+    return ray_runner(Resources(address, workers, cpus, gpus))
+
+
+def _show(json: bool) -> Show:
+    from deltatune.study import shows
+
+    if json:
+        return shows.Events()
+    return shows.Panel() if sys.stderr.isatty() else shows.Lines()
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    names = ("key", "backbone", "task", "category", "method", "seed", "cell", "state", "metric", "score", "attempts", "error")
+    return {name: getattr(record, name) for name in names}

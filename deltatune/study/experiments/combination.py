@@ -1,0 +1,117 @@
+"""Experiment 4: adapter, BitFit and prompt tuning trained together, in all eight subsets; what does each add?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import combinations
+from statistics import fmean
+
+from deltatune.methods import Adapter, BitFit, LinearProbe, PromptTuning
+from deltatune.methods.kinds import Method
+from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
+from deltatune.study.experiments.judging import all_of, better
+from deltatune.study.experiments.performance import design as performance
+from deltatune.study.report.comparison import comparison
+from deltatune.study.report.parts import Picture, Section, Table
+from deltatune.study.statistics import Scores, complete, paired
+
+PARTS: Mapping[str, Method] = {"AP": Adapter(), "BF": BitFit(), "PT": PromptTuning()}
+NONE = "none"
+GLUE = ("glue-cola", "glue-sst2", "glue-mrpc", "stsb", "glue-qqp", "glue-mnli", "glue-qnli", "glue-rte")
+"""The paper's eight."""
+
+SUBSETS = [subset for count in range(4) for subset in combinations(PARTS, count)]
+
+
+def label_of(subset: tuple[str, ...]) -> str:
+    """``AP+BF``; the empty one trains the head alone."""
+    return "+".join(subset) or NONE
+
+
+def design(profile: Profile) -> Study:
+    """Full: the GLUE tasks at hand, with 16 examples of each class and with all, three seeds."""
+    base = performance(profile)
+    methods = tuple(Entry(label_of(subset), tuple(PARTS[part] for part in subset) or (LinearProbe(),)) for subset in SUBSETS)
+    settings = {"max_steps": 1000, "evaluations": 10, "early_stopping": 5, "max_length": 64} if profile == "full" else base.settings
+    return replace(
+        base,
+        name=f"combination-{profile}",
+        experiment="combination",
+        tasks=GLUE if profile == "full" else base.tasks,
+        methods=methods,
+        settings=settings,
+        grid={"shots": (16, None) if profile == "full" else (16,)},
+        seeds=(13, 21, 42) if profile == "full" else (13,),
+    )
+
+
+def effects(scores: Scores) -> dict[str, Scores]:
+    """Part -> task -> mean score of the four subsets that have it, and of the four others."""
+    labels = [label_of(subset) for subset in SUBSETS]
+    shared = complete(scores, labels)
+    found: dict[str, Scores] = {}
+    for part in PARTS:
+        with_, without = ([label_of(subset) for subset in SUBSETS if (part in subset) is there] for there in (True, False))
+        found[part] = {
+            task: {"with": fmean(row[label] for label in with_), "without": fmean(row[label] for label in without)}
+            for task, row in shared.items()
+        }
+    return found
+
+
+def settings_of(evidence: Evidence) -> list[tuple[str, Evidence]]:
+    """The cells of the grid, each with what its trials say."""
+    values = list(dict.fromkeys(record.cell.get("shots") for record in evidence.done))
+    return [("all examples" if value is None else f"{value} of each class", _with_shots(evidence, value)) for value in values]
+
+
+def _with_shots(evidence: Evidence, shots: int | None) -> Evidence:
+    return evidence.narrowed(lambda record: record.cell.get("shots") == shots)
+
+
+def helps(part: str, *, hurts: bool = False) -> Callable[[Evidence], Judgement]:
+    """The judge of whether a part raises scores in every cell of the grid, or lowers them."""
+
+    def judge(evidence: Evidence) -> Judgement:
+        told = []
+        for name, own in settings_of(evidence):
+            first, second = ("without", "with") if hurts else ("with", "without")
+            one = better(effects(own.scores())[part], first, second)
+            told.append(Judgement(one.verdict, f"{name}: {one.because}"))
+        return all_of(told) if told else Judgement("undecided", "No scores.")
+
+    return judge
+
+
+def sections(evidence: Evidence) -> list[Section]:
+    """What each part adds, then all subsets; of each cell by itself."""
+    rows = []
+    for name, own in settings_of(evidence):
+        for part, scores in effects(own.scores()).items():
+            if scores:
+                [one] = paired(scores, [("with", "without")])
+                rows.append((name, part, f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}", f"{one.wins:g} of {one.tasks}"))
+    columns = ("examples", "part", "adds", "95 % interval", "better on")
+    note = "Mean score of the four subsets with the part, less that of the four without it."
+    first = [Section("What each part adds", "", (Table(columns, rows, left=2, note=note),))] if rows else []
+    cells = enumerate(settings_of(evidence))
+    return [*first, *(_of_cell(section, number, name) for number, (name, own) in cells for section in comparison(own))]
+
+
+def _of_cell(section: Section, number: int, name: str) -> Section:
+    """A section that says of which cell it is, with pictures of names of its own."""
+    blocks = (replace(block, name=f"cell-{number}-{block.name}") if isinstance(block, Picture) else block for block in section.blocks)
+    return replace(section, title=f"{section.title}, {name}", blocks=tuple(blocks))
+
+
+CLAIMS = (
+    Claim("E12", "The adapter helps in combinations.", helps("AP")),
+    Claim("E12", "BitFit helps in combinations.", helps("BF")),
+    Claim("E12", "Prompt tuning hurts in combinations.", helps("PT", hurts=True)),
+)
+
+experiments.register("combination")(
+    Experiment("combination", "Adapter, BitFit and prompt together: what does each add?", design, CLAIMS, sections)
+)

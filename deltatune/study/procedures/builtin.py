@@ -1,0 +1,6 @@
+"""The procedures that come with the package: importing this enters them."""
+
+from __future__ import annotations
+
+from deltatune.study.procedures import train as train
+from deltatune.study.procedures import untrained as untrained

@@ -1,0 +1,1 @@
+"""Reports: what a study found, as a page and as Markdown with pictures. Data first, drawing apart."""

@@ -1,0 +1,1 @@
+"""Where studies are kept: SQLite by default, any database that SQLAlchemy speaks to by its URL."""

@@ -1,0 +1,90 @@
+"""Designs: strict YAML in, the same YAML out, every mistake named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deltatune.errors import DeltaError, InvalidValue, UnknownName
+from deltatune.study.design import read_study, study_from_dict
+from deltatune.study.trial import trial_from_dict
+from tests.study.made_up import design
+
+WHOLE: dict[str, Any] = {
+    "name": "whole",
+    "backbones": ["minilm"],
+    "tasks": ["bbc-news", {"path": "mail.csv", "label": "box"}],
+    "methods": [
+        "bitfit",
+        {"name": "lora", "rank": 4},
+        {"label": "top", "method": {"name": "lora", "rank": 2}, "where": ["attention.*"], "layers": "top:2", "settings": {"lr": 1e-3}},
+        {"label": "both", "method": ["ia3", {"name": "lora", "rank": 8}]},
+    ],
+    "settings": {"max_steps": 10},
+    "grid": {"shots": [16, None], "manual_template": [True, False]},
+    "seeds": [13, 21],
+    "rates": {"trials": 5, "tasks": ["bbc-news"]},
+    "time_limit": 600,
+}
+
+
+def test_a_study_is_its_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(WHOLE, sort_keys=False))
+    study = read_study(file)
+    assert study_from_dict(study.to_dict()) == study
+    assert [entry.label for entry in study.entries] == ["bitfit", "lora", "top", "both", "frozen", "random-delta"]
+    trials = list(study.trials())
+    assert len(trials) == len({trial.key for trial in trials}) == 2 * 2 * 4 * 6
+    assert all(trial_from_dict(trial.to_dict()) == trial for trial in trials)
+    assert trials[2].said == "top on bbc-news, minilm, shots 16, manual_template True, seed 13"
+    assert trials[2].run.settings.lr == 1e-3 and trials[2].run.settings.shots == 16
+
+
+def test_keys_are_of_the_content_alone() -> None:
+    first, second = design(), design(name="other", methods=["bitfit", {"label": "mine", "method": "lora"}], seeds=[0, 1])
+    keys = {trial.said: trial.key for trial in first.trials()}
+    others = {trial.said: trial.key for trial in second.trials()}
+    assert keys["lora on bbc-news, minilm, seed 0"] == others["mine on bbc-news, minilm, seed 0"]
+    assert others["mine on bbc-news, minilm, seed 0"] != others["mine on bbc-news, minilm, seed 1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"task": ["bbc-news"]}, "the entry `task`, which does not belong there. Did you mean `tasks`"),
+        ({"tasks": ["bcb-news"]}, "No task is called `bcb-news`. Did you mean `bbc-news`"),
+        ({"methods": ["lroa"]}, "No method is called `lroa`. Did you mean `lora`"),
+        ({"methods": [{"name": "lora", "rnk": 4}]}, "no field called `rnk`"),
+        ({"methods": [{"method": "lora", "lable": "x"}]}, "Method 1 of the study has the entry `lable`"),
+        ({"methods": ["lora", {"name": "lora", "rank": 4}]}, "has `lora` twice among its methods"),
+        ({"methods": ["lora", {"label": "same", "method": "lora"}]}, "asks for one trial twice"),
+        ({"settings": {"epoch": 3}}, "There is no setting called `epoch`. Did you mean `epochs`"),
+        ({"grid": {"lr": [-1]}}, "The setting `lr` is -1"),
+        ({"grid": {"lr": 1}}, "settings, each with a list of values"),
+        ({"seeds": []}, "it has to be whole numbers"),
+        ({"seeds": [1, 1]}, "has `1` twice among its seeds"),
+        ({"name": "../up"}, "its name becomes a folder"),
+        ({"profile": "slow"}, "it has to be quick or full"),
+        ({"rates": {"low": 1}}, "`rates` without `trials`"),
+        ({"rates": {"trials": 3, "low": 5, "high": 2}}, "`low` above 0 and below `high`"),
+        ({"tasks": ["category:nothing"]}, "no task of it can be run here"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises((InvalidValue, UnknownName)) as caught:
+        design(**change)
+    assert said in str(caught.value)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(InvalidValue, match="does not say its `backbones` and `methods`"):
+        study_from_dict({"name": "x", "tasks": ["bbc-news"]})
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DeltaError, match=r"nothing\.yaml` cannot be read"):
+        read_study(tmp_path / "nothing.yaml")

@@ -1,0 +1,80 @@
+"""Every experiment: its designs unfold, its claims are judged, and its sections are drawn, whatever there is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from deltatune.study.design import Study
+from deltatune.study.experiments import experiments
+from deltatune.study.experiments.combination import SUBSETS, effects, label_of
+from deltatune.study.experiments.convergence import arrivals, speeds
+from deltatune.study.experiments.experiment import judged
+from deltatune.study.plots.canvas import svg
+from deltatune.study.plots.curves import curves_of, mean_curve
+from deltatune.study.report.parts import Picture
+from deltatune.study.report.report import evidence_of, report_of
+from deltatune.study.store.store import Store
+from tests.study.made_up import TASKS, filled
+
+NAMES = list(experiments)
+
+
+def small(name: str) -> Study:
+    """The full design on few tasks and seeds."""
+    full = experiments[name].study("full")
+    return dataclasses.replace(full, name="small", tasks=TASKS[:7], seeds=full.seeds[:2])
+
+
+def test_all_are_there() -> None:
+    assert NAMES == ["combination", "convergence", "low-data", "performance", "stability"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment(name: str, tmp_path: Path) -> None:
+    experiment = experiments[name]
+    assert experiment.study("quick").profile == "quick" and experiment.study("quick").experiment == name
+    assert len(list(experiment.study("quick").trials())) <= 40
+    study = small(name)
+    report = report_of(filled(tmp_path / "full.db", study), "small")
+    assert [claim for claim, _ in report.verdicts] == list(experiment.claims)
+    assert all(told.because for _, told in report.verdicts)
+    pictures = [block for section in report.sections for block in section.blocks if isinstance(block, Picture)]
+    assert pictures and len({picture.name for picture in pictures}) == len(pictures)
+    assert all("<svg" in svg(picture.figure) for picture in pictures)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_that_has_not_begun(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.db")
+    store.add(small(name))
+    assert {told.verdict for _, told in judged(experiments[name], evidence_of(store, "small"))} == {"undecided"}
+    assert report_of(store, "small").sections == []
+
+
+def test_effects_are_marginal() -> None:
+    worth = {"AP": 0.2, "BF": 0.1, "PT": -0.05}
+    scores = {"a": {label_of(subset): 0.5 + sum(worth[part] for part in subset) for subset in SUBSETS}}
+    found = {part: table["a"]["with"] - table["a"]["without"] for part, table in effects(scores).items()}
+    assert found == pytest.approx(worth)
+    assert effects({"a": {"none": 0.5}}) == {"AP": {}, "BF": {}, "PT": {}}
+
+
+def test_arrivals_are_at_the_goal(tmp_path: Path) -> None:
+    evidence = evidence_of(filled(tmp_path / "s.db", small("convergence")), "small")
+    found = arrivals(evidence)
+    assert found.keys() == set(TASKS[:7])
+    curve = curves_of([evidence.curve(record.key) for record in evidence.done if (record.task, record.method) == (TASKS[0], "full")])
+    goal = 0.95 * max(score for _, score in curve)
+    assert found[TASKS[0]]["full"].steps == next(step for step, score in curve if score >= goal)
+    assert all(-2 <= value <= 0 for row in speeds(found).values() for value in row.values())
+
+
+def test_mean_curves() -> None:
+    first, second = ((10, 0.0), (100, 1.0)), ((10, 0.0), (50, 0.5))
+    mean = dict(mean_curve([first, second]))
+    assert min(mean) == 10 and max(mean) == 100
+    assert mean[100] == pytest.approx(0.75)  # the shorter one keeps its last score
+    assert mean_curve([]) == () and curves_of([]) == ()
