@@ -10,6 +10,10 @@ class DeltaError(Exception):
     """Root of every error deltatune raises on purpose; the command line shows it without a traceback."""
 
 
+class Noticed(UserWarning):
+    """Something a person should hear of, that stops nothing; the command line says it in a sentence."""
+
+
 class UnknownName(DeltaError):
     """A method, field, backbone, task, delta or role that nobody registered."""
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from deltatune.errors import InvalidValue, UnknownName, Unsupported, nearest
+from deltatune.errors import InvalidValue, Noticed, UnknownName, Unsupported, nearest
 
 T = TypeVar("T")
 
@@ -96,5 +96,5 @@ class Registry(Generic[T]):
                     plugin.load()
                 except Exception as cause:
                     self._broken[plugin.name] = f"`{plugin.name}` ({plugin.value}) could not be loaded: {cause!r}."
-                    warnings.warn(f"The {self.noun} {self._broken[plugin.name]} The others can be used.", stacklevel=4)
+                    warnings.warn(f"The {self.noun} {self._broken[plugin.name]} The others can be used.", Noticed, stacklevel=4)
         return self._entries

@@ -24,7 +24,7 @@ from deltatune.checkpoint.foreign import Reading, foreign_format, format_of, loa
 from deltatune.checkpoint.loading import Allowed, load_composition, load_delta
 from deltatune.checkpoint.record import MEMBERS, RECORD, RUN_DELTA, TENSORS, About, Origin, Record, Stored, read_record
 from deltatune.checkpoint.tensors import check_storable, named, not_finite, write_tensors
-from deltatune.errors import CheckpointError
+from deltatune.errors import CheckpointError, Noticed
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import Entry
@@ -274,6 +274,7 @@ def _part(delta: Delta, origin: Origin, unfinished: bool, allow_nonfinite: bool)
         warnings.warn(
             f"Delta `{delta.name}` is saved with its training-time parameters, so that training can go on. "
             "Call its method's export first for a smaller file, or pass unfinished=True.",
+            Noticed,
             stacklevel=3,
         )
     sites, heads = _places(delta)

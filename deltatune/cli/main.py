@@ -26,7 +26,7 @@ import deltatune
 from deltatune.cli.commands import HELP, Command, commands
 from deltatune.cli.knobs import completed
 from deltatune.cli.spoken import spoken
-from deltatune.cli.terminal import note, program, show_error
+from deltatune.cli.terminal import note, noticing, program, show_error
 from deltatune.errors import DeltaError, OutputError
 
 PANELS: dict[str, tuple[str, ...]] = {
@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in words
     try:
-        build()(completed([word for word in words if word != DEBUG]), prog_name=program())
+        with noticing():
+            build()(completed([word for word in words if word != DEBUG]), prog_name=program())
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         return stopped() if code == STOPPED else code

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from deltatune.errors import Noticed
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -48,6 +51,24 @@ def show_command(line: str) -> None:
 def note(text: str) -> None:
     """A sentence beside the result, on standard error."""
     console(stderr=True).print(quoted(text, style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def noticing() -> Iterator[None]:
+    """Within it, warnings of ours are notes without a place in the code."""
+    others = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Noticed):
+            note(f"Note: {message}")
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = shown
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 @contextmanager

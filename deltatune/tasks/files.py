@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltatune.errors import DataError, near, nearest
+from deltatune.errors import DataError, Noticed, near, nearest
 from deltatune.tasks.loading import TaskData, build
 from deltatune.tasks.readers import BATCH, iterate, listed, read_rows
 from deltatune.tasks.rows import Row
@@ -50,7 +51,11 @@ def task_from_file(
     form = _form(file, rows[0], text, label, type)
     rows = _sound(file, form, rows)
     task = _task(file, form, rows, Split(validation, test))
-    return build(task, {"train": list(_named(task, rows))}, f"file {file.name}")
+    data = build(task, {"train": list(_named(task, rows))}, f"file {file.name}")
+    if data.notes:
+        told = f"`{file.name}`: {', '.join(data.notes)}. A text counts once, and where its labels differ not at all."
+        warnings.warn(told, Noticed, stacklevel=2)
+    return data
 
 
 def file_stream(

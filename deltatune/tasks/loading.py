@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from deltatune.errors import DataError, DeltaError, MissingExtra
+from deltatune.errors import DataError, DeltaError, MissingExtra, Noticed
 from deltatune.tasks.collector import collector_held
 from deltatune.tasks.rows import Row, Rows
 from deltatune.tasks.sources import Found, packaged_name, read_hub, read_mirror, read_packaged
@@ -122,7 +122,7 @@ def build(task: Task, found: Found | Mapping[str, Sequence[Row]], source: str) -
         for name, count in overlap(parts, inputs).items():
             if count:
                 notes.append(f"{count} rows of {name} have a text of an earlier split")
-                warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on {name} say less than they seem to.", stacklevel=3)
+                warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on {name} say less than they seem to.", Noticed, stacklevel=3)
     for name in SPLITS:
         if not parts[name]:
             read, labelled = (sum(map(len, rows.values())) for rows in (found.splits, encoded))

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import DataError, InvalidValue
+from deltatune.errors import DataError, InvalidValue, Noticed
 from deltatune.tasks.files import file_stream
 from deltatune.tasks.loading import TaskData, encode_rows, nowhere
 from deltatune.tasks.rows import Row, Rows
@@ -124,7 +124,7 @@ def streamed(task: Task, source: Source, wanted: dict[str, int], seed: int, plac
     inputs = task.kind.inputs(task)
     if twice := overlap({"train": [], **given}, inputs)["test"]:
         notes.append(f"{twice} rows of test have a text of validation")
-        warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on test say less than they seem to.", stacklevel=3)
+        warnings.warn(f"`{task.name}`: {notes[-1]}, so scores on test say less than they seem to.", Noticed, stacklevel=3)
     held = {text_key(row, inputs) for rows in given.values() for row in rows}
 
     def stream(number: int) -> Iterator[Row]:

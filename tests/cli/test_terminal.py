@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from deltatune.cli.terminal import copyable, program, quoted, show_error, working
+from deltatune.cli.terminal import copyable, noticing, program, quoted, show_error, working
+from deltatune.errors import Noticed
 from tests.cli.conftest import Call
 
 
@@ -71,3 +73,15 @@ def test_an_error_in_a_frame_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", err := Terminal())
     show_error("Write `deltatune tasks`.")
     assert "bin/deltatune tasks" in err.getvalue()
+
+
+@pytest.mark.filterwarnings("always")
+def test_our_warnings_are_notes_and_others_are_left_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))
+    before = warnings.showwarning
+    with noticing():
+        warnings.warn("`a.csv`: 2 rows left out.", Noticed, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr() == ("", "Note: a.csv: 2 rows left out.\n") and others == ["old"]
+    assert warnings.showwarning is before

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deltatune.errors import DataError, InvalidValue
+from deltatune.errors import DataError, InvalidValue, Noticed
 from deltatune.tasks import Rows, task_from_file
 
 GOOD = [
@@ -53,6 +53,13 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, write: Callable[[Path,
 def test_the_fingerprint_sees_one_changed_letter(tmp_path: Path) -> None:
     changed = [{**GOOD[0], "text": GOOD[0]["text"].upper()}, *GOOD[1:]]
     assert task_from_file(write_csv(tmp_path / "a", GOOD)).fingerprint != task_from_file(write_csv(tmp_path / "b", changed)).fingerprint
+
+
+def test_rows_that_are_left_out_are_told(tmp_path: Path) -> None:
+    twice = [*GOOD, GOOD[3], {**GOOD[4], "label": "yes"}]
+    with pytest.warns(Noticed, match="`reviews.jsonl`: 1 duplicates left out, 2 contradictions left out"):
+        data = task_from_file(write_jsonl(tmp_path / "reviews", twice))
+    assert sum(map(len, data.splits.values())) == 29
 
 
 def test_pairs_numbers_and_texts(tmp_path: Path) -> None:
