@@ -33,10 +33,11 @@ def read_head(backbone: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
         >>> import tempfile
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> import deltatune as dt
+        >>> from deltatune.methods import LoRA
         >>> size = dict(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
         >>> five = BertForSequenceClassification(BertConfig(**size, num_labels=5))
         >>> with tempfile.TemporaryDirectory() as place:
-        ...     _ = dt.save(dt.attach(five, "lora", name="topics"), f"{place}/topics")
+        ...     _ = dt.save(dt.attach(five, LoRA(rank=2), name="topics"), f"{place}/topics")
         ...     two = BertForSequenceClassification(BertConfig(**size, num_labels=2))
         ...     {name: tuple(tensor.shape) for name, tensor in sorted(read_head(two, f"{place}/topics").items())}
         {'bias': (5,), 'weight': (5, 4)}

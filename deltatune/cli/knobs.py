@@ -64,14 +64,28 @@ def completed(words: Sequence[str]) -> list[str]:
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each setting; what was given arrives as its keyword ``settings``, by name."""
-    own = [parameter for name, parameter in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
-    options = [_option(field.name, hint) for field in dataclasses.fields(Settings) for hint in [get_type_hints(Settings)[field.name]]]
-    names = [option.name for option in options]
+    hints = get_type_hints(Settings)
+    options = [_option(field.name, hints[field.name]) for field in dataclasses.fields(Settings)]
+    return with_options(command, "settings", options, lambda given: {name: value for name, value in given.items() if value is not None})
+
+
+def with_options(
+    command: Callable[..., None], keyword: str, options: Sequence[inspect.Parameter], made: Callable[[dict[str, Any]], Any]
+) -> Callable[..., None]:
+    """Give a command more options, whose values arrive together.
+
+    Args:
+        command: the command.
+        keyword: its parameter for them.
+        options: the options, as keyword-only parameters.
+        made: their values by name -> the value of ``keyword``.
+    """
+    own = [parameter for name, parameter in inspect.signature(command, eval_str=True).parameters.items() if name != keyword]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        given = {name: values.pop(name) for name in names}
-        command(**values, settings={name: value for name, value in given.items() if value is not None})
+        given = {option.name: values.pop(option.name) for option in options}
+        command(**values, **{keyword: made(given)})
 
     parameters = [*own, *options]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
+from deltatune.cli.knobs import with_options
 from deltatune.cli.terminal import Json, note, plural, quoted, show, show_command, show_json, table
 from deltatune.errors import InvalidValue, UnknownName, Unsupported, missing_extra, nearest
 
@@ -26,20 +29,37 @@ Place = Annotated[
     typer.Option("--store", metavar="PLACE", help="A file of SQLite, or a database's URL. Left out: $DELTATUNE_STORE, or runs/studies.db."),
 ]
 Name = Annotated[str, typer.Argument(help="A study in the store; `deltatune study list` names them.")]
-Chosen = Annotated[str, typer.Option("--runner", metavar="local|ray", help="Where trials run: in this process, or on Ray.")]
-Events = Annotated[bool, typer.Option("--json", help="Print one JSON object for each event, instead of bars.")]
-Fuse = Annotated[bool, typer.Option("--fuse", help="Train trials of one backbone together, in shared forwards.")]
-Again = Annotated[bool, typer.Option("--again", help="Try failed trials once more.")]
-Folder = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
-]
-Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")]
-Cores = Annotated[float | None, typer.Option("--cpus", help="With --runner ray: cores of a trial. Left out: all, shared by the workers.")]
-Cards = Annotated[float | None, typer.Option("--gpus", help="With --runner ray: GPUs of a trial. Left out: all, shared by the workers.")]
 Profiles = Annotated[
     str, typer.Option("--profile", metavar="quick|full", help="Of an experiment: quick tries the machinery, full gives verdicts.")
 ]
-Workers = Annotated[int | None, typer.Option(help="With --runner ray: most trials at the same time. Left out: as many as fit.")]
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How trials are carried out: the options that ``run`` and ``resume`` share."""
+
+    runner: Annotated[str, typer.Option(metavar="local|ray", help="Where trials run: in this process, or on Ray.")] = "local"
+    fuse: Annotated[bool, typer.Option("--fuse", help="Train trials of one backbone together, in shared forwards.")] = False
+    again: Annotated[bool, typer.Option("--again", help="Try failed trials once more.")] = False
+    store: Place = None
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where running trials lie. Left out: studies/NAME beside the store, or below runs/.")
+    ] = None
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --runner ray: a cluster. Left out: one on this machine.")
+    ] = None
+    workers: Annotated[int | None, typer.Option(help="With --runner ray: most trials at the same time. Left out: as many as fit.")] = None
+    cpus: Annotated[float | None, typer.Option(help="With --runner ray: cores of a trial. Left out: all, shared by the workers.")] = None
+    gpus: Annotated[float | None, typer.Option(help="With --runner ray: GPUs of a trial. Left out: all, shared by the workers.")] = None
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each event, instead of bars.")] = False
+
+
+def with_conduct(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``Conduct``, which arrives as its keyword ``how``."""
+    hints = get_type_hints(Conduct, include_extras=True)
+    options = [Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name]) for one in fields(Conduct)]
+    return with_options(command, "how", options, lambda given: Conduct(**given))
+
 
 COLOURS = {"holds": "green", "does not hold": "red", "undecided": "dim"}
 
@@ -48,49 +68,31 @@ commands.register("study")(study)
 
 
 @study.command("run", no_args_is_help=True)
+@with_conduct
 def run(
     what: Annotated[str, typer.Argument(help="A study.yaml, or the name of a built-in experiment, such as performance.")],
     profile: Profiles = "quick",
     name: Annotated[str | None, typer.Option(help="Another name for the study.")] = None,
     change: Annotated[bool, typer.Option("--change", help="Let a study in the store take this design; shared trials are kept.")] = False,
-    runner: Chosen = "local",
-    fuse: Fuse = False,
-    again: Again = False,
-    store: Place = None,
-    folder: Folder = None,
-    address: Address = None,
-    workers: Workers = None,
-    cpus: Cores = None,
-    gpus: Cards = None,
-    json: Events = False,
+    *,
+    how: Conduct,
 ) -> None:
     """Run a study, or go on with it: what is done already is not done again.
 
     deltatune study run study.yaml
     deltatune study run performance --profile quick
     """
-    opened = _open(store)
+    opened = _open(how.store)
     asked = _asked(what, profile, name)
     opened.add(asked, change=change)
-    _conduct(opened, asked.name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
+    _conduct(opened, asked.name, how)
 
 
 @study.command("resume", no_args_is_help=True)
-def resume(
-    name: Name,
-    runner: Chosen = "local",
-    fuse: Fuse = False,
-    again: Again = False,
-    store: Place = None,
-    folder: Folder = None,
-    address: Address = None,
-    workers: Workers = None,
-    cpus: Cores = None,
-    gpus: Cards = None,
-    json: Events = False,
-) -> None:
+@with_conduct
+def resume(name: Name, *, how: Conduct) -> None:
     """Go on with a study of the store."""
-    _conduct(_open(store), name, folder, _runner(runner, address, workers, cpus, gpus), fuse=fuse, again=again, json=json)
+    _conduct(_open(how.store), name, how)
 
 
 @study.command("status", no_args_is_help=True)
@@ -212,8 +214,6 @@ def _open(place: str | None) -> Store:
 
 def _asked(what: str, profile: Any, name: str | None) -> Study:
     """The study that a file or an experiment's name stands for."""
-    import dataclasses
-
     from deltatune.study.design import Profile, read_study
     from deltatune.study.experiments import experiments
 
@@ -221,29 +221,20 @@ def _asked(what: str, profile: Any, name: str | None) -> Study:
         raise InvalidValue(f"`--profile {profile}` is neither quick nor full.")
     is_file = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
     found = read_study(what) if is_file else experiments[what].study(profile)
-    return found if name is None else dataclasses.replace(found, name=name)
+    return found if name is None else replace(found, name=name)
 
 
-def _conduct(
-    store: Store,
-    name: str,
-    folder: Path | None,
-    runner: Callable[[Path, float | None], Runner],
-    *,
-    fuse: bool,
-    again: bool,
-    json: bool,
-) -> None:
+def _conduct(store: Store, name: str, how: Conduct) -> None:
     from deltatune.study.driver import Driver
 
-    place = folder or _folder(store, name)
-    driver = Driver(store, name, place, runner, _show(json), fuse=fuse, again=again)
+    place = how.folder or _folder(store, name)
+    driver = Driver(store, name, place, _runner(how), _show(how.json), fuse=how.fuse, again=how.again)
     try:
         progress = driver.run()
     except KeyboardInterrupt:
         note(f"Nothing is lost: `deltatune study resume {name}` goes on.")
         raise
-    if not json:
+    if not how.json:
         note(f"{name}: {progress.done} of {plural(progress.total, 'trial')} done.")
         show_command(f"deltatune study report {name}")
     if progress.failed:
@@ -259,18 +250,19 @@ def _beside(store: Store) -> Path:
     return Path(file).parent if file else Path("runs")
 
 
-def _runner(name: str, address: str | None, workers: int | None, cpus: float | None, gpus: float | None) -> Callable[..., Runner]:
+def _runner(how: Conduct) -> Callable[..., Runner]:
     from deltatune.study.runner.local import LocalRunner
 
-    if name == "local":
-        if (address, workers, cpus, gpus) != (None, None, None, None):
+    resources = (how.address, how.workers, how.cpus, how.gpus)
+    if how.runner == "local":
+        if any(one is not None for one in resources):
             raise InvalidValue("`--address`, `--workers`, `--cpus` and `--gpus` belong to Ray. Add --runner ray, or leave them out.")
         return LocalRunner
-    if name != "ray":
-        raise InvalidValue(f"There is no runner called `{name}`. Known: `local`, `ray`.")
+    if how.runner != "ray":
+        raise InvalidValue(f"There is no runner called `{how.runner}`. Known: `local`, `ray`.")
     from deltatune.study.runner.ray import Resources, ray_runner
 
-    return ray_runner(Resources(address, workers, cpus, gpus))
+    return ray_runner(Resources(*resources))
 
 
 def _show(json: bool) -> Show:

@@ -225,7 +225,7 @@ class RouteAct(Act):
 
     def _run(self, use: Use, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
         """One table: rows of the batch, tokens of a row, channels last, and back; y of its ``own`` may be overwritten."""
-        if use.is_idle and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and use.is_idle:
             return y
         table, rows = use.table, self.bank.rows
         axis = table.site.channel_axis if use.table.key.stage != "input" else -1

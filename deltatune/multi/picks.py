@@ -25,6 +25,7 @@ class Picks:
         lanes: which tensor of a stack each row uses, (rows,).
         distinct: the lanes in use, that of rows without one included, in order.
         is_even: each of the stack's lanes is used by as many rows as the next, one behind the other.
+        is_used: some row uses a lane.
         mask: rows that use a lane, (rows, 1, 1).
         streams: whose random numbers each row's dropout takes; None for the global ones.
     """
@@ -36,15 +37,11 @@ class Picks:
             self.lanes = each - first
             self.mask = (each > 0)[:, None, None]
         self.distinct = tuple(sorted({number - first for number in numbers}))
+        self.is_used = any(numbers)
         self.is_even = bool(first) and numbers == _repeated(first, len(self.distinct), len(numbers))
         self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._used: Tensor | None = None
         self._places: dict[int, Tensor] = {}
-
-    @property
-    def is_used(self) -> bool:
-        """Some row uses a lane."""
-        return any(self.numbers)
 
     @torch.inference_mode(False)
     def bags(self, width: int, tokens: int) -> tuple[Tensor, Tensor]:

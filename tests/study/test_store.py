@@ -17,6 +17,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import event
 
 from deltatune.errors import Busy, OutputError, UnknownName
+from deltatune.methods import FullFineTuning
 from deltatune.study.store.migrations import upgrade
 from deltatune.study.store.schema import Base
 from deltatune.study.store.store import Store
@@ -96,7 +97,7 @@ def test_what_goes_in_comes_out(store: Store) -> None:
         writer.start(trials[1])
         writer.fail(Failure(trials[1].key, "MemoryError", "no room", "where"), again=False)
     first, second = store.records("made-up")[:2]
-    assert (first.state, first.score, first.method, first.lr) == ("done", 0.5, "full", 3e-5)
+    assert (first.state, first.score, first.method, first.lr) == ("done", 0.5, "full", FullFineTuning.learning_rate)
     assert first.numbers["more"] == {"nan": None, "deep": [1, None]}
     assert (first.tokens, first.trained, first.training_seconds, first.seconds) == (60_000, 22_000_000, 20.0, 25.0)
     assert (second.state, second.error) == ("failed", "MemoryError: no room")

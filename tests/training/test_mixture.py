@@ -15,6 +15,7 @@ from deltatune.tasks.framing import How
 from deltatune.tasks.mixture import MixtureFraming, load_mixture, mixed, shares
 from deltatune.training.predict import evaluate, predict
 from deltatune.training.run import load_data
+from deltatune.training.settings import Settings
 from deltatune.training.train import train
 from tests.training import tiny
 
@@ -84,6 +85,6 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_names_with_commas_are_a_mixture() -> None:
-    data = load_data("bbc-news, tweet-sentiment", temperature=3.0)
+    data = load_data("bbc-news, tweet-sentiment", Settings(temperature=3.0))
     assert [part.name for part in data.task.parts] == ["bbc-news", "tweet-sentiment"]
     assert data.notes[0].startswith("temperature 3")
