@@ -47,7 +47,7 @@ def replacing(folder: str | os.PathLike[str], *, overwrite: bool = False, ours: 
         _sweep(target)
         fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SAVING}")
         fresh.mkdir()
-        with _locked(fresh):
+        with locked(fresh):
             yield fresh
             if target.is_dir():
                 os.chmod(fresh, stat.S_IMODE(target.stat().st_mode))
@@ -108,8 +108,8 @@ def _make_parents(target: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder that is being written; it ends with the process, so a leftover is known by its absence."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder being written, once nobody else does; it ends with the process, so a leftover is known by its absence."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from deltatune.checkpoint.folder import locked
 from deltatune.errors import DeltaError
 from deltatune.multi.together.job import Job
 from deltatune.multi.together.together import train_together
@@ -89,18 +90,9 @@ def _job(trial: Trial, folder: Path) -> Job:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Wait until no other process works in the folder: a worker may outlive its driver for a moment."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(folder):
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
