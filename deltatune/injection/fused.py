@@ -100,10 +100,12 @@ def _at_once(ctx: Any, x: Tensor | None, h: Tensor | None, maps: Sequence[Operan
     ]
     for rows in _blocks(tokens, ROWS if wide else tokens):
         block = None if x is None else x[rows]
-        small = h[:, rows] if h is not None else joined @ block.T  # type: ignore[union-attr]
+        small = _small(h, joined, block, rows)
         u = like.new_zeros(len(joined), rows.stop - rows.start)
         begun = False
-        for part, part_u, one, weight, whole, into in zip(small.split(ranks), u.split(ranks), maps, weights, gradients, g_B, strict=True):
+        for part, part_u, one, weight, whole, into in zip(
+            torch.split(small, ranks), torch.split(u, ranks), maps, weights, gradients, g_B, strict=True
+        ):
             if whole is None:
                 continue
             g = whole[rows]
@@ -119,6 +121,14 @@ def _at_once(ctx: Any, x: Tensor | None, h: Tensor | None, maps: Sequence[Operan
             g_A.addmm_(u, block)
     each = [None] * len(maps) if g_A is None else [one.T for one in g_A.split(ranks)]
     return (g_x if any(g is not None for g in gradients) else None), each, g_B
+
+
+def _small(h: Tensor | None, joined: Tensor, block: Tensor | None, rows: slice) -> Tensor:
+    """(x A)^T of some rows, of all maps: kept by the forward, or made anew of x, which it kept instead."""
+    if h is not None:
+        return h[:, rows]
+    assert block is not None
+    return joined @ block.T
 
 
 def _written_out(x: Tensor | None, maps: Sequence[Operands], gradients: Sequence[Tensor | None]) -> Gradients:
@@ -208,10 +218,12 @@ class Sharing:
         folded = x.dtype in EXACT and tokens >= max(one.widest for one in maps)
         if not (folded or others):
             return None
-        y, *rest = Fused.apply(x, folded, *(tensor for one in maps for tensor in (one.W, one.b, one.A, one.B)))  # type: ignore[no-untyped-call]
-        for (sharing, _), output in zip(others, rest, strict=True):
+        outputs: tuple[Tensor, ...] = Fused.apply(  # type: ignore[no-untyped-call]
+            x, folded, *(tensor for one in maps for tensor in (one.W, one.b, one.A, one.B))
+        )
+        for (sharing, _), output in zip(others, outputs[1:], strict=True):
             sharing.ready[thread_key()] = Ready(x, x._version, output)
-        return y  # type: ignore[no-any-return]
+        return outputs[0]
 
     def _partners(self, x: Tensor, partner: Partner) -> list[tuple[Sharing, Operands]]:
         found = []
@@ -225,7 +237,7 @@ class Sharing:
 
 def operands_of(way: Lean, module: nn.Module, x: Tensor) -> Operands | None:
     """What a map's output is made of; None where it has to be the module itself that makes it."""
-    if not torch.is_grad_enabled() or not _is_bare(module):
+    if not isinstance(module, nn.Linear) or not torch.is_grad_enabled() or not _is_bare(module):
         return None
     W, b = module.weight, module.bias
     plain = type(W) in (nn.Parameter, Tensor) and not W.requires_grad
@@ -234,7 +246,8 @@ def operands_of(way: Lean, module: nn.Module, x: Tensor) -> Operands | None:
     factors = way.factors(module, x)
     if factors is None or not any(tensor.requires_grad for tensor in (x, *factors)):
         return None
-    return Operands(W, b, *factors)  # type: ignore[arg-type]
+    A, B = factors
+    return Operands(W, b, A, B)
 
 
 def _is_bare(module: nn.Module) -> bool:

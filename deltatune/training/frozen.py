@@ -78,14 +78,17 @@ class FrozenPrefix:
             raise _nothing(f"`{phased[0]}` trains in phases, which need not train the same layers")
         layers = _layers(backbone)
         seen, started, ended = _watch(backbone, layers, call)
-        fixed = 0
-        while fixed < len(layers) and seen[fixed] is not None and seen[fixed].is_fixed and tuple(seen[fixed].shape[:2]) == batch:  # type: ignore[union-attr]
-            fixed += 1
+        settled: list[_Seen] = []
+        for one in seen:
+            if one is None or not one.is_fixed or tuple(one.shape[:2]) != batch:
+                break
+            settled.append(one)
+        fixed = len(settled)
         for delta in _acting(backbone):
             fixed = min(fixed, _room(delta, seen, started))
         if fixed == 0:
             raise _nothing("something trains in the lowest layer, or ahead of it, or a layer gives more than hidden states")
-        end = seen[fixed - 1].ended  # type: ignore[union-attr]
+        end = settled[fixed - 1].ended
         return cls(tuple(layers[:fixed]), tuple(module for module, time in ended.items() if time <= end), len(layers))
 
     def states(self, backbone: nn.Module, call: Call) -> Tensor:

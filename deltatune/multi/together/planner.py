@@ -73,13 +73,13 @@ def _tokens(calls: Sequence[Call]) -> int:
 
 def sizes(calls: Sequence[Call]) -> list[int]:
     """Sizes worth trying: doubled until one forward holds all, without those that share alike."""
-    found: dict[Hashable, int] = {}
+    found: dict[tuple[tuple[int, ...], ...], int] = {}
     tokens = FIRST
     while True:
         parted = bins(calls, tokens)
         found.setdefault(tuple(map(tuple, parted)), tokens)
         if tokens >= _tokens(calls):
-            return [size for parts, size in found.items() if len(parts) < len(calls)]  # type: ignore[arg-type]
+            return [size for parts, size in found.items() if len(parts) < len(calls)]
         tokens *= 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from deltatune.errors import missing_extra
@@ -32,6 +33,6 @@ def url_of(place: str | os.PathLike[str] | None) -> str:
 
 def _check_driver() -> None:
     try:
-        import psycopg  # noqa: F401 - only whether it is there
+        import_module("psycopg")
     except ImportError as cause:
         raise missing_extra("psycopg", "study") from cause
