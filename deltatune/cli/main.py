@@ -31,7 +31,7 @@ from deltatune.errors import DeltaError, OutputError
 
 PANELS: dict[str, tuple[str, ...]] = {
     "The main job": ("demo", "tune", "predict", "eval"),
-    "What there is": ("inspect", "methods", "tasks", "backbones"),
+    "What there is": ("inspect", "methods", "tasks", "backbones", "operators"),
     "Sharing": ("convert", "merge", "hub"),
     "Experiments": ("study",),
 }

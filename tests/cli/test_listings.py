@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_tasks(words: tuple[str, ...], call: Call) -> None:
     assert all(isinstance(entry["runnable"], bool) for entry in found.values())
     shown = call(*words).out
     assert [name for name in tasks if f" {name} " not in shown] == []
+
+
+def test_operators(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {entry["name"]: entry for entry in listed(call, "operators")}
+    assert found.keys() == {"dense", "gather", "native", "segment", "even", "fused"}
+    assert all(entry["about"] and entry["available"] == (not entry["missing"]) for entry in found.values())
+    assert all(f" {name} " in call("operators").out for name in found)
+    monkeypatch.setenv("DELTATUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = call("operators", "compile")
+    assert done.code == 2 and "no C++ compiler was found" in done.err and not list(tmp_path.iterdir())
 
 
 def test_some_tasks(call: Call) -> None:

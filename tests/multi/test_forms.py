@@ -13,6 +13,7 @@ from deltatune.multi.act import RouteAct
 from deltatune.multi.forms import FORMS
 from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.choice import DENSE, GATHER, SEGMENT, choose
+from deltatune.multi.operators.native import Native
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.picks import Picks
 from deltatune.multi.table import FIRST
@@ -55,7 +56,8 @@ def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], toke
             torch.testing.assert_close(out, y + pairs)
 
 
-def test_the_shape_chooses() -> None:
+def test_the_shape_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Native, "is_available", staticmethod(lambda: False))
     A = torch.zeros(40, 6, 8)
     many, few, some = (Lanes({"A": A}, Picks(numbers, CPU)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6))
     assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER

@@ -10,13 +10,14 @@ from deltatune.multi.operators.dense import Dense
 from deltatune.multi.operators.even import Even
 from deltatune.multi.operators.fused import Fused
 from deltatune.multi.operators.gather import Gather
+from deltatune.multi.operators.native import Native
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.operators.segment import Segment
 
 FEW = 64
 """So many numbers between two products may be computed for rows that do not need them; half as many where rows have many tokens."""
 
-GATHER, SEGMENT, DENSE, EVEN, FUSED = Gather(), Segment(), Dense(), Even(), Fused()
+GATHER, NATIVE, SEGMENT, DENSE, EVEN, FUSED = Gather(), Native(), Segment(), Dense(), Even(), Fused()
 
 
 def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
@@ -39,7 +40,7 @@ def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
         return DENSE
     if x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
         return SEGMENT
-    return GATHER
+    return NATIVE if NATIVE.fits(x, lanes[W]) and NATIVE.is_available() and not _trains(x, lanes[W]) else GATHER
 
 
 def _trains(x: Tensor, W: Tensor) -> bool:
