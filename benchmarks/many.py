@@ -3,8 +3,9 @@
 The figures S1 to S7 of issue 6, on Llamas with random weights (*S*: width 512, 8 layers; *M*: width 1024, 12 layers), LoRA on all
 seven linear maps. A decode step is one token a row behind 64 cached ones; a route is opened once for many steps, as an engine and
 ``generate`` do, so its opening and its second step, in which matrices are copied, are given apart. The plain backbone is one to which
-nothing was ever attached; what attached deltas cost that rest is given beside it. ``many.py S M`` measures both; ``many.py --smoke``
-only sees that everything runs.
+nothing was ever attached; what attached deltas cost that rest is given beside it. Ours runs the operator that ``deltatune operators
+compile`` compiles; what it takes without stands beside it. ``many.py S M`` measures both sizes; ``many.py --smoke`` only sees that
+everything runs.
 
 Beside each figure stands its floor on this machine: the plain backbone's step, and for many deltas the bytes of the lanes in use at
 the memory bandwidth that is measured beside it.
@@ -18,6 +19,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -27,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import deltatune as dt
 from deltatune.methods import LoRA
+from deltatune.multi.operators.native import Native, compile_rows
 from deltatune.multi.routing import Entry
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -111,6 +114,16 @@ def within(model: nn.Module, entries: list[Entry], work: Callable[[], Any], ahea
     return measured
 
 
+def uncompiled(work: Callable[[], float]) -> Callable[[], float]:
+    """The same as if nothing had been compiled."""
+
+    def measured() -> float:
+        with patch.object(Native, "is_available", return_value=False):
+            return work()
+
+    return measured
+
+
 def plain(work: Callable[[], Any], ahead: int = 2, times: int = STEPS) -> Callable[[], float]:
     """Seconds of the work without a route, as above."""
 
@@ -148,6 +161,7 @@ def decode(size: Size, rounds: int, bare: nn.Module, model: nn.Module, other: An
         "resting": plain(step),
         "ours": within(model, names, step),
         "ours, second step": within(model, names, step, 1, 1),
+        "ours, not compiled": uncompiled(within(model, names, step)),
         "one": within(model, ["d0"] * ROWS, step),
         "peft": plain(peft_step, 1),
         "peft in turn": in_turn(other, alone),
@@ -159,6 +173,7 @@ def decode(size: Size, rounds: int, bare: nn.Module, model: nn.Module, other: An
         "S3": round(ratio(seconds["peft in turn"], seconds["ours"]), 1),
         "S4": round(ratio(seconds["ours"], seconds["backbone"]), 3),
         "S5": round(ratio(seconds["ours"], seconds["one"]), 3),
+        "S4, not compiled": round(ratio(seconds["ours, not compiled"], seconds["backbone"]), 3),
         "deltas at rest / backbone": round(ratio(seconds["resting"], seconds["backbone"]), 3),
         "floor of S4": round(1 + lane_bytes(model) * ROWS / bandwidth() / statistics.median(seconds["backbone"]), 3),
         "milliseconds": {name: round(1e3 * statistics.median(times), 1) for name, times in seconds.items()},
@@ -252,5 +267,6 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a tiny backbone, once")
     options = parser.parse_args()
     sizes, rounds, many = (["tiny"], 1, 40) if options.smoke else (options.sizes or ["S", "M"], options.rounds, options.many)
+    compile_rows()
     results = {name: measure(name, rounds, many) for name in sizes}
     report("routed batches beside PEFT and the plain backbone, medians of paired ratios", **results, bars=BARS, prefill_bars=PREFILL_BARS)
