@@ -31,6 +31,7 @@ from deltatune.training.batches import Streamed
 from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
 from deltatune.training.evaluation import measure_rows
+from deltatune.training.freed import keeping_freed
 from deltatune.training.job import Job, attached_job, make_job, name_of
 from deltatune.training.place import CURVE, RunFolder, is_main
 from deltatune.training.recorded import of_type
@@ -213,6 +214,7 @@ def _conduct(job: Job, run: Run, place: RunFolder | None, show: Show) -> Result:
         if place is not None and is_main():
             stack.push(lambda kind, *_: None if kind is None else place.abandon(resumable=not issubclass(kind, Diverged)))
             place.open()
+        stack.enter_context(keeping_freed())
         stack.enter_context(left_alone(job.backbone, job.trained))
         course = _course(job, run.settings, place, show, stack) if job.trains else Course()
         return conclude(job, run, place, course, show)

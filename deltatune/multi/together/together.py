@@ -18,6 +18,7 @@ from deltatune.multi.together.shells import Shells
 from deltatune.multi.together.tally import Tally
 from deltatune.multi.together.wanted import Wanted, wanted
 from deltatune.training.borrowed import trainer_modules
+from deltatune.training.freed import keeping_freed
 from deltatune.training.train import train
 from deltatune.training.watch import Show
 
@@ -78,7 +79,7 @@ def train_together(
         ]
         _check_folders(asked)
         shells = Shells(backbone)
-        with Tally(len(jobs), progress) as tally:
+        with Tally(len(jobs), progress) as tally, keeping_freed():
             for company in _companies(asked):
                 Company(shells, company, own, tally, at_once or len(jobs), tokens).train()
     for one in asked:
