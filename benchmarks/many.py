@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import deltatune as dt
+from deltatune.compiled.library import compile_library
 from deltatune.methods import LoRA
-from deltatune.multi.operators.native import Native, compile_rows
+from deltatune.multi.operators.native import Native
 from deltatune.multi.routing import Entry
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -267,6 +268,6 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a tiny backbone, once")
     options = parser.parse_args()
     sizes, rounds, many = (["tiny"], 1, 40) if options.smoke else (options.sizes or ["S", "M"], options.rounds, options.many)
-    compile_rows()
+    compile_library()
     results = {name: measure(name, rounds, many) for name in sizes}
     report("routed batches beside PEFT and the plain backbone, medians of paired ratios", **results, bars=BARS, prefill_bars=PREFILL_BARS)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,3 +36,29 @@ def _collected(generation: int = 2) -> int:
 
 
 gc.collect = _collected
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the compiled loops in it."""
+    if sys.platform != "linux" or shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    from deltatune.compiled.library import compile_library
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTATUNE_CACHE", str(folder))
+        compile_library()
+    return folder
+
+
+@pytest.fixture
+def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled loops are there, and loaded."""
+    from deltatune.compiled.library import is_compiled
+
+    monkeypatch.setenv("DELTATUNE_CACHE", str(library))
+    is_compiled.cache_clear()
+    assert is_compiled()
+    yield
+    is_compiled.cache_clear()

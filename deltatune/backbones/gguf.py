@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,17 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from deltatune.backbones.quiet import quiet
+from deltatune.compiled.cache import cache_folder
 from deltatune.errors import CheckpointError, OutputError, missing_extra
 
 _RECIPE = 1  # raise it when the conversion changes, so that folders of an older one are not used
-
-
-def cache_folder() -> Path:
-    """Where converted backbones lie: ``$DELTATUNE_CACHE``, else the platform's cache folder."""
-    if folder := os.environ.get("DELTATUNE_CACHE"):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(base).expanduser() / "deltatune"
 
 
 def converted(parts: Sequence[Path], *, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""``deltatune operators``: what multiplies each row of a batch with the matrices of its own delta, and the part of it that is compiled."""
+"""``deltatune operators``: what multiplies each row of a batch with the matrices of its own delta, and the loops that are compiled."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ def listing(json: Json = False) -> None:
     show(drawn)
     if not next(one["available"] for one in found if one["name"] == "native"):
         show(
-            quoted("`deltatune operators compile` makes decoding with many deltas on this processor faster; it takes half a minute.", "dim")
+            quoted(
+                "`deltatune operators compile` makes decoding with many deltas, and training LoRA, faster on this processor; it takes half a minute.",
+                "dim",
+            )
         )
 
 
 @operators.command("compile")
 def compile_here(json: Json = False) -> None:
-    """Compile the loop that decoding with many deltas on a CPU uses, once for this machine; it needs a C++ compiler."""
-    from deltatune.multi.operators.native import compile_rows, compiled_file
+    """Compile the loops for decoding with many deltas and for training LoRA on a CPU, once for this machine; it needs a C++ compiler."""
+    from deltatune.compiled.library import compile_library, library_file
 
-    there, began = compiled_file().exists(), time.perf_counter()
+    there, began = library_file().exists(), time.perf_counter()
     with working("Compiling the operators for this processor"):
-        file = compile_rows()
+        file = compile_library()
     seconds = round(time.perf_counter() - began, 1)
     if json:
         show_json({"file": str(file), "compiled": not there, "seconds": seconds})

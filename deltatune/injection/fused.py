@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltatune.compiled.library import is_compiled
 from deltatune.errors import Unsupported
 from deltatune.injection.lean import Lean
 from deltatune.injection.slot import slot_of, thread_key
 
 EXACT = (torch.float32, torch.float64)
 """Types in which the sum of a weight and a small change loses nothing that matters."""
+RANKS = (4, 8, 16)
+"""Of the compiled loops."""
 ROWS = 512
 """Rows of wide gradients that a CPU reads several times while they are in its cache."""
 
@@ -54,10 +57,13 @@ class Fused(torch.autograd.Function):
         """Every map's output."""
         maps = _maps(operands)
         learns_A = any(ctx.needs_input_grad[4 + 4 * k] for k in range(len(maps)))
-        h = None if folded and learns_A else _joined(maps).T @ _rows(x).T  # (r of all, tokens)
+        ctx.looped = learns_A and has_loops(x, maps)
+        h = None if learns_A and (folded or ctx.looped) else _joined(maps).T @ _rows(x).T  # (r of all, tokens)
         ctx.folded, ctx.shape, ctx.like = folded, x.shape, x.new_empty(0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if learns_A else None, h, *(tensor for one in maps for tensor in (one.W, one.A, one.B)))
+        if ctx.looped:
+            return tuple(torch.ops.deltatune.low_rank_forward(x, *_columns(maps), folded))
         if folded:
             return tuple(F.linear(x, _merged(one.W, one.A, one.B), one.b) for one in maps)
         assert h is not None
@@ -74,10 +80,19 @@ class Fused(torch.autograd.Function):
         flat = [None if g is None else _rows(g) for g in gradients]
         needed = ctx.needs_input_grad
         biases = [g.sum(0) if g is not None and needed[3 + 4 * k] else None for k, g in enumerate(flat)]
-        wanted_again = torch.is_grad_enabled()  # a gradient of the gradient
-        found = _written_out(x, maps, flat) if wanted_again else _at_once(ctx, None if x is None else _rows(x), h, maps, flat)
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            found = _written_out(x, maps, flat)
+        elif ctx.looped:
+            W, _, A, B = _columns(maps)
+            found = torch.ops.deltatune.low_rank_backward(x, W, A, B, gradients, ctx.folded, needed[0])
+        else:
+            found = _at_once(ctx, None if x is None else _rows(x), h, maps, flat)
         g_x, g_A, g_B = found
-        ours = [entry for k in range(len(maps)) for entry in (None, biases[k], g_A[k], g_B[k])]
+        ours = [
+            entry
+            for k, gradient in enumerate(gradients)
+            for entry in ((None,) * 4 if gradient is None else (None, biases[k], g_A[k], g_B[k]))
+        ]
         return (g_x.view(ctx.shape) if g_x is not None and needed[0] else None, None, *ours)
 
 
@@ -123,6 +138,12 @@ def _at_once(ctx: Any, x: Tensor | None, h: Tensor | None, maps: Sequence[Operan
     return (g_x if any(g is not None for g in gradients) else None), each, g_B
 
 
+def has_loops(x: Tensor, maps: Sequence[Operands]) -> bool:
+    """There are compiled loops for these shapes and types."""
+    fits = x.is_cpu and all(one.W.dtype == one.A.dtype == torch.float32 and one.A.shape[1] in RANKS for one in maps)
+    return fits and x.dtype == torch.float32 and is_compiled()
+
+
 def _small(h: Tensor | None, joined: Tensor, block: Tensor | None, rows: slice) -> Tensor:
     """(x A)^T of some rows, of all maps: kept by the forward, or made anew of x, which it kept instead."""
     if h is not None:
@@ -145,6 +166,11 @@ def _written_out(x: Tensor | None, maps: Sequence[Operands], gradients: Sequence
 
 def _maps(operands: Sequence[Any]) -> list[Operands]:
     return [Operands(*four) for four in zip(*[iter(operands)] * 4, strict=True)]
+
+
+def _columns(maps: Sequence[Operands]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
+    """All W, all b, all A and all B."""
+    return [one.W for one in maps], [one.b for one in maps], [one.A for one in maps], [one.B for one in maps]
 
 
 def _joined(maps: Sequence[Operands]) -> Tensor:
@@ -216,7 +242,7 @@ class Sharing:
         maps = [mine, *(found for _, found in others)]
         tokens = x.numel() // max(1, x.shape[-1])
         folded = x.dtype in EXACT and tokens >= max(one.widest for one in maps)
-        if not (folded or others):
+        if not (folded or others or has_loops(x, maps)):
             return None
         outputs: tuple[Tensor, ...] = Fused.apply(  # type: ignore[no-untyped-call]
             x, folded, *(tensor for one in maps for tensor in (one.W, one.b, one.A, one.B))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbones.gguf import cache_folder
 from deltatune.checkpoint.fingerprint import fingerprint
+from deltatune.compiled.cache import cache_folder
 from deltatune.errors import InvalidValue, OutputError
 from deltatune.injection.switching import deltas
 from deltatune.tasks.framing import Framing

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deltatune.backbones.gguf import cache_folder
+from deltatune.compiled.cache import cache_folder
 from deltatune.tasks import TaskData
 from deltatune.tasks.collector import collector_held
 from deltatune.tasks.framing import Framing

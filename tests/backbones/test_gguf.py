@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from deltatune.backbones import backbone_id, backbones, load_backbone, load_config, load_tokenizer
-from deltatune.backbones.gguf import cache_folder
+from deltatune.compiled.cache import cache_folder
 from deltatune.errors import CheckpointError, OutputError
 from tests.backbones.conftest import write_gguf
 

@@ -102,7 +102,7 @@ void add_pairs(at::Tensor& z, const at::Tensor& x, const at::Tensor& A, const at
 
 }  // namespace
 
-TORCH_LIBRARY(deltatune, library) {
+TORCH_LIBRARY_FRAGMENT(deltatune, library) {
   library.def("add_rows_(Tensor(a!) z, Tensor x, Tensor W, Tensor lanes) -> ()");
   library.def("add_pairs_(Tensor(a!) z, Tensor x, Tensor A, Tensor B, Tensor lanes) -> ()");
 }

@@ -1,0 +1,196 @@
+// Linear maps of one x with low-rank changes, forward and backward; ``injection/fused.py`` says which formulas.
+//
+//     y = x (W + (A B)^T)^T + b                          folded, else y = x W^T + b, y += (x A) B
+//     h = x A,  u = g B^T,  dL/dB = h^T g,  dL/dA = (u^T x)^T,  dL/dx += g W,  dL/dx += u A^T
+//
+// x (tokens, in), g (tokens, out), W (out, in), A (in, r), B (r, out), h and u (tokens, r), r one of 4, 8 and 16. The large products are
+// torch's. The others wait for memory, so blocks of tokens pass through all of them at once, and what is small stays in registers.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+namespace {
+
+constexpr int64_t BLOCK = 8;  // tokens
+
+template <int64_t R>
+struct Vector {
+  typedef float type __attribute__((vector_size(4 * R), aligned(4)));
+};
+using Wide = Vector<16>::type;
+
+// h (N, R) = x (N, width) A (width, R)
+template <int64_t R, int64_t N>
+inline void shrink(const float* x, const float* A, float* h, int64_t width) {
+  using V = typename Vector<R>::type;
+  V sums[N];
+  for (int64_t t = 0; t < N; ++t) sums[t] = V{};
+  for (int64_t k = 0; k < width; ++k) {
+    const V a = *reinterpret_cast<const V*>(A + k * R);
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < N; ++t) sums[t] += x[t * width + k] * a;
+  }
+  for (int64_t t = 0; t < N; ++t) *reinterpret_cast<V*>(h + t * R) = sums[t];
+}
+
+// G (R, width) += h (N, R)^T g (N, width)
+template <int64_t R, int64_t N>
+inline void gather(const float* h, const float* g, float* G, int64_t width) {
+  int64_t o = 0;
+  for (; o + 16 <= width; o += 16) {
+    Wide rows[N];
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < N; ++t) rows[t] = *reinterpret_cast<const Wide*>(g + t * width + o);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) {
+      Wide* into = reinterpret_cast<Wide*>(G + r * width + o);
+      Wide sum = *into;
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < N; ++t) sum += h[t * R + r] * rows[t];
+      *into = sum;
+    }
+  }
+  for (; o < width; ++o)
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t t = 0; t < N; ++t) G[r * width + o] += h[t * R + r] * g[t * width + o];
+}
+
+// z (N, width) += u (N, R) M (R, width)
+template <int64_t R, int64_t N>
+inline void expand(const float* u, const float* M, float* z, int64_t width) {
+  int64_t o = 0;
+  for (; o + 16 <= width; o += 16) {
+    Wide rows[R];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < R; ++r) rows[r] = *reinterpret_cast<const Wide*>(M + r * width + o);
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < N; ++t) {
+      Wide* into = reinterpret_cast<Wide*>(z + t * width + o);
+      Wide sum = *into;
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < R; ++r) sum += u[t * R + r] * rows[r];
+      *into = sum;
+    }
+  }
+  for (; o < width; ++o)
+    for (int64_t t = 0; t < N; ++t)
+      for (int64_t r = 0; r < R; ++r) z[t * width + o] += u[t * R + r] * M[r * width + o];
+}
+
+// The ranks that are compiled.
+template <typename Run>
+void with_rank(int64_t R, const Run& run) {
+  if (R == 4) return run.template operator()<4>();
+  if (R == 8) return run.template operator()<8>();
+  if (R == 16) return run.template operator()<16>();
+  TORCH_CHECK(false, "rank ", R, " is not compiled");
+}
+
+// Blocks of tokens, each thread some of them one behind the other; ``of<N>(t, thread)`` does the N tokens from t on.
+template <typename Of>
+void blocks(int64_t tokens, const Of& of) {
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, tokens, (tokens + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    int64_t t = begin;
+    for (; t + BLOCK <= end; t += BLOCK) of.template operator()<BLOCK>(t, at::get_thread_num());
+    for (; t < end; ++t) of.template operator()<1>(t, at::get_thread_num());
+  });
+}
+
+at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
+
+at::Tensor merged(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B) { return at::addmm(W, B.t(), A.t()); }
+
+// y += (x A) B
+void add_change(at::Tensor& y, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  const int64_t in = x.size(1), out = y.size(1);
+  const float *from = x.const_data_ptr<float>(), *down = A.const_data_ptr<float>(), *up = B.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  with_rank(A.size(1), [&]<int64_t R>() {
+    blocks(x.size(0), [&]<int64_t N>(int64_t t, int64_t) {
+      float h[N * R];
+      shrink<R, N>(from + t * in, down, h, in);
+      expand<R, N>(h, up, to + t * out, out);
+    });
+  });
+}
+
+// dL/dA^T (r, in) and dL/dB (r, out); to z, if there is one, u A^T is added.
+std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& x, const at::Tensor& g, const at::Tensor& A, const at::Tensor& B, at::Tensor* z) {
+  const int64_t rank = A.size(1), in = x.size(1), out = g.size(1), threads = at::get_num_threads();
+  const at::Tensor At = A.t().contiguous(), Bt = B.t().contiguous();
+  at::Tensor g_A = at::zeros({threads, rank, in}, x.options()), g_B = at::zeros({threads, rank, out}, x.options());
+  const float *px = x.const_data_ptr<float>(), *pg = g.const_data_ptr<float>();
+  const float *pA = A.const_data_ptr<float>(), *pAt = At.const_data_ptr<float>(), *pBt = Bt.const_data_ptr<float>();
+  float *qA = g_A.mutable_data_ptr<float>(), *qB = g_B.mutable_data_ptr<float>();
+  float* pz = z ? z->mutable_data_ptr<float>() : nullptr;
+  with_rank(rank, [&]<int64_t R>() {
+    blocks(x.size(0), [&]<int64_t N>(int64_t t, int64_t thread) {
+      float h[N * R], u[N * R];
+      shrink<R, N>(px + t * in, pA, h, in);
+      shrink<R, N>(pg + t * out, pBt, u, out);
+      gather<R, N>(h, pg + t * out, qB + thread * R * out, out);
+      gather<R, N>(u, px + t * in, qA + thread * R * in, in);
+      if (pz) expand<R, N>(u, pAt, pz + t * in, in);
+    });
+  });
+  return {g_A.sum(0), g_B.sum(0)};
+}
+
+using Tensors = std::vector<at::Tensor>;
+using Some = c10::List<std::optional<at::Tensor>>;
+
+Tensors low_rank_forward(const at::Tensor& x, at::TensorList W, const Some& b, at::TensorList A, at::TensorList B, bool folded) {
+  const at::Tensor flat = rows(x);
+  Tensors found;
+  for (size_t k = 0; k < W.size(); ++k) {
+    found.push_back(at::linear(x, folded ? merged(W[k], A[k], B[k]) : W[k], b.get(k)));
+    if (folded) continue;
+    at::Tensor y = found.back().view({-1, W[k].size(0)});
+    add_change(y, flat, A[k].contiguous(), B[k].contiguous());
+  }
+  return found;
+}
+
+// dL/dx, and of each map dL/dA and dL/dB; a map without a gradient has empty ones.
+std::tuple<at::Tensor, Tensors, Tensors> low_rank_backward(
+    const at::Tensor& x, at::TensorList W, at::TensorList A, at::TensorList B, const Some& gradient, bool folded, bool needs_x) {
+  const at::Tensor flat = rows(x);
+  at::Tensor g_x = needs_x ? at::empty(flat.sizes(), flat.options()) : at::Tensor();
+  Tensors g_A, g_B;
+  bool begun = false;
+  for (size_t k = 0; k < W.size(); ++k) {
+    if (!gradient.get(k).has_value()) {
+      g_A.push_back(at::zeros_like(A[k]));
+      g_B.push_back(at::zeros_like(B[k]));
+      continue;
+    }
+    const at::Tensor g = rows(*gradient.get(k));
+    if (needs_x) at::addmm_out(g_x, g_x, g, folded ? merged(W[k], A[k], B[k]) : W[k], begun ? 1 : 0);
+    begun = true;
+    const auto found = gradients(flat, g, A[k].contiguous(), B[k], needs_x && !folded ? &g_x : nullptr);
+    g_A.push_back(std::get<0>(found).t());
+    g_B.push_back(std::get<1>(found));
+  }
+  if (needs_x && !begun) g_x.zero_();
+  return {needs_x ? g_x.view(x.sizes()) : at::empty({0}, x.options()), g_A, g_B};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deltatune, library) {
+  library.def("low_rank_forward(Tensor x, Tensor[] W, Tensor?[] b, Tensor[] A, Tensor[] B, bool folded) -> Tensor[]");
+  library.def(
+      "low_rank_backward(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, Tensor?[] gradient, bool folded, bool needs_x) -> (Tensor, Tensor[], Tensor[])");
+}
+
+TORCH_LIBRARY_IMPL(deltatune, CPU, library) {
+  library.impl("low_rank_forward", &low_rank_forward);
+  library.impl("low_rank_backward", &low_rank_backward);
+}
