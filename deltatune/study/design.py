@@ -57,6 +57,7 @@ ENTRY = {
     "where": TEXTS,
     "layers": LAYERS,
     "settings": MAPPING,
+    "backbones": TEXTS,
     "procedure": TEXT,
     "options": MAPPING,
 }
@@ -78,6 +79,7 @@ class Entry:
         where: sites as in ``attach``; None takes the methods' default roles.
         layers: layers as in ``attach``.
         settings: over the study's.
+        backbones: of the study's, those on which it is tried; all if left out.
         procedure: how its trials are carried out.
         options: what else the procedure is told.
     """
@@ -87,6 +89,7 @@ class Entry:
     where: str | tuple[str, ...] | None = None
     layers: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    backbones: tuple[str, ...] = ()
     procedure: str = "train"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +102,7 @@ class Entry:
             "where": list(self.where) if isinstance(self.where, tuple) else self.where,
             "layers": self.layers,
             "settings": dict(self.settings),
+            "backbones": list(self.backbones) or None,
             "procedure": None if self.procedure == "train" else self.procedure,
             "options": dict(self.options),
         }
@@ -184,6 +188,10 @@ class Study:
         for task in self.tasks:
             if isinstance(task, str) and "," not in task:
                 get_task(task)
+        if strange := {name for entry in self.methods for name in entry.backbones} - set(self.backbones):
+            raise InvalidValue(
+                f"A method of the study `{self.name}` is for `{min(strange)}`, but its backbones are {', '.join(self.backbones)}. Add it."
+            )
         if self.profile not in get_args(Profile) or self.keep not in get_args(Keep):
             raise InvalidValue(
                 f"The study `{self.name}` has profile {self.profile} and keeps {self.keep}: quick or full, nothing or deltas."
@@ -213,7 +221,8 @@ class Study:
         """All trials, seed by seed and task by task, so that a study that is stopped early can be reported on."""
         for seed, task, backbone, cell in itertools.product(self.seeds, self.tasks, self.backbones, self.cells):
             for entry in self.entries:
-                yield self.trial(entry, backbone, task, cell, seed)
+                if backbone in (entry.backbones or self.backbones):
+                    yield self.trial(entry, backbone, task, cell, seed)
 
     def trial(self, entry: Entry, backbone: str, task: str | DataFile, cell: Mapping[str, Any], seed: int) -> Trial:
         """One cell."""
@@ -315,13 +324,14 @@ def _entry(written: str | Mapping[str, Any], place: str) -> Entry:
     entries = checked(written, ENTRY, place)
     recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
     found = tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes)
-    where = entries.get("where")
+    where, backbones = entries.get("where"), entries.get("backbones", ())
     return Entry(
         label=entries.get("label", "+".join(methods.name_of(type(method)) for method in found)),
         methods=found,
         where=tuple(where) if isinstance(where, list) else where,
         layers=entries.get("layers"),
         settings=entries.get("settings", {}),
+        backbones=(backbones,) if isinstance(backbones, str) else tuple(backbones),
         procedure=entries.get("procedure", "train"),
         options=entries.get("options", {}),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltatune.study.design import Entry, Study, study_from_dict
+from deltatune.study.experiments.experiment import Evidence
+from deltatune.study.record import Record
 from deltatune.study.store.store import Store
 from deltatune.study.trial import Outcome, Trial
 
@@ -36,7 +38,35 @@ def outcome(trial: Trial, **numbers: Any) -> Outcome:
         "degenerate": trial.label == "frozen", "trainable_parameters": trained, "total_parameters": 22_700_000, "seconds": 20.0,
         "seconds_per_step": 0.1, "peak_memory_bytes": 500_000_000, "tokens": 60_000, "delta_bytes": 4 * trained, "steps": 200,
     }  # fmt: skip
-    return Outcome(trial.key, {**found, **numbers}, tuple(history), 25.0)
+    more = EXTRAS.get(trial.procedure, lambda trial, score: {})(trial, score)
+    return Outcome(trial.key, {**found, **more, **numbers}, tuple(history), 25.0)
+
+
+def elsewhere(trial: Trial, score: float) -> dict[str, Any]:
+    """Better on rows of the training, worse on every other set."""
+    told = trial.options["also"]
+    told = told.get(trial.task, next(iter(told.values()))) if isinstance(told, dict) else told
+    names = [one if isinstance(one, str) else one["task"] for one in told]
+    noise = random.Random(f"{trial.task} {trial.label} elsewhere")
+    scores = {name: min(1.0, score + 0.1) if name == "train" else score - noise.uniform(0.1, 0.2) for name in names}
+    return {"also": {name: {"metric": "accuracy", "score": value, "rows": 100} for name, value in scores.items()}}
+
+
+EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere}
+"""What the outcomes of a procedure hold besides."""
+
+
+def evidence(study: Study, records: Iterable[Record]) -> Evidence:
+    """What made-up records say."""
+    return Evidence(study, list(records))
+
+
+def record(method: str, task: str, score: float, **fields: Any) -> Record:
+    """A trial that is done."""
+    number = f"{method} {task} {sorted(fields.items(), key=str)}"
+    return Record(
+        **{"key": number, "backbone": "minilm", "task": task, "category": "c", "method": method, "seed": 0, "score": score, **fields}
+    )
 
 
 def filled(place: Path, study: Study, leave: Sequence[str] = ()) -> Store:
