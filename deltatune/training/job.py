@@ -121,10 +121,7 @@ def make_job(
     """
     torch.manual_seed(settings.seed)
     if isinstance(backbone, str):
-        tokenizer = tokenizer or load_tokenizer(backbone)
-        framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
-        options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
-        module = load(backbone, auto_class=framing.auto_class, **options)
+        module, tokenizer, framing = load_framed(backbone, data.task, settings, tokenizer, load)
     else:
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
@@ -135,6 +132,25 @@ def make_job(
     deltas = saved.deltas if isinstance(saved, Composition) else [saved]
     lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
     return Job(name_of(backbone), module, tokenizer, data, framing, deltas, saved, lr)
+
+
+def load_framed(
+    backbone: str,
+    task: Task,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load: Callable[..., nn.Module] = load_backbone,
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Framing]:
+    """The backbone of that name as the task's framing wants it, with its tokenizer and the framing.
+
+    Raises:
+        UnknownName: nobody knows the backbone.
+        Unsupported: a framing that neither the task nor the model has.
+    """
+    tokenizer = tokenizer or load_tokenizer(backbone)
+    framing = choose_framing(task, kind_of(backbone), settings, tokenizer)
+    options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
+    return load(backbone, auto_class=framing.auto_class, **options), tokenizer, framing
 
 
 def spelled(methods: Sequence[Method], tokenizer: PreTrainedTokenizerBase, framing: Framing) -> list[Method]:

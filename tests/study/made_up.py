@@ -52,7 +52,13 @@ def elsewhere(trial: Trial, score: float) -> dict[str, Any]:
     return {"also": {name: {"metric": "accuracy", "score": value, "rows": 100} for name, value in scores.items()}}
 
 
-EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere}
+def stages(trial: Trial, score: float) -> dict[str, Any]:
+    """A little better with each."""
+    last = len(trial.run.methods) - 1
+    return {"stages": [{"score": score - 0.02 * (last - n), "validation": score, "steps": 100, "method": "any"} for n in range(last + 1)]}
+
+
+EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere, "stages": stages}
 """What the outcomes of a procedure hold besides."""
 
 

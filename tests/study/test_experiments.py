@@ -29,7 +29,7 @@ def small(name: str) -> Study:
 
 
 def test_all_are_there() -> None:
-    assert NAMES == ["combination", "convergence", "domain-shift", "generalization", "low-data", "performance", "stability"]
+    assert NAMES == ["combination", "convergence", "domain-shift", "generalization", "low-data", "performance", "sequential", "stability"]
 
 
 @pytest.mark.parametrize("name", NAMES)

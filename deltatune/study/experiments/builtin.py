@@ -8,4 +8,5 @@ from deltatune.study.experiments import domain_shift as domain_shift
 from deltatune.study.experiments import generalization as generalization
 from deltatune.study.experiments import low_data as low_data
 from deltatune.study.experiments import performance as performance
+from deltatune.study.experiments import sequential as sequential
 from deltatune.study.experiments import stability as stability

@@ -6,13 +6,14 @@ words with the task's template and without, on SmolLM2-135M: 192 trials of 160 s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from deltatune.methods import FullFineTuning
+from deltatune.methods import Adapter, BitFit, FullFineTuning, PromptTuning
+from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.combination import PARTS, SUBSETS, label_of
+from deltatune.study.experiments.combination import SUBSETS, label_of
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, level, reaches
 from deltatune.study.experiments.performance import FT
@@ -22,6 +23,9 @@ from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, grouped, mean_of, over_tasks
 
 ENCODER, DECODER = "minilm", "smollm2-135m"
+PARTS: Mapping[str, Method] = {"AP": Adapter(), "BF": BitFit(), "PT": PromptTuning(num_virtual_tokens=10)}
+"""With as many virtual tokens as the paper's combinations have."""
+
 BARE = " without template"
 """Behind the label of a trial in which the columns stand alone."""
 
@@ -38,8 +42,7 @@ def design(profile: Profile) -> Study:
     base = performance(profile)
     subsets = SUBSETS[1:] if full else [("AP",), ("PT",), ("AP", "PT")]
     recipes = {FT: (FullFineTuning(),), **{label_of(subset): tuple(PARTS[part] for part in subset) for subset in subsets}}
-    common = {"procedure": "elsewhere", "options": {"also": ["train"]}}
-    with_ = [Entry(label, methods, **common) for label, methods in recipes.items()]
+    with_ = [Entry(label, methods, procedure="elsewhere", options={"also": ["train"]}) for label, methods in recipes.items()]
     bare = [replace(one, label=one.label + BARE, backbones=(DECODER,), settings={"manual_template": False}) for one in with_]
     return replace(
         base,
@@ -113,8 +116,8 @@ def templates_matter_little(evidence: Evidence) -> Judgement:
     labels = [label for label in LABELS if {label, label + BARE} <= set(own.methods)]
     if not labels:
         return Judgement("undecided", "No method has scores with the template and without.")
-    groups = {"with template": labels, "without template": [label + BARE for label in labels]}
-    return level(means(fits(own)[1], groups), *groups, 0.03)
+    groups = {"with": labels, "without": [label + BARE for label in labels]}
+    return level(means(fits(own)[1], groups), "with", "without", 0.03)
 
 
 def sections(evidence: Evidence) -> list[Section]:
@@ -130,17 +133,17 @@ def sections(evidence: Evidence) -> list[Section]:
             draw_method_scores(method_scores(gaps, methods), methods, "score on training rows less that on test rows"),
             "Mean gap over tasks with its 95 % interval; each grey stroke is a task.",
         )
-        found.append(Section(f"Gaps on {name}", "", (Table(*_table(own, trained, gaps, methods)), picture)))
+        found.append(Section(f"Gaps on {name}", "", (_table(own, trained, gaps, methods), picture)))
     return found
 
 
-def _table(evidence: Evidence, trained: Scores, gaps: Scores, methods: Sequence[str]) -> tuple[Sequence[str], list[Sequence[str]]]:
+def _table(evidence: Evidence, trained: Scores, gaps: Scores, methods: Sequence[str]) -> Table:
     held, rows = evidence.scores(), []
     for method in methods:
         gap = mean_of([row[method] for row in gaps.values() if method in row])
         on, off = (over_tasks(complete(scores, [method]), method).value for scores in (trained, held))
         rows.append((method, f"{on:.3f}", f"{off:.3f}", f"{gap.value:+.3f}", f"{gap.low:+.3f} to {gap.high:+.3f}", str(gap.count)))
-    return ("method", "training rows", "test rows", "gap", "95 % interval", "tasks"), rows
+    return Table(("method", "training rows", "test rows", "gap", "95 % interval", "tasks"), rows)
 
 
 CLAIMS = (
