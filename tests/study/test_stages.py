@@ -31,8 +31,7 @@ def trial(place: Path, backbone: str = "bert") -> Trial:
 
 
 def test_each_stage_trains_its_own_delta(tmp_path: Path) -> None:
-    asked, seen = trial(tmp_path), []
-    outcome = procedures["stages"](asked, tmp_path / "t")
+    outcome = procedures["stages"](trial(tmp_path), tmp_path / "t")
     told = outcome.numbers["stages"]
     assert [one["method"] for one in told] == ["adapter", "bitfit", "lora"]
     assert outcome.numbers["score"] == told[-1]["score"] and outcome.numbers["steps"] == 12
@@ -41,13 +40,9 @@ def test_each_stage_trains_its_own_delta(tmp_path: Path) -> None:
         (1, 2), (1, 4), (2, 6), (2, 8), (3, 10), (3, 12)
     ]  # fmt: skip
     model, _, first = dt.open(tmp_path / "t" / "stage-1" / "delta")
-    sizes = [first.budget().delta]
-    for number in (2, 3):
-        seen.append({name: tensor.clone() for name, tensor in first.state_dict().items()})
-        delta = dt.load(model, tmp_path / "t" / f"stage-{number}" / "delta")
-        sizes.append(delta.budget().delta)
-    assert outcome.numbers["trainable_parameters"] == sum(sizes)
-    assert len({size for size in sizes}) == 3
+    later = [dt.load(model, tmp_path / "t" / f"stage-{number}" / "delta") for number in (2, 3)]
+    sizes = [delta.budget().delta for delta in (first, *later)]
+    assert outcome.numbers["trainable_parameters"] == sum(sizes) and len(set(sizes)) == 3
 
 
 def test_a_killed_trial_goes_on_behind_its_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +66,7 @@ def test_a_killed_trial_goes_on_behind_its_last_stage(tmp_path: Path, monkeypatc
         (one["step"], one.get("loss"), one.get("eval_score")) for one in whole.history
     ]
     for number in (1, 2, 3):
-        model, _, one = dt.open(tmp_path / "t" / f"stage-{number}" / "delta")
+        _, _, one = dt.open(tmp_path / "t" / f"stage-{number}" / "delta")
         _, _, other = dt.open(tmp_path / "whole" / f"stage-{number}" / "delta")
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 

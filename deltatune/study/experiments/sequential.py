@@ -1,7 +1,7 @@
 """Experiment 5: adapter, BitFit and prompt trained one behind the other, earlier ones active but frozen; does a further stage still help?
 
-Full: SST-2 on SmolLM2-135M by label words, with the template and without, all six orders, six seeds, 100 steps of 8 rows a stage: 72 trials of
-three stages, about 17 core-hours. The paper has RoBERTa-large, 6,000 steps a stage and one seed.
+Full: SST-2 on SmolLM2-135M by label words, with the template and without, all six orders, six seeds, 100 steps of 8 rows a stage: 72
+trials of three stages, about 17 core-hours. The paper has RoBERTa-large, 6,000 steps a stage and one seed.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def keeps_improving(evidence: Evidence) -> Judgement:
     told = [(part, scores) for part, scores in additions(evidence).items() if len(scores) >= FEWEST]
     if not told:
         return Judgement("undecided", f"No part was put behind others in {FEWEST} trials or more.")
-    named = {
-        f"{part} {place}": {f"{part} {when}": value for when, value in row.items()} for part, own in told for place, row in own.items()
-    }
+    named: Scores = {}
+    for part, own in told:
+        named |= {f"{part}: {stage}": {f"{part} {when}": score for when, score in row.items()} for stage, row in own.items()}
     pairs = paired(named, [(f"{part} after", f"{part} before") for part, _ in told])
     said = "; ".join(
         f"{part} adds {one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f}, p = {p_of(one)}, {one.tasks} stages)"
