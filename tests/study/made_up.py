@@ -58,7 +58,17 @@ def stages(trial: Trial, score: float) -> dict[str, Any]:
     return {"stages": [{"score": score - 0.02 * (last - n), "validation": score, "steps": 100, "method": "any"} for n in range(last + 1)]}
 
 
-EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere, "stages": stages}
+def stream(trial: Trial, score: float) -> dict[str, Any]:
+    """Of each task the less is left the longer it is ago."""
+    names = trial.options["tasks"][: trial.options.get("most")]
+    lost = 0.0 if trial.options.get("deltas") == "own" else 0.05
+    matrix = [[score - lost * (row - column) for column in range(row + 1)] for row in range(len(names))]
+    stages = [{"task": name, "score": score, "validation": score, "steps": 40, "curve": [[20, score - 0.1], [40, score]]} for name in names]
+    hashes = {"before": "a", "after": "a", "restored": True}
+    return {"matrix": matrix, "forgetting": lost * len(names) / 2, "stages": stages, "backbone": hashes}
+
+
+EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere, "stages": stages, "stream": stream}
 """What the outcomes of a procedure hold besides."""
 
 

@@ -29,7 +29,9 @@ def small(name: str) -> Study:
 
 
 def test_all_are_there() -> None:
-    assert NAMES == ["combination", "convergence", "domain-shift", "generalization", "low-data", "performance", "sequential", "stability"]
+    assert NAMES == [
+        "combination", "convergence", "domain-shift", "forgetting", "generalization", "low-data", "performance", "sequential", "stability",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

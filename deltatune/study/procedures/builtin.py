@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from deltatune.study.procedures import elsewhere as elsewhere
 from deltatune.study.procedures import stages as stages
+from deltatune.study.procedures import stream as stream
 from deltatune.study.procedures import train as train
 from deltatune.study.procedures import untrained as untrained
