@@ -11,3 +11,4 @@ from deltatune.study.experiments import low_data as low_data
 from deltatune.study.experiments import performance as performance
 from deltatune.study.experiments import sequential as sequential
 from deltatune.study.experiments import stability as stability
+from deltatune.study.experiments import transfer as transfer
