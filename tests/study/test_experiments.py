@@ -31,8 +31,8 @@ def small(name: str) -> Study:
 
 def test_all_are_there() -> None:
     assert NAMES == [
-        "combination", "convergence", "domain-shift", "forgetting", "generalization", "low-data", "performance", "sequential", "stability",
-        "transfer",
+        "combination", "convergence", "diversity", "domain-shift", "forgetting", "generalization", "low-data", "performance", "sequential",
+        "stability", "transfer",
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deltatune.study.experiments import combination as combination
 from deltatune.study.experiments import convergence as convergence
+from deltatune.study.experiments import diversity as diversity
 from deltatune.study.experiments import domain_shift as domain_shift
 from deltatune.study.experiments import forgetting as forgetting
 from deltatune.study.experiments import generalization as generalization

@@ -7,3 +7,4 @@ from deltatune.study.procedures import stages as stages
 from deltatune.study.procedures import stream as stream
 from deltatune.study.procedures import train as train
 from deltatune.study.procedures import untrained as untrained
+from deltatune.study.procedures import write as write
