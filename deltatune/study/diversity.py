@@ -30,7 +30,7 @@ def self_bleu(texts: Sequence[str]) -> float:
         MissingExtra: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as cause:
         raise missing_extra("sacrebleu", "train") from cause
     if len(texts) < 2:

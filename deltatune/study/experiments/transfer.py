@@ -14,7 +14,7 @@ from statistics import fmean
 from deltatune.methods import Adapter, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.kinds import Method
 from deltatune.study.design import RANDOM, Entry, Profile, Study
-from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
+from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import FEWEST, all_of, better
 from deltatune.study.experiments.performance import AP, LR, PF, PT
@@ -151,7 +151,7 @@ def generation_to_sentiment(evidence: Evidence) -> Judgement:
     if len(scores) < FEWEST:
         return Judgement("undecided", f"Only {len(scores)} pairs of tasks; {FEWEST} are needed.")
     mean = mean_of([row["generation"] for row in scores.values()])
-    verdict = "holds" if mean.low >= GOOD else "does not hold" if mean.high < GOOD else "undecided"
+    verdict: Verdict = "holds" if mean.low >= GOOD else "does not hold" if mean.high < GOOD else "undecided"
     said = f"Relative score {mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f}) over {len(scores)} pairs."
     return all_of([Judgement(verdict, said), better(scores, "generation", "random")])
 

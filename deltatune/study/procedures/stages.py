@@ -14,7 +14,7 @@ from torch import nn
 from deltatune.checkpoint.format import load
 from deltatune.injection.attach import attach
 from deltatune.injection.delta import Delta
-from deltatune.methods.kinds import methods
+from deltatune.methods.kinds import Method, methods
 from deltatune.study.procedures.procedure import procedures
 from deltatune.study.trial import Outcome, Trial
 from deltatune.tasks import TaskData
@@ -50,7 +50,7 @@ def stages(trial: Trial, folder: Path) -> Outcome:
         told = []
         for number, method in enumerate(spelled(run.methods, tokenizer, framing), 1):
 
-            def fresh(number: int = number, method: Any = method) -> Delta:
+            def fresh(number: int = number, method: Method = method) -> Delta:
                 return attach(backbone, method, run.where, layers=run.layers, name=f"stage-{number}", head=number == 1)
 
             delta, numbers = stage(folder / f"stage-{number}", backbone, fresh, data, run.settings, tokenizer)

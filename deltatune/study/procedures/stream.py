@@ -96,17 +96,17 @@ def asked(trial: Trial) -> tuple[list[str], bool]:
         InvalidValue: options that cannot be, or several methods.
         UnknownName: a task nobody knows.
     """
-    ring, deltas, most = trial.options.get("tasks"), trial.options.get("deltas", SAME), trial.options.get("most")
-    whole = isinstance(ring, Sequence) and not isinstance(ring, str) and all(isinstance(name, str) for name in ring)
+    told, deltas, most = trial.options.get("tasks"), trial.options.get("deltas", SAME), trial.options.get("most")
+    ring = list(told) if isinstance(told, Sequence) and not isinstance(told, str) else []
     few = most is None or (isinstance(most, int) and most > 0)
-    if not whole or trial.run.task not in ring or deltas not in (SAME, OWN) or not few:
+    if trial.run.task not in ring or not all(isinstance(name, str) for name in ring) or deltas not in (SAME, OWN) or not few:
         raise InvalidValue(
-            f"The procedure `stream` of `{trial.said}` was given `tasks: {ring}`, `deltas: {deltas}` and `most: {most}`. It wants a list "
+            f"The procedure `stream` of `{trial.said}` was given `tasks: {told}`, `deltas: {deltas}` and `most: {most}`. It wants a list "
             f"of names with `{trial.task}` among them, `{SAME}` or `{OWN}`, and a whole number above 0 or nothing."
         )
     if len(trial.run.methods) > 1:
         raise InvalidValue(f"The procedure `stream` of `{trial.said}` was given {len(trial.run.methods)} methods. Give it one.")
-    start = list(ring).index(trial.run.task)
+    start = ring.index(trial.run.task)
     names = [*ring[start:], *ring[:start]][:most]
     for name in names:
         get_task(name)  # ahead of hours of training

@@ -72,9 +72,8 @@ def writing(trial: Trial) -> Writing:
         UnknownName: a task nobody knows.
     """
     told, settings = dict(trial.options), trial.run.settings
-    known = {"prompts": str, "rows": int, "words": int, "tokens": int}
-    fits = all(name in known and type(value) is known[name] and (value if name == "prompts" else value > 0) for name, value in told.items())
-    if "prompts" not in told or not fits:
+    numbers = [value for name, value in told.items() if name in ("rows", "words", "tokens") and type(value) is int and value > 0]
+    if not isinstance(told.get("prompts"), str) or len(numbers) + 1 < len(told):
         raise InvalidValue(
             f"The procedure `write` of `{trial.said}` was given {told}. It wants `prompts`, the name of a task, and may have numbers above "
             "0 of `rows`, `words` and `tokens`."
