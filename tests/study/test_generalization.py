@@ -10,7 +10,7 @@ from deltatune.study.experiments import experiments
 from deltatune.study.experiments.domain_shift import AP, BF, FT, LR, PF, away, drops
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.generalization import BARE, DECODER, LABELS, TASKS, fits, halves
-from tests.study.made_up import evidence, record
+from tests.study.made_up_numbers import evidence, record
 
 FULL = experiments["generalization"].study("full")
 AS_CLAIMED = {"full": 0.20, "AP": 0.10, "BF": 0.08, "PT": 0.02, "AP+BF": 0.15, "AP+PT": 0.14, "BF+PT": 0.12, "AP+BF+PT": 0.195}

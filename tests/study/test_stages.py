@@ -18,7 +18,7 @@ from deltatune.study.trial import Trial
 from deltatune.training.run import DataFile, Run, method_from_dict
 from deltatune.training.settings import Settings
 from tests.cli.conftest import write_texts
-from tests.study.made_up import evidence, record
+from tests.study.made_up_numbers import evidence, record
 from tests.training.tiny import folder
 
 RECIPES: list[dict[str, Any]] = [{"name": "adapter", "bottleneck_dim": 3}, {"name": "bitfit"}, {"name": "lora", "rank": 2}]

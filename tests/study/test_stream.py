@@ -16,7 +16,7 @@ from deltatune.study.trial import Trial
 from deltatune.tasks import Rows, Task, TaskData, Template, Verbalizer
 from deltatune.training.run import Run, method_from_dict
 from deltatune.training.settings import Settings
-from tests.study.made_up import evidence, record
+from tests.study.made_up_numbers import evidence, record
 from tests.training import tiny
 
 NAMES = ["bbc-news", "ag-news", "subj"]

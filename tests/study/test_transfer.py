@@ -10,7 +10,7 @@ import pytest
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.transfer import FURTHER, GENERATION, NAMED, RANDOMS, RECIPES, STARTED, TYPE_OF, arrivals, by_kind, relative
-from tests.study.made_up import evidence, record
+from tests.study.made_up_numbers import evidence, record
 
 FULL = experiments["transfer"].study("full")
 NATIVE = 0.8

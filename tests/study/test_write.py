@@ -18,7 +18,7 @@ from deltatune.study.trial import Trial
 from deltatune.training.run import DataFile, Run, load_data, method_from_dict
 from deltatune.training.settings import Settings
 from tests.cli.conftest import write_texts
-from tests.study.made_up import evidence, record
+from tests.study.made_up_numbers import evidence, record
 from tests.training.tiny import data, folder
 
 
