@@ -104,6 +104,7 @@ def written(predictor: Predictor, prompts: Sequence[str], wanted: Writing, batch
         top_p=1.0,
         min_new_tokens=wanted.tokens,
         max_new_tokens=wanted.tokens,
+        use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -113,6 +114,6 @@ def written(predictor: Predictor, prompts: Sequence[str], wanted: Writing, batch
         for start in range(0, len(prompts), batch_size):
             read = tokenizer(list(prompts[start : start + batch_size]), padding=True, padding_side="left", return_tensors="pt")
             batch = moved({name: read[name] for name in ("input_ids", "attention_mask")}, model)
-            made = model.generate(**batch, generation_config=config, use_cache=True)  # type: ignore[operator]
+            made = model.generate(**batch, generation_config=config)  # type: ignore[operator]
             tokens += made[:, batch["input_ids"].shape[1] :].tolist()
     return tokens, [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
