@@ -2,7 +2,7 @@
 
 Full: prompt, prefix, adapter and LoRA on twelve tasks of five types, text-to-text on SmolLM2-135M, 120 steps of 8 rows each, scored on the
 eleven others by their own words; random deltas of each method; and prompt and LoRA trained on, from each task to the next in the list: 72
-trainings and 60 baselines, about 20 core-hours. The paper's tasks are not known for sure; these are of its types.
+trainings and 60 baselines, about 25 core-hours. The paper's tasks are not known for sure; these are of its types.
 """
 
 from __future__ import annotations
