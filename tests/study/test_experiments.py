@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from deltatune.study.design import Study
+from deltatune.study.design import Study, study_from_dict
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.combination import SUBSETS, effects, label_of
 from deltatune.study.experiments.convergence import arrivals, speeds
@@ -41,6 +42,8 @@ def test_an_experiment(name: str, tmp_path: Path) -> None:
     experiment = experiments[name]
     assert experiment.study("quick").profile == "quick" and experiment.study("quick").experiment == name
     assert len(list(experiment.study("quick").trials())) <= 40
+    for whole in (experiment.study("quick"), experiment.study("full")):
+        assert study_from_dict(json.loads(json.dumps(whole.to_dict()))) == whole  # as the store gives it back
     study = small(name)
     report = report_of(filled(tmp_path / "full.db", study), "small")
     assert [claim for claim, _ in report.verdicts] == list(experiment.claims)

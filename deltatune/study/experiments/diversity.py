@@ -1,7 +1,8 @@
 """Experiment 12, second part: trained to the same score, whose open generations stay as varied as the backbone's?
 
-Full: six tasks by label words on SmolLM2-135M; full fine-tuning, LoRA, adapter and BitFit for 30, 60 and 120 steps of 8 rows, so that each
-delta can be held against a fine-tuned model of the same score; 64 texts of 40 tokens from openings of news: 90 trials, about 6 core-hours.
+Full: six tasks by label words on SmolLM2-135M; full fine-tuning, LoRA, adapter and BitFit for 30, 60 and 120 steps of 8 rows, so that
+each delta can be held against a fine-tuned model of the same score; 64 texts of 40 tokens from openings of news: 72 trainings, about 6
+core-hours.
 """
 
 from __future__ import annotations
