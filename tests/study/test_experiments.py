@@ -25,11 +25,13 @@ NAMES = list(experiments)
 def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
-    return dataclasses.replace(full, name="small", tasks=TASKS[:7], seeds=full.seeds[:2])
+    return dataclasses.replace(
+        full, name="small", backbones=full.backbones[:2], tasks=TASKS[: min(7, len(full.tasks))], seeds=full.seeds[:2]
+    )
 
 
 def test_all_are_there() -> None:
-    assert NAMES == ["combination", "convergence", "low-data", "performance", "stability"]
+    assert NAMES == ["combination", "convergence", "efficiency", "low-data", "performance", "stability"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deltatune.study.experiments import combination as combination
 from deltatune.study.experiments import convergence as convergence
+from deltatune.study.experiments import efficiency as efficiency
 from deltatune.study.experiments import low_data as low_data
 from deltatune.study.experiments import performance as performance
 from deltatune.study.experiments import stability as stability

@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+from deltatune.study.procedures import cost as cost
 from deltatune.study.procedures import train as train
 from deltatune.study.procedures import untrained as untrained
