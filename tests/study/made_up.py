@@ -61,7 +61,34 @@ def cost(trial: Trial) -> dict[str, Any]:
     }
 
 
-NUMBERS: dict[str, Callable[[Trial], dict[str, Any]]] = {"cost": cost}
+FAR = {"attention.query": 0.02, "attention.key": 0.001, "feed_forward.up": 0.018}
+"""Change of biases; others 0.01."""
+
+
+def movement(trial: Trial) -> dict[str, Any]:
+    """What the procedure of that name gives, of two layers."""
+    noise = random.Random(trial.key)
+    kinds = (
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "attention.output",
+        "feed_forward.up",
+        "feed_forward.down",
+        "norm a",
+        "norm b",
+    )
+    same = {"kind": "", "layer": 0, "change": 0.0, "norm": 0.1, "size": 32, "original": 0.1}
+    lines = [
+        {**same, "kind": kind, "layer": layer, "change": FAR.get(kind, 0.01) * noise.uniform(0.95, 1.05)}
+        for kind in kinds
+        for layer in (0, 1)
+    ]
+    undone = {kind: {"score": 0.7, "same": 1.0 if kind == "attention.key" else 0.9} for kind in kinds}
+    return {"movement": lines, "undone": {"none": {"score": 0.8, "same": 1.0}, **undone}}
+
+
+NUMBERS: dict[str, Callable[[Trial], dict[str, Any]]] = {"cost": cost, "movement": movement}
 """What further procedures give, by their name."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deltatune.study.experiments import biases as biases
 from deltatune.study.experiments import combination as combination
 from deltatune.study.experiments import convergence as convergence
 from deltatune.study.experiments import efficiency as efficiency

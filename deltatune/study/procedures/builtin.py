@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from deltatune.study.procedures import cost as cost
+from deltatune.study.procedures import movement as movement
 from deltatune.study.procedures import train as train
 from deltatune.study.procedures import untrained as untrained
