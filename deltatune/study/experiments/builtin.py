@@ -8,4 +8,5 @@ from deltatune.study.experiments import convergence as convergence
 from deltatune.study.experiments import efficiency as efficiency
 from deltatune.study.experiments import low_data as low_data
 from deltatune.study.experiments import performance as performance
+from deltatune.study.experiments import prompts as prompts
 from deltatune.study.experiments import stability as stability

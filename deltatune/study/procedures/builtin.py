@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from deltatune.study.procedures import cost as cost
+from deltatune.study.procedures import ensemble as ensemble
 from deltatune.study.procedures import movement as movement
+from deltatune.study.procedures import templates as templates
 from deltatune.study.procedures import train as train
 from deltatune.study.procedures import untrained as untrained
