@@ -31,7 +31,7 @@ def small(name: str) -> Study:
 
 
 def test_all_are_there() -> None:
-    assert NAMES == ["biases", "combination", "convergence", "efficiency", "low-data", "performance", "prompts", "stability"]
+    assert NAMES == ["biases", "combination", "convergence", "efficiency", "low-data", "performance", "prompts", "scale", "stability"]
 
 
 @pytest.mark.parametrize("name", NAMES)

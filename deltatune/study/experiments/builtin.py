@@ -9,4 +9,5 @@ from deltatune.study.experiments import efficiency as efficiency
 from deltatune.study.experiments import low_data as low_data
 from deltatune.study.experiments import performance as performance
 from deltatune.study.experiments import prompts as prompts
+from deltatune.study.experiments import scale as scale
 from deltatune.study.experiments import stability as stability
