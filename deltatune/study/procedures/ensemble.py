@@ -116,7 +116,7 @@ def routed(framing: TextToTextFraming, backbone: nn.Module, names: Sequence[str]
     copies = [feature for feature in inputs for _ in names]
     with route(backbone, [name for _ in inputs for name in names]):
         scores = framing.score_batch(backbone, copies)
-    return scores.float().cpu().unflatten(0, (len(inputs), len(names))).transpose(0, 1)
+    return scores.float().cpu().view(len(inputs), len(names), -1).transpose(0, 1)
 
 
 @contextmanager
