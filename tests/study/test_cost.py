@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +94,34 @@ def test_a_process_of_its_own() -> None:
         apart(give, "ours")
     with pytest.raises(Ended, match="code 9"):
         apart(give, "killed")
+
+
+@pytest.mark.slow
+def test_it_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    place = tmp_path / "number"
+    driver = subprocess.Popen([sys.executable, "-m", "tests.study.given", str(place)])
+    number = until(lambda: place.exists() and place.read_text())
+    driver.kill()
+    driver.wait()
+    assert until(lambda: not is_running(int(number)))
+
+
+def until(there: Callable[[], Any]) -> Any:
+    """What is there at last; starting processes takes long on a busy machine."""
+    last = time.monotonic() + 240
+    while not (found := there()) and time.monotonic() < last:
+        time.sleep(0.2)
+    return found
+
+
+def is_running(number: int) -> bool:
+    """A process of this number is there, and no mere entry of one that has ended."""
+    try:
+        os.kill(number, 0)
+        status = Path(f"/proc/{number}/status")
+        return not status.exists() or "State:\tZ" not in status.read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_errors_of_a_process_of_its_own() -> None:

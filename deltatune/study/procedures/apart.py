@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from deltatune.errors import DeltaError, Unsupported
@@ -18,7 +20,7 @@ class Ended(Exception):
 
 
 def apart(work: Callable[..., T], *given: Any) -> T:
-    """What ``work(*given)`` gives in a fresh process, which is ended with this call.
+    """What ``work(*given)`` gives in a fresh process, which ends with this call and with this process.
 
     Args:
         work: a function of a module.
@@ -48,12 +50,20 @@ def apart(work: Callable[..., T], *given: Any) -> T:
 
 
 def _answer(there: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         there.send((work(*given), None))
     except DeltaError as error:
         there.send((None, error))
     except Exception as error:
         there.send((None, told(error)))
+
+
+def _end_with_parent() -> None:
+    """A driver that is killed leaves nobody who measures on, in the way of the next."""
+    if (parent := parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def told(error: Exception) -> Exception:
