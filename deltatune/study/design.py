@@ -45,6 +45,8 @@ STUDY = {
     "grid": Kind(
         "settings, each with a list of values", lambda value: _is_mapping(value) and all(isinstance(one, list) for one in value.values())
     ),
+    "points": Kind("a list of settings with their values", _is_list(_is_mapping)),
+    "baselines": Kind("true or false", lambda value: isinstance(value, bool)),
     "seeds": Kind("whole numbers", _is_list(lambda one: isinstance(one, int) and not isinstance(one, bool))),
     "keep": Kind("nothing or deltas", lambda value: value in ("nothing", "deltas")),
     "retries": NUMBER,
@@ -136,7 +138,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of trials: backbones x tasks x methods x grid x seeds, and two baselines for each task.
+    """A grid of trials: backbones x tasks x methods x grid x seeds, with two baselines for each task.
 
     Attributes:
         name: in the store, and of its folder.
@@ -145,6 +147,7 @@ class Study:
         methods: with labels.
         settings: of all trials; fields of ``training.settings.Settings``.
         grid: setting -> values; every combination is tried.
+        points: in place of a grid, where not every combination is wanted: the values of one cell each.
         seeds: each trial is done once with each.
         experiment: whose report and claims it is for; see ``study.experiments``.
         profile: ``quick`` tries the machinery and reaches no verdict; ``full`` does.
@@ -152,6 +155,7 @@ class Study:
         retries: further attempts after an error that is not of ours.
         time_limit: most seconds of one trial; None sets none.
         rates: how learning rates are found; None takes the methods' own.
+        baselines: whether the frozen backbone and a random delta are in; a study that scores nothing leaves them out.
 
     Raises:
         InvalidValue: a value out of its range, nothing to do, or two methods of one label.
@@ -164,6 +168,7 @@ class Study:
     methods: tuple[Entry, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    points: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
     experiment: str = "performance"
     profile: Profile = "full"
@@ -171,6 +176,7 @@ class Study:
     retries: int = 1
     time_limit: float | None = None
     rates: Rates | None = None
+    baselines: bool = True
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -196,6 +202,8 @@ class Study:
             raise InvalidValue(
                 f"The study `{self.name}` has profile {self.profile} and keeps {self.keep}: quick or full, nothing or deltas."
             )
+        if self.grid and self.points:
+            raise InvalidValue(f"The study `{self.name}` has a `grid` and `points`. Write all combinations as a grid, or some as points.")
         self._check_trials()
 
     def _check_trials(self) -> None:
@@ -210,11 +218,13 @@ class Study:
     def entries(self) -> tuple[Entry, ...]:
         """The methods, with the baselines that were not named."""
         labels = {entry.label for entry in self.methods}
-        return (*self.methods, *(entry for entry in baselines() if entry.label not in labels))
+        return (*self.methods, *(entry for entry in baselines() if self.baselines and entry.label not in labels))
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """Every combination of the grid's values; one empty one without a grid."""
+        """Every combination of the grid's values, or the points; one empty one without either."""
+        if self.points:
+            return [dict(point) for point in self.points]
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
     def trials(self) -> Iterator[Trial]:
@@ -246,6 +256,8 @@ class Study:
             "retries": self.retries,
             **({} if self.time_limit is None else {"time_limit": self.time_limit}),
             **({} if self.rates is None else {"rates": self.rates.to_dict()}),
+            **({"points": [dict(point) for point in self.points]} if self.points else {}),
+            **({} if self.baselines else {"baselines": False}),
         }
 
 
@@ -292,6 +304,7 @@ def study_from_dict(written: Mapping[Any, Any], place: str = "The study") -> Stu
             "tasks": tuple(_tasks(entries["tasks"], place)),
             "methods": tuple(_entry(one, f"Method {number} of {here}") for number, one in enumerate(entries["methods"], 1)),
             "grid": {name: tuple(options) for name, options in entries.get("grid", {}).items()},
+            "points": tuple(entries.get("points", ())),
             "seeds": tuple(entries.get("seeds", (0,))),
         }
         if "rates" in entries:

@@ -12,6 +12,7 @@ from torch import nn
 
 from deltatune.backbones import backbone_id, load_backbone, load_config, load_tokenizer
 from deltatune.backbones.catalogue import catalogued
+from deltatune.backbones.variants import parted
 from deltatune.errors import DeltaError, InvalidValue
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition
@@ -202,7 +203,7 @@ def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTra
 
 def kind_of(backbone: str | nn.Module) -> Kind:
     """Encoder, decoder or both, from the catalogue, the configuration, or the class."""
-    entry = catalogued(backbone) if isinstance(backbone, str) else None
+    entry = catalogued(parted(backbone)[0]) if isinstance(backbone, str) else None
     if entry is not None:
         return entry.kind
     config: Any = load_config(backbone) if isinstance(backbone, str) else getattr(backbone, "config", None)

@@ -26,14 +26,14 @@ NAMES = list(experiments)
 def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
-    tasks = full.tasks if name == "transfer" else TASKS[:7]
-    return dataclasses.replace(full, name="small", tasks=tasks, seeds=full.seeds[:2])
+    tasks = full.tasks if name == "transfer" else TASKS[: min(7, len(full.tasks))]
+    return dataclasses.replace(full, name="small", backbones=full.backbones[:2], tasks=tasks, seeds=full.seeds[:2])
 
 
 def test_all_are_there() -> None:
     assert NAMES == [
-        "combination", "convergence", "diversity", "domain-shift", "forgetting", "generalization", "low-data", "performance", "sequential",
-        "stability", "transfer",
+        "biases", "combination", "convergence", "diversity", "domain-shift", "efficiency", "forgetting", "generalization", "low-data",
+        "performance", "prompts", "scale", "sequential", "stability", "transfer",
     ]  # fmt: skip
 
 
