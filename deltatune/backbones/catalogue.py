@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deltatune.registry import Registry
 
@@ -52,6 +52,7 @@ class Backbone:
         description: one line for listings.
         packages: distributions that carry the weights; several are chunks of one file, in order.
         format: what the packages hold.
+        shape: its configuration as transformers' ``AutoConfig.for_model`` takes it, so that ``@random`` needs no file.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Backbone:
     description: str
     packages: tuple[Package, ...] = ()
     format: Format = "safetensors"
+    shape: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -139,10 +141,24 @@ _HUB: tuple[tuple[str, str, Kind, str, str], ...] = (
     ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "decoder", "Apache-2.0", "Qwen 3, 0.6B"),
 )
 
+_T5: dict[str, Any] = {"model_type": "t5", "vocab_size": 32128, "d_kv": 64, "decoder_start_token_id": 0, "tie_word_embeddings": True}
+_ROBERTA: dict[str, Any] = {
+    "model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_SHAPES: dict[str, dict[str, Any]] = {
+    "t5-small": {**_T5, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "t5-base": {**_T5, "d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "t5-large": {**_T5, "d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+    "roberta-base": {**_ROBERTA, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "roberta-large": {**_ROBERTA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+"""Of the backbones whose cost the paper measures."""
+
 for _backbone in _packaged():
     backbones.register(_backbone.name)(_backbone)
 for _name, _hub_id, _kind, _licence, _description in _HUB:
-    backbones.register(_name)(Backbone(_name, _hub_id, _kind, _licence, _description))
+    backbones.register(_name)(Backbone(_name, _hub_id, _kind, _licence, _description, shape=_SHAPES.get(_name, {})))
 
 
 def catalogued(name: str) -> Backbone | None:

@@ -14,12 +14,16 @@ from deltatune.backbones.gguf import converted
 from deltatune.backbones.quantize import quantize_in_place
 from deltatune.backbones.quiet import quiet
 from deltatune.backbones.resolve import Resolved, hub_answers, resolve, unreachable
+from deltatune.backbones.variants import drawn
 from deltatune.errors import CheckpointError, InvalidValue, UnknownName, Unsupported, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Quantize = Literal["int8", "nf4"]
+
+NOTHING_NEW: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
+"""The report on a model of random weights, where nothing was to be found."""
 
 
 def load_backbone(
@@ -40,7 +44,7 @@ def load_backbone(
     >>> backbone = load_backbone("minilm", auto_class="AutoModelForSequenceClassification", num_labels=5)  # doctest: +SKIP
 
     Args:
-        name: alias, local folder, GGUF file or hub id.
+        name: alias, local folder, GGUF file or hub id, with ``@random`` or ``@layers=N`` behind it for a control.
         auto_class: transformers' auto class; it decides the head, which is new where the file has none.
         num_labels: outputs of a classification head.
         label_names: written into the config as ``id2label``; sets ``num_labels``.
@@ -64,13 +68,17 @@ def load_backbone(
     resolved = resolve(name)
     with quiet():
         factory = _auto_class(auto_class)
-        source = source_of(resolved)
-        config = _read(resolved, "AutoConfig", source, **labels)
-        _give_pad_token(config)
+        config = _config(resolved, **labels)
         if device_map is not None:
             options["device_map"] = device_map
-        loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at below
-        model, report = _call(resolved, factory, source, config=config, dtype=dtype, **loading, **options)
+        model: Any
+        if resolved.variant.random:
+            model, report = drawn(factory, config, dtype, **options), NOTHING_NEW
+        else:
+            loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at below
+            model, report = _call(resolved, factory, source_of(resolved), config=config, dtype=dtype, **loading, **options)
+        if str(resolved.variant):
+            model.config.name_or_path = model.name_or_path = resolved.name  # transformers would name the whole backbone
         new = _new_parameters(resolved, model, report)
         if trained_head and new:
             raise Unsupported(
@@ -112,9 +120,21 @@ def load_config(name: str | os.PathLike[str], **options: Any) -> PreTrainedConfi
     """
     resolved = resolve(name)
     with quiet():
+        return _config(resolved, **options)
+
+
+def _config(resolved: Resolved, **options: Any) -> PreTrainedConfig:
+    """The configuration; of random weights, from the catalogue where it knows the shape, so that no file is needed."""
+    import transformers
+
+    shape = resolved.backbone.shape if resolved.backbone is not None and resolved.variant.random else {}
+    if shape:
+        config: PreTrainedConfig = transformers.AutoConfig.for_model(**shape, **options)
+    else:
         config = _read(resolved, "AutoConfig", source_of(resolved), **options)
-        _give_pad_token(config)
-    return config  # type: ignore[no-any-return]
+    _give_pad_token(config)
+    resolved.variant.shape(resolved.name.removesuffix(f"@{resolved.variant}"), config)
+    return config
 
 
 def source_of(resolved: Resolved) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from deltatune.backbones.catalogue import Backbone, backbones, catalogued
 from deltatune.backbones.gguf import converted_from
+from deltatune.backbones.variants import MARK, Variant, parted
 from deltatune.errors import InvalidValue, MissingExtra, UnknownName, nearest
 
 
@@ -24,12 +25,14 @@ class Resolved:
         source: what transformers' ``from_pretrained`` takes, a folder or a hub id; None while ``gguf`` awaits conversion.
         gguf: the GGUF file, or the chunks of one, that has to be converted first.
         backbone: the catalogue's entry, where there is one.
+        variant: what is made from these weights, where that is a control.
     """
 
     name: str
     source: str | None
     gguf: tuple[Path, ...] = ()
     backbone: Backbone | None = None
+    variant: Variant = field(default_factory=Variant)
 
 
 def resolve(name: str | os.PathLike[str]) -> Resolved:
@@ -38,13 +41,19 @@ def resolve(name: str | os.PathLike[str]) -> Resolved:
     An alias, or a hub id that has one, is read from its package where that is installed and from the hub otherwise. A
     folder or GGUF file that exists is taken as it is, but a package's own folder or file, and what was converted from
     it, go by the alias, so that ``config.name_or_path`` of a loaded backbone leads back to its name. Anything else with
-    one ``/`` is a hub id.
+    one ``/`` is a hub id. Behind an ``@`` stands a variant: ``minilm@layers=3`` has the three lowest layers,
+    ``minilm@random`` the same shape with random weights.
 
     Raises:
         UnknownName: a short name the catalogue does not have; the nearest are named.
-        InvalidValue: a folder without a ``config.json``.
+        InvalidValue: a folder without a ``config.json``, or a variant that does not exist.
     """
-    asked = os.fspath(name)
+    asked, variant = parted(os.fspath(name))
+    found = _resolved(asked)
+    return replace(found, name=f"{found.name}{MARK}{variant}", variant=variant) if str(variant) else found
+
+
+def _resolved(asked: str) -> Resolved:
     path = Path(asked).expanduser()
     entry = catalogued(asked) or _owner(path)
     if entry is None and path.is_dir():

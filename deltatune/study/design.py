@@ -45,6 +45,8 @@ STUDY = {
     "grid": Kind(
         "settings, each with a list of values", lambda value: _is_mapping(value) and all(isinstance(one, list) for one in value.values())
     ),
+    "points": Kind("a list of settings with their values", _is_list(_is_mapping)),
+    "baselines": Kind("true or false", lambda value: isinstance(value, bool)),
     "seeds": Kind("whole numbers", _is_list(lambda one: isinstance(one, int) and not isinstance(one, bool))),
     "keep": Kind("nothing or deltas", lambda value: value in ("nothing", "deltas")),
     "retries": NUMBER,
@@ -57,6 +59,7 @@ ENTRY = {
     "where": TEXTS,
     "layers": LAYERS,
     "settings": MAPPING,
+    "backbones": TEXTS,
     "procedure": TEXT,
     "options": MAPPING,
 }
@@ -78,6 +81,7 @@ class Entry:
         where: sites as in ``attach``; None takes the methods' default roles.
         layers: layers as in ``attach``.
         settings: over the study's.
+        backbones: of the study's, those on which it is tried; all if left out.
         procedure: how its trials are carried out.
         options: what else the procedure is told.
     """
@@ -87,6 +91,7 @@ class Entry:
     where: str | tuple[str, ...] | None = None
     layers: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    backbones: tuple[str, ...] = ()
     procedure: str = "train"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +104,7 @@ class Entry:
             "where": list(self.where) if isinstance(self.where, tuple) else self.where,
             "layers": self.layers,
             "settings": dict(self.settings),
+            "backbones": list(self.backbones) or None,
             "procedure": None if self.procedure == "train" else self.procedure,
             "options": dict(self.options),
         }
@@ -132,7 +138,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of trials: backbones x tasks x methods x grid x seeds, and two baselines for each task.
+    """A grid of trials: backbones x tasks x methods x grid x seeds, with two baselines for each task.
 
     Attributes:
         name: in the store, and of its folder.
@@ -141,6 +147,7 @@ class Study:
         methods: with labels.
         settings: of all trials; fields of ``training.settings.Settings``.
         grid: setting -> values; every combination is tried.
+        points: in place of a grid, where not every combination is wanted: the values of one cell each.
         seeds: each trial is done once with each.
         experiment: whose report and claims it is for; see ``study.experiments``.
         profile: ``quick`` tries the machinery and reaches no verdict; ``full`` does.
@@ -148,6 +155,7 @@ class Study:
         retries: further attempts after an error that is not of ours.
         time_limit: most seconds of one trial; None sets none.
         rates: how learning rates are found; None takes the methods' own.
+        baselines: whether the frozen backbone and a random delta are in; a study that scores nothing leaves them out.
 
     Raises:
         InvalidValue: a value out of its range, nothing to do, or two methods of one label.
@@ -160,6 +168,7 @@ class Study:
     methods: tuple[Entry, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    points: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
     experiment: str = "performance"
     profile: Profile = "full"
@@ -167,6 +176,7 @@ class Study:
     retries: int = 1
     time_limit: float | None = None
     rates: Rates | None = None
+    baselines: bool = True
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -184,10 +194,16 @@ class Study:
         for task in self.tasks:
             if isinstance(task, str) and "," not in task:
                 get_task(task)
+        if strange := {name for entry in self.methods for name in entry.backbones} - set(self.backbones):
+            raise InvalidValue(
+                f"A method of the study `{self.name}` is for `{min(strange)}`, but its backbones are {', '.join(self.backbones)}. Add it."
+            )
         if self.profile not in get_args(Profile) or self.keep not in get_args(Keep):
             raise InvalidValue(
                 f"The study `{self.name}` has profile {self.profile} and keeps {self.keep}: quick or full, nothing or deltas."
             )
+        if self.grid and self.points:
+            raise InvalidValue(f"The study `{self.name}` has a `grid` and `points`. Write all combinations as a grid, or some as points.")
         self._check_trials()
 
     def _check_trials(self) -> None:
@@ -202,18 +218,21 @@ class Study:
     def entries(self) -> tuple[Entry, ...]:
         """The methods, with the baselines that were not named."""
         labels = {entry.label for entry in self.methods}
-        return (*self.methods, *(entry for entry in baselines() if entry.label not in labels))
+        return (*self.methods, *(entry for entry in baselines() if self.baselines and entry.label not in labels))
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """Every combination of the grid's values; one empty one without a grid."""
+        """Every combination of the grid's values, or the points; one empty one without either."""
+        if self.points:
+            return [dict(point) for point in self.points]
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
     def trials(self) -> Iterator[Trial]:
         """All trials, seed by seed and task by task, so that a study that is stopped early can be reported on."""
         for seed, task, backbone, cell in itertools.product(self.seeds, self.tasks, self.backbones, self.cells):
             for entry in self.entries:
-                yield self.trial(entry, backbone, task, cell, seed)
+                if backbone in (entry.backbones or self.backbones):
+                    yield self.trial(entry, backbone, task, cell, seed)
 
     def trial(self, entry: Entry, backbone: str, task: str | DataFile, cell: Mapping[str, Any], seed: int) -> Trial:
         """One cell."""
@@ -237,6 +256,8 @@ class Study:
             "retries": self.retries,
             **({} if self.time_limit is None else {"time_limit": self.time_limit}),
             **({} if self.rates is None else {"rates": self.rates.to_dict()}),
+            **({"points": [dict(point) for point in self.points]} if self.points else {}),
+            **({} if self.baselines else {"baselines": False}),
         }
 
 
@@ -283,6 +304,7 @@ def study_from_dict(written: Mapping[Any, Any], place: str = "The study") -> Stu
             "tasks": tuple(_tasks(entries["tasks"], place)),
             "methods": tuple(_entry(one, f"Method {number} of {here}") for number, one in enumerate(entries["methods"], 1)),
             "grid": {name: tuple(options) for name, options in entries.get("grid", {}).items()},
+            "points": tuple(entries.get("points", ())),
             "seeds": tuple(entries.get("seeds", (0,))),
         }
         if "rates" in entries:
@@ -315,13 +337,14 @@ def _entry(written: str | Mapping[str, Any], place: str) -> Entry:
     entries = checked(written, ENTRY, place)
     recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
     found = tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes)
-    where = entries.get("where")
+    where, backbones = entries.get("where"), entries.get("backbones", ())
     return Entry(
         label=entries.get("label", "+".join(methods.name_of(type(method)) for method in found)),
         methods=found,
         where=tuple(where) if isinstance(where, list) else where,
         layers=entries.get("layers"),
         settings=entries.get("settings", {}),
+        backbones=(backbones,) if isinstance(backbones, str) else tuple(backbones),
         procedure=entries.get("procedure", "train"),
         options=entries.get("options", {}),
     )

@@ -98,7 +98,8 @@ def searches_of(study: Study) -> dict[tuple[str, str], Search]:
     if study.rates is None:
         return {}
     training = [entry for entry in study.entries if entry.procedure == "train" and any(method.trains for method in entry.methods)]
-    return {(backbone, entry.label): Search(study, study.rates, entry, backbone) for backbone in study.backbones for entry in training}
+    tried = [(backbone, entry) for backbone in study.backbones for entry in training if backbone in (entry.backbones or study.backbones)]
+    return {(backbone, entry.label): Search(study, study.rates, entry, backbone) for backbone, entry in tried}
 
 
 def with_rate(trial: Trial, lr: float) -> Trial:

@@ -12,6 +12,7 @@ from torch import nn
 
 from deltatune.backbones import backbone_id, load_backbone, load_config, load_tokenizer
 from deltatune.backbones.catalogue import catalogued
+from deltatune.backbones.variants import parted
 from deltatune.errors import DeltaError, InvalidValue
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition
@@ -121,10 +122,7 @@ def make_job(
     """
     torch.manual_seed(settings.seed)
     if isinstance(backbone, str):
-        tokenizer = tokenizer or load_tokenizer(backbone)
-        framing = choose_framing(data.task, kind_of(backbone), settings, tokenizer)
-        options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
-        module = load(backbone, auto_class=framing.auto_class, **options)
+        module, tokenizer, framing = load_framed(backbone, data.task, settings, tokenizer, load)
     else:
         module = backbone
         tokenizer = tokenizer or load_tokenizer(_name_of(module))
@@ -135,6 +133,25 @@ def make_job(
     deltas = saved.deltas if isinstance(saved, Composition) else [saved]
     lr = settings.lr if settings.lr is not None else min(method.learning_rate for method in methods)
     return Job(name_of(backbone), module, tokenizer, data, framing, deltas, saved, lr)
+
+
+def load_framed(
+    backbone: str,
+    task: Task,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load: Callable[..., nn.Module] = load_backbone,
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Framing]:
+    """The backbone of that name as the task's framing wants it, with its tokenizer and the framing.
+
+    Raises:
+        UnknownName: nobody knows the backbone.
+        Unsupported: a framing that neither the task nor the model has.
+    """
+    tokenizer = tokenizer or load_tokenizer(backbone)
+    framing = choose_framing(task, kind_of(backbone), settings, tokenizer)
+    options = framing.backbone_options | {"quantize": settings.quantize, "new_head": settings.new_head}
+    return load(backbone, auto_class=framing.auto_class, **options), tokenizer, framing
 
 
 def spelled(methods: Sequence[Method], tokenizer: PreTrainedTokenizerBase, framing: Framing) -> list[Method]:
@@ -186,7 +203,7 @@ def choose_framing(task: Task, kind: Kind, settings: Settings, tokenizer: PreTra
 
 def kind_of(backbone: str | nn.Module) -> Kind:
     """Encoder, decoder or both, from the catalogue, the configuration, or the class."""
-    entry = catalogued(backbone) if isinstance(backbone, str) else None
+    entry = catalogued(parted(backbone)[0]) if isinstance(backbone, str) else None
     if entry is not None:
         return entry.kind
     config: Any = load_config(backbone) if isinstance(backbone, str) else getattr(backbone, "config", None)

@@ -44,6 +44,16 @@ def test_a_study_is_its_yaml(tmp_path: Path) -> None:
     assert trials[2].run.settings.lr == 1e-3 and trials[2].run.settings.shots == 16
 
 
+def test_a_method_for_some_backbones() -> None:
+    worded = {"label": "bare", "method": "lora", "settings": {"manual_template": False}, "backbones": "smollm2-135m"}
+    study = design(tasks=["bbc-news"], backbones=["minilm", "smollm2-135m"], methods=["lora", worded])
+    assert study_from_dict(study.to_dict()) == study
+    tried = {(trial.backbone, trial.label) for trial in study.trials()}
+    assert ("smollm2-135m", "bare") in tried and ("minilm", "bare") not in tried and len(tried) == 7
+    with pytest.raises(InvalidValue, match="is for `smollm2-135m`, but its backbones are minilm"):
+        design(methods=[worded])
+
+
 def test_keys_are_of_the_content_alone() -> None:
     first, second = design(), design(name="other", methods=["bitfit", {"label": "mine", "method": "lora"}], seeds=[0, 1])
     keys = {trial.said: trial.key for trial in first.trials()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from deltatune.study.design import Study
+from deltatune.study.design import Study, study_from_dict
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.combination import SUBSETS, effects, label_of
 from deltatune.study.experiments.convergence import arrivals, speeds
@@ -25,11 +26,15 @@ NAMES = list(experiments)
 def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
-    return dataclasses.replace(full, name="small", tasks=TASKS[:7], seeds=full.seeds[:2])
+    tasks = full.tasks if name == "transfer" else TASKS[: min(7, len(full.tasks))]
+    return dataclasses.replace(full, name="small", backbones=full.backbones[:2], tasks=tasks, seeds=full.seeds[:2])
 
 
 def test_all_are_there() -> None:
-    assert NAMES == ["combination", "convergence", "low-data", "performance", "stability"]
+    assert NAMES == [
+        "biases", "combination", "convergence", "diversity", "domain-shift", "efficiency", "forgetting", "generalization", "low-data",
+        "performance", "prompts", "scale", "sequential", "stability", "transfer",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,6 +42,8 @@ def test_an_experiment(name: str, tmp_path: Path) -> None:
     experiment = experiments[name]
     assert experiment.study("quick").profile == "quick" and experiment.study("quick").experiment == name
     assert len(list(experiment.study("quick").trials())) <= 40
+    for whole in (experiment.study("quick"), experiment.study("full")):
+        assert study_from_dict(json.loads(json.dumps(whole.to_dict()))) == whole  # as the store gives it back
     study = small(name)
     report = report_of(filled(tmp_path / "full.db", study), "small")
     assert [claim for claim, _ in report.verdicts] == list(experiment.claims)

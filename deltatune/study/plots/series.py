@@ -1,4 +1,4 @@
-"""Lines over a quantity on a logarithmic axis, with intervals: examples, lengths, sizes."""
+"""Lines over a quantity, mostly on a logarithmic axis, with intervals: examples, lengths, sizes, stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float, float, float]]
 """(x, mean, low, high)."""
 
 
-def draw_series(lines: Mapping[str, Points], order: Sequence[str], x: str, y: str) -> Figure:
+def draw_series(lines: Mapping[str, Points], order: Sequence[str], x: str, y: str, *, logarithmic: bool = True) -> Figure:
     """One line a name; ``order`` gives names the same colours in all pictures."""
     figure, axes = sheet(7.4, 3.8)
     colour = colours(order)
@@ -23,7 +23,8 @@ def draw_series(lines: Mapping[str, Points], order: Sequence[str], x: str, y: st
             xs, means, lows, highs = zip(*points, strict=True)
             axes.plot(xs, means, "o-", color=colour[name], linewidth=2, markersize=5, label=name)
             axes.fill_between(xs, lows, highs, color=colour[name], alpha=0.12, linewidth=0)
-    axes.set_xscale("log")
+    if logarithmic:
+        axes.set_xscale("log")
     ticks = sorted({point[0] for points in lines.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 NAMES = (
     "backbone", "task", "category", "method", "seed", "cell", "metric", "score", "low", "high", "degenerate", "lr", "trained",
     "total", "steps", "tokens", "seconds", "training_seconds", "seconds_per_step", "peak_memory_bytes", "delta_bytes",
-    "state", "attempts", "error", "key",
+    "state", "attempts", "error", "key", "numbers",
 )  # fmt: skip
 
 
 def write_results(store: Store, name: str, folder: Path) -> Path:
-    """``results.csv``, a line a trial, with the experiment in front.
+    """``results.csv``, a line a trial, with the experiment in front; ``cell`` and ``numbers`` are JSON.
 
     Raises:
         OutputError: it cannot be written.
@@ -53,4 +53,4 @@ def write_design(store: Store, name: str, folder: Path) -> Path:
 
 def _cell(record: Record, name: str) -> Any:
     value = getattr(record, name)
-    return json.dumps(value, sort_keys=True) if name == "cell" else value
+    return json.dumps(value, sort_keys=True) if name in ("cell", "numbers") else value

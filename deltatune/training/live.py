@@ -1,0 +1,64 @@
+"""The bytes of live tensors, counted exactly: what a GPU's allocator would hold, on any device and on any busy machine."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages that operations make and those that die; what an operation needs only within itself is not seen.
+
+    Attributes:
+        bytes: of the storages that live now.
+        peak: the most there were at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, self._forget(key, size))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+
+    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.bytes -= size
+
+        return gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return made
+
+
+@contextmanager
+def live_tensors() -> Iterator[LiveTensors]:
+    """Count within the block, beginning with every tensor that Python knows; views share their storage and count once."""
+    gc.collect()
+    count = LiveTensors()
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor) and found.layout == torch.strided and found.device.type != "meta":
+            count.add(found)
+    with count:
+        yield count
