@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def _looked(trial: Trial, place: Path) -> dict[str, Any]:
     with trainer_modules():
         _, tokenizer, saved = dt_open(place)
         settings = trial.run.settings
-        job = attached_job(saved, sampled(load_data(trial.run.task, settings), settings), replace(settings, new_head=False), tokenizer)
+        job = attached_job(saved, sampled(load_data(trial.run.task, settings), settings), settings, tokenizer)
         kinds = kinds_of(job.deltas)
         lines = [line_of(kind, entry) for kind, entries in kinds.items() for entry in entries]
         return {"movement": lines, "undone": _undone(job, kinds, settings.eval_batch_size)}
