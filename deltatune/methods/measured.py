@@ -30,7 +30,9 @@ class Measured:
     collapsed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        scores = [f"{task} {_told(*score)}" + " (one answer to every text)" * (task in self.collapsed) for task, score in self.scores.items()]
+        scores = [
+            f"{task} {_told(*score)}" + " (one answer to every text)" * (task in self.collapsed) for task, score in self.scores.items()
+        ]
         costs = [f"{word} {ratio:.2f}" for word, ratio in (("step", self.step), ("memory", self.memory)) if ratio is not None]
         sizes = [f"{self.share:.3%} of the parameters", f"{self.file_bytes / 1e3:,.0f} kB"]
         return "; ".join([", ".join(scores), ", ".join(sizes), *([", ".join(costs) + " of full fine-tuning's"] if costs else [])])
