@@ -287,7 +287,7 @@ class Spelled(Protocol):
     """A method that may be written in words; ``dt.train`` spells it before it attaches, a loop of your own calls ``spell`` itself."""
 
     def spell(self, tokenizer: Any, labels: Sequence[str]) -> Method:
-        """The same recipe with token ids in place of words, which needs no tokenizer from then on; itself where it has no words.
+        """The same recipe with token ids in place of words, which needs no tokenizer from then on; itself where it has none left.
 
         Args:
             tokenizer: the backbone's, as of transformers.
