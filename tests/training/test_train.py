@@ -121,7 +121,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert read_run(out).where == "attention.*"
 
 
-@pytest.mark.parametrize("method", [PrefixTuning(3, mid_dim=8), Masking(), DiffPruning(density=0.1)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [PrefixTuning(3, mid_dim=8), Masking(), DiffPruning(density=0.1)], ids=lambda one: type(one).__name__)
 def test_what_trained_is_counted_before_the_final_form_and_what_is_stored_behind_it(method: Method) -> None:
     fresh = dt.attach(tiny.backbone("bert"), method).budget()
     result = quick(method=method, max_steps=2, evaluations=0)
