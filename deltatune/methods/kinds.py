@@ -244,7 +244,7 @@ class Reaching(Protocol):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A recipe for a delta: a frozen dataclass of at most eight fields.
+    """A recipe for a delta: a frozen dataclass of fewer than eight fields.
 
     Class attributes:
         family: addition, specification or reparameterization, after Ding et al. 2023; ``baseline`` for the controls.
