@@ -108,3 +108,28 @@ def test_the_page_is_what_the_committed_results_say() -> None:
 
 def test_the_index_leads_to_the_page_once_there_is_one() -> None:
     assert ("](methods.md)" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")) == module("methods_page").PAGE.exists()
+
+
+def test_a_sweep_of_rates_goes_on_where_it_was_stopped_for_each_task_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = module("learning_rates")
+    lines = [
+        {"method": "said", "lr": 1e-2, "loss": 0.9, "accuracy": 0.7},  # of the first sweep: BBC News, 100 steps
+        {"task": "tweet-sentiment", "steps": 200, "method": "said", "lr": 1e-2, "loss": 1.1, "accuracy": 0.4, "answers": 1},
+    ]
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "rates.jsonl")
+    sweeps.RUNS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def trial(name: str, lr: float, data: Any, steps: int) -> dict[str, Any]:
+        return {"method": name, "lr": lr, "loss": abs(lr - 1e-2), "accuracy": 0.5, "answers": 3}
+
+    monkeypatch.setattr(sweeps, "trial", trial)
+    first, second = sweeps.Sweep("said", "bbc-news", 100), sweeps.Sweep("said", "tweet-sentiment", 200)
+    assert first.losses() == {1e-2: 0.9}
+    assert second.row()["one answer"] == [1e-2]
+    other = sweeps.Sweep("said", "tweet-sentiment", 100)
+    other.go(None)
+    assert other.row()["best"] in other.losses() and len(other.losses()) >= 3
+    before = sweeps.RUNS.read_text()
+    other.go(None)
+    assert sweeps.RUNS.read_text() == before
+    assert (len(first.losses()), len(second.losses())) == (1, 1)
