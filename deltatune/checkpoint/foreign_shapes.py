@@ -17,7 +17,8 @@ from deltatune.checkpoint.tensors import named
 from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.interface import has_table
 from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, reduced
-from deltatune.methods.addition.prefix_tuning import PrefixTuning, key_value_shape
+from deltatune.methods.addition.prefix import key_value_shape
+from deltatune.methods.addition.prefix_tuning import PrefixTuning
 from deltatune.methods.specification.full import FullFineTuning
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site

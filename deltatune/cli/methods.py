@@ -66,7 +66,8 @@ def listing(json: Json = False) -> None:
             drawn.add_section()
             drawn.add_row(Text(heading, style="bold"))
         drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, summary_of(recipe))
-    show(drawn, facts(*MEANINGS.items()), "", quoted(TOGETHER, style="dim"), quoted("`deltatune methods show NAME` explains one.", style="dim"))
+    hints = (TOGETHER, "`deltatune methods show NAME` explains one.")
+    show(drawn, facts(*MEANINGS.items()), "", *(quoted(hint, style="dim") for hint in hints))
 
 
 @methods.command("show")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Serial, dense_bottleneck, reduced
-from deltatune.methods.addition.loreft import channels
+from deltatune.methods.addition.channels import channels
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, methods
 from deltatune.structure.site import Site

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import InvalidValue, Unsupported
+from deltatune.errors import InvalidValue
+from deltatune.methods.addition.text_stack import table_shape, token_embedding
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, PromptPatch, methods
 from deltatune.structure.site import Site
@@ -166,31 +167,6 @@ class Prompt(PromptPatch):
     def forward(self) -> Tensor:
         """P."""
         return self.P
-
-
-def token_embedding(site: Site) -> nn.Module:
-    """The token embedding of a text stack.
-
-    Raises:
-        Unsupported: the site has none.
-    """
-    stack: Any = site.module
-    if not hasattr(stack, "get_input_embeddings"):
-        raise Unsupported(
-            f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
-            "Choose a text stack (role `stack`), or another method."
-        )
-    embedding: nn.Module = stack.get_input_embeddings()
-    return embedding
-
-
-def table_shape(embedding: nn.Module) -> tuple[int, int]:
-    """Rows and width of a token embedding, quantised or not."""
-    rows, width = getattr(embedding, "num_embeddings", None), getattr(embedding, "embedding_dim", None)
-    if isinstance(rows, int) and isinstance(width, int):
-        return rows, width  # a quantised table packs its weight
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    return weight.shape[0], weight.shape[1]
 
 
 def _embed(embedding: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
