@@ -23,7 +23,8 @@ from deltatune.methods.specification.full import FullFineTuning
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
-SPELLINGS: dict[str, Activation] = {"gelu_orig": "gelu", "swish": "silu"} | {name: name for name in get_args(Activation)}
+SAME: tuple[Activation, ...] = get_args(Activation)
+SPELLINGS: dict[str, Activation] = {"gelu_orig": "gelu", "swish": "silu", **{name: name for name in SAME}}
 """What other libraries call an activation -> what we call it."""
 
 

@@ -59,6 +59,7 @@ def test_what_the_page_says(tmp_path: Path) -> None:
     text = module("methods_page").page(made_up(tmp_path))
     assert "200 steps of 16 texts of up to 32 tokens, seeds 13, 21, 42, on CPU, 1 threads" in text
     assert "its head of 1,925 numbers included" in text and "on 16 texts of 64 tokens, CPU, 2 threads" in text
+    assert "than today's; 8 of the 16 runs are older than the record of that." in text
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     assert rows.keys() == set(methods)
     assert "| **1.000 ± 0.000** | **1.000 ± 0.000** | 0.193% | 2 kB | 0.70 | 0.50 |" in rows["lora"]
