@@ -2,8 +2,9 @@
 
 ``methods.py train`` trains every registered method on MiniLM for two real tasks, all on one budget of steps and with 3
 seeds, and adds a line a run to ``results/methods/<task>.jsonl``; runs that are there already are not done again, so it
-goes on where it was stopped. ``methods.py cost`` times a step and takes the peak memory of each, in a process of its
-own, in turns with full fine-tuning. ``methods.py page`` writes ``docs/methods.md`` from both.
+goes on where it was stopped, but those of other defaults than today's are. ``methods.py cost`` times a step and takes the
+peak memory of each, in a process of its own, in turns with full fine-tuning. ``methods.py page`` counts what trains of
+each and writes ``docs/methods.md`` from all this.
 
 Bar: the lower end of a method's 95% interval (bootstrap over test rows and seeds) lies above the linear probe's mean
 on at least one task; controls are exempt.
@@ -12,7 +13,6 @@ on at least one task; controls are exempt.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -23,34 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from methods_runs import BACKBONE, BATCH, LENGTH, RESULTS, SEEDS, STEPS, TASKS, asked, is_stale, lines, recipe
 from paired import ratio
 
 import deltatune as dt
 from deltatune.backbones import load_backbone, load_tokenizer
 from deltatune.methods import methods
-from deltatune.methods.kinds import Method
 from deltatune.tasks import TaskData, load_task
 from deltatune.tasks.framing import HeadFraming
 from deltatune.training.life import Life
 from deltatune.training.measure import peak_memory
 
-BACKBONE = "minilm"
-TASKS = ("bbc-news", "tweet-sentiment")
-STEPS, BATCH, LENGTH, SEEDS = 200, 16, 32, (13, 21, 42)
-"""The budget of every run; ``LENGTH`` is the most tokens of a text."""
-
 ROUNDS, TOKENS = 7, 64
 """Of the timings: steps of each kind, and tokens of a text."""
-
-RESULTS = Path(__file__).parent / "results" / "methods"
-REQUIRED: dict[str, Any] = {"token_ids": tuple(range(1996, 3996))}
-"""Values of fields that have no default: the two thousand commonest whole words of BERT's vocabulary."""
-
-
-def recipe(name: str) -> Method:
-    """The method with its defaults."""
-    needed = {field.name for field in dataclasses.fields(methods[name])} & REQUIRED.keys()
-    return methods[name](**{field: REQUIRED[field] for field in needed})
 
 
 def device() -> str:
@@ -82,6 +67,7 @@ def train_once(name: str, data: TaskData, seed: int, steps: int) -> dict[str, An
     return {
         "method": name,
         "seed": seed,
+        **asked(name),
         "steps": result.steps,
         "length": LENGTH,
         "accuracy": round(sum(right) / len(right), 5),
@@ -89,6 +75,7 @@ def train_once(name: str, data: TaskData, seed: int, steps: int) -> dict[str, An
         "total": result.total_parameters,
         "file_bytes": result.delta_bytes,
         "device": device(),
+        "answers": len(set(said)),
         "right": "".join(map(str, right)),
     }
 
@@ -99,7 +86,7 @@ def train(names: Sequence[str], seeds: Sequence[int], steps: int) -> None:
     for seed in seeds:
         for task in TASKS:
             data, file = load_task(task), RESULTS / f"{task}.jsonl"
-            done = {(run["method"], run["seed"]) for run in lines(file)}
+            done = {(run["method"], run["seed"]) for run in lines(file) if not is_stale(run)}
             for name in names:
                 if (name, seed) in done:
                     continue
@@ -112,11 +99,6 @@ def train(names: Sequence[str], seeds: Sequence[int], steps: int) -> None:
                 with file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(run) + "\n")
                 print(f"{task} {name} {seed}: {run['accuracy']:.4f}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    """The runs a file holds."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 class Trained:
@@ -188,6 +170,19 @@ def cost(names: Sequence[str]) -> None:
     (RESULTS / "cost.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def ground() -> dict[str, Any]:
+    """What the page needs besides the runs: how many numbers train of each method, and the truth of the test rows."""
+    backbone = load_backbone(BACKBONE, auto_class="AutoModelForSequenceClassification", num_labels=5)
+    trained: dict[str, int] = {}
+    for name in methods:
+        delta = dt.attach(backbone, recipe(name))
+        trained[name], total = delta.budget().delta, delta.budget().N
+        dt.detach(delta)
+    found = {task: load_task(task) for task in TASKS}
+    labels = {task: "".join(str(data.task.kind.reference(data.task, row)) for row in data.test) for task, data in found.items()}
+    return {"total": total, "trained": trained, "labels": labels}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["train", "cost", "cost-of", "page"], nargs="?", default="train")
@@ -195,16 +190,17 @@ if __name__ == "__main__":
     parser.add_argument("--part", default="0/1", help="k/n: every n-th run of a seed from the k-th on, for several processes")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    asked = parser.parse_args()
-    chosen = asked.names or [name for name in methods if name != "full"] + ["full"]
-    k, n = map(int, asked.part.split("/"))
-    if asked.verb == "train":
-        train(chosen[k::n], asked.seeds, asked.steps)
-    elif asked.verb == "cost":
+    given = parser.parse_args()
+    chosen = given.names or [name for name in methods if name != "full"] + ["full"]
+    k, n = map(int, given.part.split("/"))
+    if given.verb == "train":
+        train(chosen[k::n], given.seeds, given.steps)
+    elif given.verb == "cost":
         cost([name for name in chosen if methods[name].trains])
-    elif asked.verb == "cost-of":
+    elif given.verb == "cost-of":
         print(json.dumps(cost_of(chosen[0])))
     else:
         from methods_page import write
 
+        (RESULTS / "ground.json").write_text(json.dumps(ground(), indent=1) + "\n", encoding="utf-8")
         write()

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from methods_runs import BATCH, RESULTS, SEEDS, TASKS, Run, collapsed, is_stale, read, runs_of
 
 from deltatune.methods import methods
 from deltatune.methods.fields import summary_of
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "methods"
-PAGE = HERE.parent / "docs" / "methods.md"
-PACKAGED = HERE.parent / "deltatune" / "methods" / "measured.json"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+PACKAGED = ROOT / "deltatune" / "methods" / "measured.json"
 FAMILIES = ("addition", "specification", "reparameterization", "baseline")
+PROBE = "linear-probe"
 DRAWS = 4000
 REASONS: dict[str, str] = {}
-"""Method -> why its defaults do not beat the linear probe within the budget, and what setting does."""
+"""Method -> why its defaults miss the linear probe within the budget, and which setting does not."""
 
 
 @dataclass(frozen=True)
@@ -33,133 +35,172 @@ class Score:
         spread: standard deviation over the seeds; None with one.
         low: lower end of the 95% interval of the mean.
         seeds: how many.
+        collapsed: with how many of them it gave every test row the same answer.
+        stale: a run had other defaults than today's.
     """
 
     mean: float
     spread: float | None
     low: float
     seeds: int
+    collapsed: int = 0
+    stale: bool = False
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.spread is None else f" ± {self.spread:.3f}")
 
+    @property
+    def marks(self) -> str:
+        """What a reader must know beside the number."""
+        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        told = [seeds] if self.seeds < len(SEEDS) else []
+        told += ["one answer" + (f" with {self.collapsed} of them" if self.collapsed < self.seeds else "")] if self.collapsed else []
+        told += ["stale"] if self.stale else []
+        return f" ({', '.join(told)})" if told else ""
 
-def score_of(runs: Sequence[Mapping[str, Any]]) -> Score:
+
+@cache
+def draws(count: int) -> np.ndarray[Any, Any]:
+    """How often each of so many things is drawn, (DRAWS, count), with replacement; the same for every method."""
+    return np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(float)
+
+
+def score_of(runs: Sequence[Run], labels: str) -> Score:
     """Mean, spread and interval; the bootstrap draws test rows, the same ones for every seed, and seeds."""
     right = np.array([[int(one) for one in run["right"]] for run in runs], dtype=float)  # (seeds, rows)
-    generator = np.random.default_rng(0)
     seeds, rows = right.shape
-    means = [right[generator.integers(seeds, size=seeds)][:, generator.integers(rows, size=rows)].mean() for _ in range(DRAWS)]
+    means = ((draws(rows) @ right.T) * draws(seeds)).sum(1) / right.size  # (DRAWS,)
     each = right.mean(1)
-    return Score(float(each.mean()), statistics.stdev(each) if seeds > 1 else None, float(np.quantile(means, 0.025)), seeds)
+    return Score(
+        mean=float(each.mean()),
+        spread=statistics.stdev(each) if seeds > 1 else None,
+        low=float(np.quantile(means, 0.025)),
+        seeds=seeds,
+        collapsed=sum(collapsed(run, labels) for run in runs),
+        stale=any(map(is_stale, runs)),
+    )
 
 
 def scores(results: Path = RESULTS) -> dict[str, dict[str, Score]]:
     """Task -> method -> score."""
-    found: dict[str, dict[str, Score]] = {}
-    for file in sorted(results.glob("*.jsonl")):
-        runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        names = dict.fromkeys(run["method"] for run in runs)
-        found[file.stem] = {name: score_of([run for run in runs if run["method"] == name]) for name in names}
-    return found
+    labels = read("ground", results)["labels"]
+    return {task: {name: score_of(runs, labels[task]) for name, runs in runs_of(task, results).items()} for task in TASKS}
 
 
 def learns(name: str, found: Mapping[str, Mapping[str, Score]]) -> bool:
     """Above the linear probe's mean on at least one task."""
-    return any(name in task and task[name].low > task["linear-probe"].mean for task in found.values() if "linear-probe" in task)
+    return any(name in task and task[name].low > task[PROBE].mean for task in found.values() if PROBE in task)
+
+
+def misses(name: str, found: Mapping[str, Mapping[str, Score]]) -> list[str]:
+    """The tasks where a method scores no better than the linear probe, or gives one answer; all, where it is above it on none."""
+    tasks = [task for task, by in found.items() if name in by and PROBE in by]
+    if not learns(name, found):
+        return tasks
+    return [task for task in tasks if found[task][name].mean <= found[task][PROBE].mean or found[task][name].collapsed]
 
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
-    found, sizes = scores(results), _sizes(results)
-    costs = json.loads((results / "cost.json").read_text(encoding="utf-8")) if (results / "cost.json").exists() else {"rows": {}}
-    runs = [json.loads(line) for file in results.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
-    steps, lengths, devices = (sorted({run[name] for run in runs}) for name in ("steps", "length", "device"))
-    lines = [
-        "# Every method, measured",
-        "",
-        "Written by `benchmarks/methods.py page`; every figure comes from a run of `benchmarks/methods.py train` or `cost`.",
-        "",
-        f"MiniLM, every method with its own defaults and the same budget: {_listed(steps)} steps of 16 texts of up to "
-        f"{_listed(lengths)} tokens, on {_listed(devices)}. Accuracy on all test rows: mean and standard deviation over seeds. "
-        "**Bold**: the lower end of the 95% interval (bootstrap over test rows and seeds) lies above the linear probe's mean. "
-        "Trained share and file size are those of the five-topic task, the head of 149,765 numbers included. Seconds a step and "
-        f"peak memory are ratios to full fine-tuning, measured in turns with it on {costs.get('device', 'no machine yet')}.",
-        "",
-    ]
+    found = scores(results)
+    lines = ["# Every method, measured", "", *_heading(results), ""]
     for family in FAMILIES:
-        lines += [f"## {family.capitalize()}", "", *_table(family, found, sizes, costs["rows"]), ""]
-    reasons = [f"- `{name}`: {REASONS.get(name, 'no reason is known yet.')}" for name in _failing(found)]
+        lines += [f"## {family.capitalize()}", "", *_table(family, found, results), ""]
+    reasons = [_reason(name, tasks, found) for name in methods if methods[name].family != "baseline" and (tasks := misses(name, found))]
     if reasons:
         lines += ["## Not above the linear probe", "", *reasons, ""]
     return "\n".join(lines)
 
 
-def _listed(values: Sequence[Any]) -> str:
-    return "; ".join(map(str, values))
+def _heading(results: Path) -> list[str]:
+    ground, cost = read("ground", results), read("cost", results)
+    runs = [run for task in TASKS for by in runs_of(task, results).values() for run in by if run["steps"]]
+    steps, lengths, seeds, devices = (_listed(run[name] for run in runs) for name in ("steps", "length", "seed", "device"))
+    unsaid = sum("fields" not in run for run in runs)
+    timed = f"on {cost['batch']} texts of {cost['tokens']} tokens, {cost['device']}" if cost else "not yet"
+    return [
+        "Written by `benchmarks/methods.py page`; every figure comes from a run of `benchmarks/methods.py train` or `cost`.",
+        "",
+        f"MiniLM, every method with its own defaults and the same budget: {steps} steps of {BATCH} texts of up to {lengths} tokens, "
+        f"seeds {seeds}, on {devices}. Accuracy on all test rows: mean and standard deviation over the seeds; a score of fewer than "
+        f"{len(SEEDS)} says so. **Bold**: the lower end of the 95% interval (bootstrap over test rows and seeds) lies above the linear "
+        "probe's mean. *One answer*: the same to every test row. *Stale*: a run had other defaults than today's"
+        + (f"; {unsaid} of the {len(runs)} runs are older than the record of that." if unsaid else "."),
+        "",
+        f"*Trained* is the share of the {ground['total']:,} parameters of the backbone with its head that trains, counted before the "
+        "first step, so with a prefix's MLP, a mask's scores or diff pruning's gates; *file* is what is left of it on disk. Both are those "
+        f"of the five-topic task, its head of {ground['trained'][PROBE]:,} numbers included. *Step* (seconds) and *memory* (peak) are "
+        f"ratios to full fine-tuning, measured in turns with it: {timed}.",
+    ]
 
 
-def _table(
-    family: str, found: Mapping[str, Mapping[str, Score]], sizes: Mapping[str, Mapping[str, Any]], costs: Mapping[str, Any]
-) -> list[str]:
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(set(values)))) or "none"
+
+
+def _table(family: str, found: Mapping[str, Mapping[str, Score]], results: Path) -> list[str]:
+    ground, costs = read("ground", results), read("cost", results).get("rows", {})
+    files = _file_bytes(results)
     tasks = list(found)
     lines = [f"| method | what it is | {' | '.join(tasks)} | trained | file | step | memory |", f"|---|---|{'--:|' * (len(tasks) + 4)}"]
     for name in methods:
         if methods[name].family != family:
             continue
-        cells = [_bold(found[task].get(name), found[task].get("linear-probe")) for task in tasks]
-        size = sizes.get(name)
-        shares = ("-", "-") if size is None else (f"{size['trained'] / size['total']:.3%}", f"{size['file_bytes'] / 1e3:,.0f} kB")
+        cells = [_cell(found[task].get(name), found[task].get(PROBE)) for task in tasks]
+        sizes = (f"{_share(name, ground):.3%}", f"{files[name] / 1e3:,.0f} kB" if name in files else "-")
         cost = (f"{costs[name]['step']:.2f}", f"{costs[name]['memory']:.2f}") if name in costs else ("-", "-")
-        lines.append(f"| `{name}` | {summary_of(methods[name])} | {' | '.join([*cells, *shares, *cost])} |")
+        lines.append(f"| `{name}` | {summary_of(methods[name])} | {' | '.join([*cells, *sizes, *cost])} |")
     return lines
 
 
-def _bold(score: Score | None, probe: Score | None) -> str:
+def _share(name: str, ground: Mapping[str, Any]) -> float:
+    return float(ground["trained"][name] / ground["total"])
+
+
+def _cell(score: Score | None, probe: Score | None) -> str:
     if score is None:
         return "-"
-    return f"**{score}**" if probe is not None and score.low > probe.mean else str(score)
+    return (f"**{score}**" if probe is not None and score.low > probe.mean else str(score)) + score.marks
 
 
-def _sizes(results: Path) -> dict[str, dict[str, Any]]:
-    """Method -> its first run on the five-topic task."""
-    file = results / "bbc-news.jsonl"
-    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    return {run["method"]: run for run in reversed(runs)}
+def _file_bytes(results: Path) -> dict[str, int]:
+    """Method -> bytes of its delta's folder on the five-topic task."""
+    return {name: runs[0]["file_bytes"] for name, runs in runs_of(TASKS[0], results).items()}
 
 
-def _failing(found: Mapping[str, Mapping[str, Score]]) -> list[str]:
-    measured = {name for task in found.values() for name in task}
-    return [name for name in methods if name in measured and methods[name].family != "baseline" and not learns(name, found)]
+def _reason(name: str, tasks: Sequence[str], found: Mapping[str, Mapping[str, Score]]) -> str:
+    told = [f"{task} {found[task][name].mean:.3f}{found[task][name].marks}, the probe {found[task][PROBE].mean:.3f}" for task in tasks]
+    return f"- `{name}`: {'; '.join(told)}. {REASONS.get(name, 'No reason is known yet.')}"
 
 
 def packaged(results: Path = RESULTS) -> dict[str, Any]:
     """The same figures for ``deltatune methods show``."""
-    found, sizes = scores(results), _sizes(results)
-    costs = json.loads((results / "cost.json").read_text(encoding="utf-8"))["rows"] if (results / "cost.json").exists() else {}
-    steps = max(run["steps"] for run in sizes.values())
+    found, ground, files, costs = scores(results), read("ground", results), _file_bytes(results), read("cost", results).get("rows", {})
+    steps = max(run["steps"] for runs in runs_of(TASKS[0], results).values() for run in runs)
     rows = {
         name: {
             "scores": {task: (round(by[name].mean, 4), _rounded(by[name].spread)) for task, by in found.items() if name in by},
-            "share": round(size["trained"] / size["total"], 6),
-            "file_bytes": size["file_bytes"],
+            "collapsed": [task for task, by in found.items() if name in by and by[name].collapsed],
+            "share": round(_share(name, ground), 6),
+            "file_bytes": files[name],
             "step": costs.get(name, {}).get("step"),
             "memory": costs.get(name, {}).get("memory"),
         }
-        for name, size in sizes.items()
+        for name in sorted(files)
     }
-    return {"budget": f"MiniLM, {steps} steps of 16", "rows": {name: rows[name] for name in sorted(rows)}}
+    return {"budget": f"MiniLM, {steps} steps of {BATCH}", "rows": rows}
 
 
 def _rounded(spread: float | None) -> float | None:
     return None if spread is None else round(spread, 4)
 
 
+def written(results: Path = RESULTS) -> dict[Path, str]:
+    """The files that are made of the results, and what is to stand in them."""
+    return {PAGE: page(results), PACKAGED: json.dumps(packaged(results), indent=1) + "\n"}
+
+
 def write() -> None:
     """Write the page, and what the package tells of it."""
-    PAGE.write_text(page(), encoding="utf-8")
-    PACKAGED.write_text(json.dumps(packaged(), indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()
+    for file, text in written().items():
+        file.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from deltatune.checkpoint.foreign_files import left_over
 from deltatune.checkpoint.tensors import named
 from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.interface import has_table
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, reduced
-from deltatune.methods.addition.prefix_tuning import PrefixTuning, key_value_shape
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, reduced
+from deltatune.methods.addition.prefix import key_value_shape
+from deltatune.methods.addition.prefix_tuning import PrefixTuning
 from deltatune.methods.specification.full import FullFineTuning
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
-SPELLINGS = {"gelu_orig": "gelu", "swish": "silu", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_new"}
+SAME: tuple[Activation, ...] = get_args(Activation)
+SPELLINGS: dict[str, Activation] = {"gelu_orig": "gelu", "swish": "silu", **{name: name for name in SAME}}
 """What other libraries call an activation -> what we call it."""
 
 
@@ -106,14 +109,14 @@ def rooted(tensors: Mapping[str, Tensor], sites: Index) -> dict[str, Tensor]:
     return {best(key): tensor for key, tensor in tensors.items()}
 
 
-def activation(name: str, file: Path) -> str:
+def activation(name: str, file: Path) -> Activation:
     """An activation in our spelling.
 
     Raises:
         Unsupported: we lack it.
     """
     ours = SPELLINGS.get(name.lower())
-    if ours is None or ours not in ACTIVATIONS:
+    if ours is None:
         raise Unsupported(f"`{file}` has the activation `{name}`, which our adapters lack; they have {', '.join(sorted(ACTIVATIONS))}.")
     return ours
 
@@ -168,7 +171,7 @@ def products(side: str, rule: Tensor, W_left: Tensor, W_right: Tensor, b: Tensor
     return {f"bottleneck.{side}.A": rule.mT, f"bottleneck.{side}.B": (W_left @ W_right).mT, f"bottleneck.{side}.b": b}
 
 
-def through_mlp(tensors: Sequence[Tensor], f: str = "tanh") -> Tensor:
+def through_mlp(tensors: Sequence[Tensor], f: Activation = "tanh") -> Tensor:
     """The prefix that a reparameterising MLP makes of its embedding: (tokens, numbers of all its layers)."""
     wte, W_1, b_1, W_2, b_2 = tensors
     return F.linear(ACTIVATIONS[f](F.linear(wte, W_1, b_1)), W_2, b_2)

@@ -36,6 +36,12 @@ LIFE: dict[type, str] = {
 }
 
 methods = noun("List the delta methods, or show one: its formula, fields, defaults and source.")
+TOGETHER = (
+    "Several deltas act as one by `dt.compose`: sequential, parallel, weighted, gated, or fusion, which is AdapterFusion. "
+    "The guide has them under Several deltas."
+)
+"""What people look for among the methods, but is no recipe for one delta."""
+
 commands.register("methods")(methods)
 
 
@@ -60,7 +66,8 @@ def listing(json: Json = False) -> None:
             drawn.add_section()
             drawn.add_row(Text(heading, style="bold"))
         drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, summary_of(recipe))
-    show(drawn, facts(*MEANINGS.items()), "", quoted("`deltatune methods show NAME` explains one.", style="dim"))
+    hints = (TOGETHER, "`deltatune methods show NAME` explains one.")
+    show(drawn, facts(*MEANINGS.items()), "", *(quoted(hint, style="dim") for hint in hints))
 
 
 @methods.command("show")

@@ -70,7 +70,7 @@ class Fusion(Mixer):
     """AdapterFusion (Pfeiffer et al. 2021): y + sum_i s_i z_i V with s = softmax_i((y Q) . (z_i K)); Q, K, V: (width, width).
 
     An attention over the members for each token: the query is the module's output, keys and values are what the members
-    add to it. Q and K start at N(0, 0.02), V at the identity, near which ``penalty`` keeps it: 0.01 |V - I|^2.
+    add to it. Q and K start at N(0, 0.02^2), V at the identity, near which ``penalty`` keeps it: 0.01 |V - I|^2.
     """
 
     least: ClassVar[int] = 2

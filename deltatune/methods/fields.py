@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -42,7 +42,7 @@ class MethodField:
     @property
     def type_name(self) -> str:
         """The annotation as one writes it: ``int``, ``tuple[int, ...]``, ``str | None``."""
-        return self.hint.__name__ if isinstance(self.hint, type) and not get_args(self.hint) else str(self.hint)
+        return self.hint.__name__ if isinstance(self.hint, type) and not get_args(self.hint) else str(self.hint).replace("typing.", "")
 
     @property
     def default_text(self) -> str:
@@ -79,13 +79,24 @@ def as_written(value: Any) -> str:
 def in_short(name: str, values: Mapping[str, Any]) -> str:
     """A method as one asks for it: fields at their defaults are left out, and all are shown of a method nobody registered.
 
+    Of long lists it shows the beginning.
+
     >>> in_short("lora", {"rank": 4, "alpha": 16.0, "ranks": []})
     'lora rank=4'
+    >>> in_short("trainable-tokens", {"token_ids": range(1000, 1100)})
+    'trainable-tokens token_ids=1000,1001,1002,1003,... (100)'
     """
     defaults = {field.name: field.default for field in fields_of(methods[name])} if name in methods else {}
     usual = {field: as_written(default) for field, default in defaults.items()}
     told = {field: as_written(value) for field, value in values.items()}
-    return " ".join([name, *(f"{field}={said}" for field, said in told.items() if said != usual.get(field))])
+    return " ".join([name, *(f"{field}={_begun(values[field])}" for field, said in told.items() if said != usual.get(field))])
+
+
+def _begun(value: Any) -> str:
+    """As one writes it; of more than a dozen entries the first few, and how many there are."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) <= 12:
+        return as_written(value)
+    return f"{as_written(tuple(value[:4]))},... ({len(value)})"
 
 
 def fields_of(recipe: type[Method]) -> tuple[MethodField, ...]:

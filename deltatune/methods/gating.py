@@ -17,7 +17,7 @@ Reads = Literal["input", "output"]
 
 
 class Gate(nn.Module):
-    """g = mean over a row's positions of sigmoid(x . w + b), with w: (width,) ~ N(0, 0.02) and b = 0, so that g is near one half.
+    """g = mean over a row's positions of sigmoid(x . w + b), with w: (width,) ~ N(0, 0.02^2) and b = 0, so that g is near one half.
 
     Where a model flattens a batch to tokens, as OPT does ahead of its feed-forward network, each token is a row.
     """

@@ -244,7 +244,7 @@ class Reaching(Protocol):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A recipe for a delta: a frozen dataclass of at most eight fields.
+    """A recipe for a delta: a frozen dataclass of fewer than eight fields.
 
     Class attributes:
         family: addition, specification or reparameterization, after Ding et al. 2023; ``baseline`` for the controls.
@@ -287,7 +287,7 @@ class Spelled(Protocol):
     """A method that may be written in words; ``dt.train`` spells it before it attaches, a loop of your own calls ``spell`` itself."""
 
     def spell(self, tokenizer: Any, labels: Sequence[str]) -> Method:
-        """The same recipe with token ids in place of words, which needs no tokenizer from then on; itself where it has no words.
+        """The same recipe with token ids in place of words, which needs no tokenizer from then on; itself where it has none left.
 
         Args:
             tokenizer: the backbone's, as of transformers.

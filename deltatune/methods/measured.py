@@ -15,10 +15,11 @@ class Measured:
 
     Attributes:
         scores: task -> mean accuracy and its standard deviation over the seeds (None with one seed).
-        share: trained parameters, as a share of the backbone's.
+        share: what trains, before anything is dropped or pruned, as a share of the backbone's parameters.
         file_bytes: of the delta's folder, head included.
         step: seconds a step, as a ratio to full fine-tuning; None where nothing trains.
         memory: peak memory, as a ratio to full fine-tuning.
+        collapsed: tasks on which it gave every test row the same answer.
     """
 
     scores: dict[str, tuple[float, float | None]]
@@ -26,9 +27,12 @@ class Measured:
     file_bytes: int
     step: float | None
     memory: float | None
+    collapsed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        scores = [f"{task} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}") for task, (mean, spread) in self.scores.items()]
+        scores = [
+            f"{task} {_told(*score)}" + " (one answer to every text)" * (task in self.collapsed) for task, score in self.scores.items()
+        ]
         costs = [f"{word} {ratio:.2f}" for word, ratio in (("step", self.step), ("memory", self.memory)) if ratio is not None]
         sizes = [f"{self.share:.3%} of the parameters", f"{self.file_bytes / 1e3:,.0f} kB"]
         return "; ".join([", ".join(scores), ", ".join(sizes), *([", ".join(costs) + " of full fine-tuning's"] if costs else [])])
@@ -44,12 +48,16 @@ def measured(name: str) -> Measured | None:
     if row is None:
         return None
     scores = {task: (float(mean), None if spread is None else float(spread)) for task, (mean, spread) in row["scores"].items()}
-    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"])
+    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"], tuple(row["collapsed"]))
 
 
 def budget() -> str:
     """What every method was given, in words."""
     return str(_table()["budget"])
+
+
+def _told(mean: float, spread: float | None) -> str:
+    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 @cache

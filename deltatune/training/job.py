@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -50,6 +50,7 @@ class Job:
         deltas: the deltas that train, one a method.
         saved: what is saved: the delta, or the composition of several.
         lr: the peak learning rate.
+        size: how many numbers train, counted when the job is made: exporting and pruning leave fewer.
     """
 
     name: str | None
@@ -60,6 +61,10 @@ class Job:
     deltas: list[Delta]
     saved: Delta | Composition
     lr: float
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sum(one.budget().delta for one in self.trained)
 
     @property
     def trained(self) -> list[Trained]:
@@ -70,7 +75,7 @@ class Job:
     @property
     def trains(self) -> bool:
         """Something of them wants gradients; not of a control."""
-        return any(one.budget().delta for one in self.trained)
+        return self.size > 0
 
     @property
     def metric(self) -> str:

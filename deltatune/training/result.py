@@ -28,7 +28,8 @@ class Result:
         metrics: all of the task's metrics on the test rows.
         intervals: 95 % bootstrap intervals of these metrics over the test rows.
         degenerate: the model says the same to every test row, though the truth differs.
-        trainable_parameters: how many numbers were trained.
+        trainable_parameters: how many numbers were trained, counted ahead of the first step.
+        stored_parameters: how many of them the final form has: a prefix leaves its MLP behind, diff pruning what it prunes.
         total_parameters: of the backbone.
         seconds: the training took, evaluations and checkpoints included.
         seconds_per_step: median of an optimiser step.
@@ -49,6 +50,7 @@ class Result:
     intervals: dict[str, tuple[float, float]]
     degenerate: bool
     trainable_parameters: int
+    stored_parameters: int
     total_parameters: int
     seconds: float
     seconds_per_step: float

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from deltatune.backbones.catalogue import backbones
 from deltatune.cli.terminal import quoted, share, size
+from deltatune.injection.slot import How
 from deltatune.methods.kinds import methods
 from deltatune.tasks import Task, get_task, tasks
 from tests.cli.conftest import Call
@@ -30,6 +32,8 @@ def test_methods(words: tuple[str, ...], call: Call) -> None:
     assert found["adapter"]["sub_family"] == "adapter-like"
     shown = call(*words).out
     assert [name for name in methods if f" {name} " not in shown] == []
+    told = " ".join(shown.split())
+    assert f"by dt.compose: {', '.join(get_args(How)[:-1])}, or {get_args(How)[-1]}, which is AdapterFusion." in told
 
 
 @pytest.mark.parametrize("name", sorted(methods))

@@ -64,7 +64,7 @@ def test_outputs_and_gradients_equal_the_reference_by_hand(name: str) -> None:
     wanted = torch.autograd.grad(sum((row * g).sum() for row, g in zip(theirs, directions, strict=True)), parameters)
     for one, other in zip(found, wanted, strict=True):
         assert other.abs().max() > 0
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -129,8 +129,8 @@ def test_outputs_and_gradients_equal_peft(name: str, side: str) -> None:
     wanted = wanted.view(VIRTUAL, -1, heads, head_dim).permute(1, 2, 0, 3)
     assert wanted.abs().max() > 1e-3
     for entry in delta.entries:
-        torch.testing.assert_close(entry.patch.P_k.grad, wanted[2 * entry.site.layer], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(entry.patch.P_v.grad, wanted[2 * entry.site.layer + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(entry.patch.P_k.grad, wanted[2 * entry.site.layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entry.patch.P_v.grad, wanted[2 * entry.site.layer + 1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", DECODERS)

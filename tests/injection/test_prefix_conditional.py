@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.injection.prefix import PrefixAct
 from deltatune.methods import PrefixTuning
-from deltatune.methods.addition.prefix_tuning import key_value_shape
+from deltatune.methods.addition.prefix import key_value_shape
 from deltatune.methods.kinds import ConditionalPrefixPatch, Family, Kind, Method, Patch
 from deltatune.structure.site import Site
 from tests.models import MODELS, output

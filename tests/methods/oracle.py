@@ -61,5 +61,5 @@ def compare_with_peft(
     expected.square().mean().backward()
     for name, (own, other) in pairs.items():
         assert own.grad is not None and other.grad is not None, name
-        torch.testing.assert_close(own.grad, shape(name, other.grad), atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(own.grad, shape(name, other.grad), atol=1e-5, rtol=1e-5, msg=name)
     return delta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.attach import attach
 from deltatune.injection.delta import Delta
 from deltatune.methods import FISHMask
+from deltatune.methods.specification.fish_mask import fisher
 from deltatune.methods.specification.sparse import SparseDifference
 from deltatune.training.life import Life
 from tests.conformance.cells import fresh, shake
@@ -33,8 +35,9 @@ def _batches(count: int = 3, rows: int = 4) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _fisher_by_hand(names: list[str], samples: int) -> dict[str, Tensor]:
+def _fisher_by_hand(names: list[str], samples: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     backbone, _ = fresh("bert")
+    backbone.to(dtype)
     rows = [{name: value[k : k + 1] for name, value in batch.items()} for batch in _batches() for k in range(4)]
     sums = {name: torch.zeros_like(backbone.get_parameter(name)) for name in names}
     for row in rows[:samples]:
@@ -44,6 +47,29 @@ def _fisher_by_hand(names: list[str], samples: int) -> dict[str, Tensor]:
             gradient = backbone.get_parameter(name).grad
             sums[name] += 0 if gradient is None else gradient.square()
     return sums
+
+
+def test_the_formulas_in_double_precision() -> None:
+    """F = sum of squared gradients, example by example; theta' = theta + sum_j v_j e_{i_j}."""
+    backbone, inputs = fresh("bert")
+    thetas = {name: parameter.detach().clone() for name, parameter in backbone.double().named_parameters()}
+    plain = copy.deepcopy(backbone)
+    delta = attach(backbone, FISHMask(density=0.02), head=False)
+    backbone.double()
+    patches = _patches(delta)
+    rows = [{name: value[k : k + 1] for name, value in batch.items()} for batch in _batches() for k in range(4)]
+    scores = dict(zip(patches, fisher(list(patches.values()), backbone, rows[:5]), strict=True))
+    for name, expected in _fisher_by_hand(list(patches), 5, torch.float64).items():
+        torch.testing.assert_close(scores[name].double().view_as(expected), expected, atol=1e-10, rtol=1e-10, msg=name)
+    shake(delta)
+    for name, patch in patches.items():
+        flat = thetas[name].flatten()
+        for position, value in zip(patch.index.tolist(), patch.values.detach(), strict=True):
+            flat[position] += value
+        thetas[name] = flat.view_as(thetas[name])
+    with torch.no_grad():
+        expected = torch.func.functional_call(plain, thetas, (), inputs).logits
+        torch.testing.assert_close(output(backbone, inputs), expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("samples", [5, 100])

@@ -75,6 +75,26 @@ def test_parameters() -> None:
     assert dt.attach(model, LoReFT(4)).budget().delta == 2 * (2 * 4 * HIDDEN + 4)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_edits_of_some_tokens_are_the_formula_in_double_precision(name: str) -> None:
+    model, _ = MODELS[name]()
+    inputs = tokens(padding=2)
+    plain = copy.deepcopy(model.double())
+    delta = dt.attach(model, LoReFT(4, first=2, last=3), layers=[0], head=False)
+    patch = delta.patches[0].double()
+    A, W, b = (patch.get_parameter(f"intervention.{letter}") for letter in "AWb")
+    with torch.no_grad():
+        A.add_(0.3 * torch.randn(A.shape))
+    R = gram_schmidt(A)
+    found, y = layers_of(model, lambda: model(**inputs))[0], layers_of(plain, lambda: plain(**inputs))[0]
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        places = mask.nonzero()[:, 0].tolist()
+        for place in places:
+            h = y[row, place]
+            edited = h + R.T @ (W @ h + b - R @ h) if place in (*places[:2], *places[-3:]) else h
+            torch.testing.assert_close(found[row, place], edited, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("name", TEXT)
 def test_first_and_last_real_tokens_are_edited(name: str, side: str) -> None:

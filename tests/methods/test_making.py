@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import pytest
 from torch import nn
 
 from deltatune.errors import InvalidValue, UnknownName
-from deltatune.methods import LoRA, PromptTuning
+from deltatune.methods import Adapter, LoRA, PromptTuning
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation
 from deltatune.methods.fields import REQUIRED, fields_of, formula_of, in_words, summary_of
 from deltatune.methods.kinds import Method, Patch, methods
 from deltatune.methods.making import make, pairs, settings_of
 from deltatune.structure.site import Site
+from tests.project import ROOT
 
 BUILT_IN = sorted(methods)
 
@@ -60,6 +63,7 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> None:
         ("prompt-tuning", {"init_ids": "[3, 4]", "init": "random"}, PromptTuning(init_ids=(3, 4), init="random")),
         ("prompt-tuning", {"init_ids": [3, 4]}, PromptTuning(init_ids=(3, 4))),
         ("prompt-tuning", {"init_ids": ""}, PromptTuning()),
+        ("adapter", {"activation": "gelu_new"}, Adapter(activation="gelu_new")),
         ("sample", {"needed": "1", "mode": "slow", "level": "2"}, Sample(1, "slow", 2)),
         ("sample", {"needed": 1, "perhaps": "none", "number_or_name": "7"}, Sample(1, number_or_name=7)),
         ("sample", {"needed": 1, "perhaps": "0.5", "number_or_name": "seven"}, Sample(1, perhaps=0.5, number_or_name="seven")),
@@ -83,7 +87,9 @@ def test_settings_become_the_types_of_the_fields(name: str, settings: dict[str, 
         ("lora", {"alpha": "inf"}, "`alpha` takes a number"),
         ("lora", {"rank_stabilized": "maybe"}, "true or false"),
         ("lora", {"rank_stabilized": 1}, "true or false"),
-        ("prompt-tuning", {"init": 3}, "takes a text"),
+        ("prompt-tuning", {"init": 3}, "one of `vocabulary`, `random`, `labels`, `text`"),
+        ("prompt-tuning", {"init_text": 3}, "takes a text"),
+        ("adapter", {"activation": "mish"}, "one of `gelu`, `gelu_new`, `relu`, `silu`, `tanh`"),
         ("prompt-tuning", {"init_ids": "1,x"}, "whole numbers with commas"),
         ("sample", {}, "Sample needs a value for `needed`: a whole number. Set it, as in needed=8"),
         ("sample", {"needed": 1, "mode": "medium"}, "one of `fast`, `slow`"),
@@ -142,3 +148,18 @@ def test_fields_say_what_they_take() -> None:
 def test_a_method_has_at_most_eight_fields(name: str) -> None:
     """A variant that would need more is a method of its own."""
     assert len(fields_of(methods[name])) <= 8
+
+
+def test_activations_are_told_as_they_are_taken() -> None:
+    found = {name: field for name in methods for field in fields_of(methods[name]) if field.name == "activation"}
+    assert len(found) > 10
+    assert {in_words(field.hint) for field in found.values()} == {"one of " + ", ".join(f"`{name}`" for name in ACTIVATIONS)}
+    assert [settings_of(make("adapter", {"activation": name}))["activation"] for name in ACTIVATIONS] == list(get_args(Activation))
+
+
+def test_normal_distributions_are_written_with_their_variance() -> None:
+    """N(0, sigma^2) in every docstring and page, or N(0, 1)."""
+    files = [*(ROOT / "deltatune").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    told = {(path.name, found) for path in files for found in re.findall(r"N\(0, ([^()]*)\)", path.read_text(encoding="utf-8"))}
+    assert len(told) > 10
+    assert {(name, variance) for name, variance in told if variance != "1" and not variance.endswith("^2")} == set()

@@ -16,19 +16,21 @@ ROW: dict[str, Any] = {
     "file_bytes": 310_227,
     "step": 0.71,
     "memory": 0.5,
+    "collapsed": [],
 }
+FROZEN: dict[str, Any] = {"step": None, "memory": None, "collapsed": ["tweet-sentiment"]}
 
 
 def test_a_row_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        module, "_table", lambda: {"budget": "MiniLM", "rows": {"lora": ROW, "frozen": ROW | {"step": None, "memory": None}}}
-    )
+    monkeypatch.setattr(module, "_table", lambda: {"budget": "MiniLM", "rows": {"lora": ROW, "frozen": ROW | FROZEN}})
     row = measured("lora")
     assert row == Measured({"bbc-news": (0.9512, 0.004), "tweet-sentiment": (0.61, None)}, 0.00333, 310_227, 0.71, 0.5)
     assert str(row) == (
         "bbc-news 0.951 ± 0.004, tweet-sentiment 0.610; 0.333% of the parameters, 310 kB; step 0.71, memory 0.50 of full fine-tuning's"
     )
-    assert str(measured("frozen")).endswith("310 kB")
+    assert str(measured("frozen")) == (
+        "bbc-news 0.951 ± 0.004, tweet-sentiment 0.610 (one answer to every text); 0.333% of the parameters, 310 kB"
+    )
     assert measured("bitfit") is None
 
 

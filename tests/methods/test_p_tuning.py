@@ -101,7 +101,7 @@ def test_decoders_equal_peft(name: str) -> None:
     wanted = torch.autograd.grad((theirs * direction).sum(), [theirs_of[key] for key in names])
     for one, other in zip(found, wanted, strict=True):
         assert other.abs().max() > 0
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart"])

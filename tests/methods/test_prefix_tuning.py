@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.errors import InvalidValue, NoSite
 from deltatune.injection.delta import Delta
-from deltatune.methods import PrefixTuning, PTuningV2
+from deltatune.methods import Method, PrefixTuning, PTuningV2
 from tests.injection.by_hand import plain_eager, row_by_row
 from tests.models import HIDDEN, LENGTH, MODELS, output, tokens
 
@@ -61,6 +61,41 @@ def test_a_prefix_is_a_gated_parallel_adapter_in_every_head(name: str) -> None:
         real = inputs["attention_mask"].bool()
         torch.testing.assert_close(seen["h"][..., rows][real], gated[real], atol=1e-10, rtol=1e-10)
         assert 0.01 < mass.min() < mass.max() < 0.999
+
+
+def shaken(delta: Delta) -> None:
+    """Away from where it started, in double precision."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("method", [PrefixTuning(VIRTUAL, mid_dim=6), PTuningV2(VIRTUAL)], ids=lambda method: type(method).__name__)
+def test_every_attention_has_its_prefix_in_double_precision(method: Method, name: str) -> None:
+    """softmax(Q [P_k; K]^T / sqrt(d)) [P_v; V] row by row, with P = tanh(E W_1^T + c_1) W_2^T + c_2, or P as it is."""
+    model, _ = MODELS[name]()
+    inputs = tokens(padding=2)
+    plain = plain_eager(model.double())
+    delta = dt.attach(model, method, head=False)
+    model.double()
+    shaken(delta)
+    prefixes: dict[str, tuple[Tensor, Tensor]] = {}
+    shared = {key.removeprefix("shared."): tensor for key, tensor in delta.state_dict().items() if key.startswith("shared.")}
+    for entry in delta.entries:
+        w = dict(entry.patch.named_parameters())
+        if isinstance(method, PrefixTuning):
+            H = torch.tanh(shared["E"] @ shared["W_1"].T + shared["c_1"])
+            P = H @ w["W_2"].T + w["c_2"]  # (tokens, keys and values of all heads)
+            prefixes[entry.site.path] = heads(P[None, :, :HIDDEN])[0], heads(P[None, :, HIDDEN:])[0]
+        else:
+            prefixes[entry.site.path] = w["P_k"], w["P_v"]
+    theirs = row_by_row(plain, prefixes, inputs, VIRTUAL)
+    with torch.no_grad():
+        ours = output(model, inputs)
+    for row, wanted, mask in zip(ours, theirs, inputs["attention_mask"].bool(), strict=True):
+        torch.testing.assert_close(row if name == "bert" else row[mask], wanted, atol=1e-10, rtol=1e-10)
 
 
 def copied(delta: Delta, whole: Delta) -> None:

@@ -10,15 +10,20 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.backbones import load_tokenizer
 from deltatune.errors import InvalidValue
 from deltatune.methods import PromptTuning
+from deltatune.methods.addition.prompt_tuning import frequent_words
 from deltatune.methods.making import make, settings_of
 from tests.models import MODELS, output
 from tests.training import tiny
 
 
 class Letters:
-    """A tokenizer of single letters: a blank is a token of its own."""
+    """A tokenizer of single letters, so of no whole words: a blank is a token of its own."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         assert not add_special_tokens
@@ -48,6 +53,28 @@ def test_label_words_become_the_means_of_their_tokens() -> None:
 
 def test_a_word_is_read_as_it_stands_in_a_text() -> None:
     assert PromptTuning(2, init="labels").spell(Marked(), ["no"]).init_ids == (48, 79)
+
+
+@pytest.mark.parametrize("method", [PromptTuning(50), PromptTuning(50, init="labels"), PromptTuning(50, init="text", init_text="the goal")])
+def test_frequent_tokens_are_whole_words_to_who_has_a_tokenizer(method: PromptTuning) -> None:
+    """The words of BERT's vocabulary begin with `the` at 1996: unused entries, marks and single characters stand ahead of it."""
+    tokenizer = load_tokenizer("minilm")
+    torch.manual_seed(0)
+    spelled = method.spell(tokenizer, ["sport", "money"])
+    assert spelled.spell(tokenizer, []) is spelled, "spelled to the end"
+    assert len(spelled.init_lengths or spelled.init_ids) == 50
+    drawn = tokenizer.convert_ids_to_tokens(list(spelled.init_ids[2:]))
+    assert len(set(drawn)) > 40
+    assert all(word.isalpha() and len(word) > 1 for word in drawn)
+
+
+def test_the_commonest_words_come_in_the_order_of_their_ids() -> None:
+    found = frequent_words(load_tokenizer("minilm"), 5000)
+    assert found[:3] == [1996, 1997, 1998] and found == sorted(set(found)) and len(found) == 5000
+    assert found[-1] < 10_000, "none of the rare ones"
+    tokenizer = tiny.tokenizer()
+    words = {*tiny.COMMON, *tiny.LABELS, "Topic", *(word for group in tiny.WORDS.values() for word in group)} - {"a"}
+    assert set(tokenizer.convert_ids_to_tokens(frequent_words(tokenizer, 5000))) == words
 
 
 def test_a_short_prompt_takes_as_many_words_as_fit() -> None:
@@ -117,6 +144,8 @@ def test_training_spells_the_recipe_and_saves_it_so(name: str, tmp_path: Path) -
     method = PromptTuning(4, init="labels")
     result = dt.train(model, tiny.data(), method, tokenizer=tokenizer, max_steps=1, batch_size=4, out=tmp_path / "run", progress="none")
     ids = tuple(tokenizer.convert_tokens_to_ids(list(tiny.LABELS)))
-    assert result.deltas[0].method == PromptTuning(4, init_ids=ids, init_lengths=(1, 1, 1))
+    spelled = result.deltas[0].method
+    assert isinstance(spelled, PromptTuning)
+    assert (spelled.init, spelled.init_ids[:3], spelled.init_lengths) == ("vocabulary", ids, (1, 1, 1, 1))
     saved = json.loads((tmp_path / "run" / "delta" / "delta.json").read_text())
-    assert str(list(ids)).replace(" ", "") in json.dumps(saved).replace(" ", "")
+    assert str(list(spelled.init_ids)).replace(" ", "") in json.dumps(saved).replace(" ", "")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import TrainableTokensConfig
@@ -10,7 +13,17 @@ from torch import nn
 from deltatune.errors import InvalidValue, NoSite
 from deltatune.injection.attach import attach
 from deltatune.injection.merge import merge
-from deltatune.methods import BitFit, FullFineTuning, LinearProbe, PartialBitFit, TrainableTokens
+from deltatune.methods import (
+    BitFit,
+    FullFineTuning,
+    LastLayer,
+    LastLayers,
+    LinearProbe,
+    Method,
+    PartialBitFit,
+    SelectiveModules,
+    TrainableTokens,
+)
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.methods.specification.bitfit import AddedBias, BiasRows
 from tests.conformance.cells import fresh, shake
@@ -137,6 +150,55 @@ def test_full_fine_tuning_trains_every_parameter_once(model: str) -> None:
     assert sorted(map(id, delta.parameters())) == sorted(everything)
     budget = delta.budget()
     assert budget.N == budget.M == budget.delta == sum(everything.values())
+
+
+def below(*starts: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(starts)
+
+
+CHOSEN: list[tuple[Method, Callable[[str], bool]]] = [
+    (FullFineTuning(), below("")),
+    (LastLayer(), below("bert.encoder.layer.1.", "classifier.")),
+    (LastLayers(portion=0.5), below("bert.encoder.layer.1.", "classifier.")),
+    (LastLayers(portion=1.0), below("bert.encoder.", "classifier.")),
+    (LinearProbe(), below("classifier.")),
+    (PartialBitFit(), lambda name: name.endswith(("query.bias", "intermediate.dense.bias")) or name.startswith("classifier.")),
+    (
+        SelectiveModules(budget=0.25, seed=1),
+        below(
+            "bert.encoder.layer.0.attention.self.value.",
+            "bert.encoder.layer.1.attention.self.value.",
+            "bert.encoder.layer.1.intermediate.dense.",
+            "classifier.",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "chosen"), CHOSEN, ids=lambda value: str(value) if isinstance(value, Method) else "")
+def test_what_is_selected_acts_by_the_formula(method: Method, chosen: Callable[[str], bool]) -> None:
+    """theta_i' = theta_i + delta_i for i in W and theta_i' = theta_i for all others: outputs, and gradients of W alone."""
+    backbone, inputs = fresh("bert")
+    thetas = {name: parameter.detach().clone().requires_grad_() for name, parameter in backbone.double().named_parameters()}
+    plain = copy.deepcopy(backbone)
+    delta = attach(backbone, method)
+    W = {name for name in thetas if chosen(name)}
+    assert {name for name, parameter in backbone.named_parameters() if parameter.requires_grad} == W
+    generator = torch.Generator().manual_seed(5)
+    changes = {name: 0.1 * torch.randn(thetas[name].shape, generator=generator, dtype=torch.float64) for name in sorted(W)}
+    with torch.no_grad():
+        for name, change in changes.items():
+            backbone.get_parameter(name).add_(change)
+    changed = {name: theta + changes[name] if name in W else theta for name, theta in thetas.items()}
+    expected = torch.func.functional_call(plain, changed, (), inputs).logits
+    found = output(backbone, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for name in W:
+        gradient, by_hand = backbone.get_parameter(name).grad, thetas[name].grad
+        torch.testing.assert_close(gradient, by_hand, atol=1e-10, rtol=1e-10, msg=name)
+    assert delta.budget().delta == sum(thetas[name].numel() for name in W)
 
 
 @pytest.mark.parametrize(("model", "names"), [("bert", ["classifier.bias", "classifier.weight"]), ("vit", None), ("roberta", None)])

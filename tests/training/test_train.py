@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 import deltatune as dt
 from deltatune.errors import CheckpointError, Diverged, InvalidValue, NoSite, OutputError, UnknownName, Unsupported
-from deltatune.methods import IA3, BitFit, LoRA
+from deltatune.methods import IA3, BitFit, DiffPruning, LoRA, Masking, Method, PrefixTuning
 from deltatune.training import files
 from deltatune.training.predict import Predictor, evaluate, predict
 from deltatune.training.run import read_run
@@ -119,6 +119,15 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert result.line().keys() == {"score", "metric", "trainable_parameters", "total_parameters", "seconds", "delta_bytes", "out"}
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out).where == "attention.*"
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(3, mid_dim=8), Masking(), DiffPruning(density=0.1)], ids=lambda one: type(one).__name__)
+def test_what_trained_is_counted_before_the_final_form_and_what_is_stored_behind_it(method: Method) -> None:
+    fresh = dt.attach(tiny.backbone("bert"), method).budget()
+    result = quick(method=method, max_steps=2, evaluations=0)
+    assert result.trainable_parameters == fresh.delta
+    assert result.stored_parameters == result.deltas[0].budget().delta < fresh.delta
+    assert result.total_parameters == fresh.N
 
 
 def test_a_control_is_only_scored(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from deltatune.checkpoint.foreign_shapes import (
 )
 from deltatune.errors import CheckpointError, Unsupported
 from deltatune.methods.addition.adapter import Adapter
+from deltatune.methods.addition.bottleneck import Activation
 from deltatune.methods.addition.compacter import Compacter
 from deltatune.methods.addition.pfeiffer_adapter import PfeifferAdapter
 from deltatune.methods.addition.phm_adapter import PHMAdapter
@@ -48,7 +49,7 @@ def read_bottleneck(content: Content) -> list[Part]:
     return [read(content, found, activation(fields.take("non_linearity", "relu"), fields.file))]
 
 
-def _reading(fields: Fields) -> Callable[[Content, dict[str, dict[str, Tensor]], str], Part]:
+def _reading(fields: Fields) -> Callable[[Content, dict[str, dict[str, Tensor]], Activation], Part]:
     """What reads this form of bottleneck."""
     products, parallel = fields.take("phm_layer", False), fields.take("is_parallel", False)
     behind_norm, residual = fields.take("original_ln_before", False), fields.take("residual_before_ln", True, bool, str)
@@ -97,7 +98,7 @@ def _one_width(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> i
     return widths.pop()
 
 
-def _read_serial(content: Content, found: dict[str, dict[str, Tensor]], f: str) -> Part:
+def _read_serial(content: Content, found: dict[str, dict[str, Tensor]], f: Activation) -> Part:
     """h + s U f(D h) behind the sub-layer, with s written into U."""
     scale = _constant_scale(content, found)
     method = Adapter(_one_width(content, found), f)
@@ -118,7 +119,7 @@ def _constant_scale(content: Content, found: Mapping[str, Mapping[str, Tensor]])
     return scale
 
 
-def _read_of_stream(content: Content, found: dict[str, dict[str, Tensor]], f: str) -> Part:
+def _read_of_stream(content: Content, found: dict[str, dict[str, Tensor]], f: Activation) -> Part:
     """N(s + U f(D N(s))) of the residual stream s, where a norm N is behind it; elsewhere s + U f(D s): Pfeiffer's."""
     scale = _constant_scale(content, found)
     tensors, sizes = {}, []
@@ -131,7 +132,7 @@ def _read_of_stream(content: Content, found: dict[str, dict[str, Tensor]], f: st
     return Part("adapter", PfeifferAdapter(one_reduction(sizes), f), tensors)
 
 
-def _read_parallel(content: Content, found: dict[str, dict[str, Tensor]], f: str) -> Part:
+def _read_parallel(content: Content, found: dict[str, dict[str, Tensor]], f: Activation) -> Part:
     """h + s U f(D x) beside the sub-layer, x its residual."""
     _plain(content)
     if content.model_type not in AFTER_THE_NORM:
@@ -152,7 +153,7 @@ def _read_parallel(content: Content, found: dict[str, dict[str, Tensor]], f: str
     return Part("parallel", method, tensors)
 
 
-def _read_products(content: Content, found: dict[str, dict[str, Tensor]], f: str) -> Part:
+def _read_products(content: Content, found: dict[str, dict[str, Tensor]], f: Activation) -> Part:
     """Compacter: maps sum_i A_i (x) (l_i r_i), with one rule A for all of them, or one for each."""
     fields = content.fields
     for field in ("factorized_phm_rule", "shared_W_phm"):
@@ -181,7 +182,7 @@ def _maps(content: Content, path: str, group: Mapping[str, Tensor], extra: Mappi
     return maps
 
 
-def _read_shared_rule(content: Content, found: dict[str, dict[str, Tensor]], n: int, rank: int, f: str) -> Part:
+def _read_shared_rule(content: Content, found: dict[str, dict[str, Tensor]], n: int, rank: int, f: Activation) -> Part:
     rules = [group for group in content.modules("shared_parameters").values() if "phm_rule" in group]
     if len(rules) != 1:
         raise CheckpointError(
@@ -199,7 +200,7 @@ def _read_shared_rule(content: Content, found: dict[str, dict[str, Tensor]], n: 
     return Part("compacter", Compacter(n, one_reduction(sizes, n), rank, f), tensors, shared={"A": rule.mT})
 
 
-def _read_own_rules(content: Content, found: dict[str, dict[str, Tensor]], n: int, rank: int, f: str) -> Part:
+def _read_own_rules(content: Content, found: dict[str, dict[str, Tensor]], n: int, rank: int, f: Activation) -> Part:
     content.fields.lenient.append(f"phm_rank = {rank} with a rule of its own for every map")
     tensors, sizes = {}, []
     for path, group in found.items():

@@ -16,6 +16,7 @@ from deltatune.checkpoint.foreign_shapes import (
     through_mlp,
 )
 from deltatune.errors import CheckpointError
+from deltatune.methods.addition.bottleneck import Activation
 from deltatune.structure.site import Site
 
 PREFIXES = {
@@ -69,7 +70,7 @@ def _chosen(content: Content, roles: tuple[str, ...], left_out: set[int]) -> lis
 
 
 def _prefixes(
-    content: Content, group: Mapping[str, Tensor], sites: list[Site], length: int, flat: bool, f: str
+    content: Content, group: Mapping[str, Tensor], sites: list[Site], length: int, flat: bool, f: Activation
 ) -> list[tuple[Site, Tensor, Tensor]]:
     if flat:
         [numbers] = content.tensors.pick(group, "prefix_tunings", {"control_trans": 1})

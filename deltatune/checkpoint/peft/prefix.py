@@ -15,7 +15,8 @@ from deltatune.checkpoint.peft.tuner import Content, Output, Tuner, cannot, tune
 from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.delta import Delta
 from deltatune.methods.addition.p_tuning_v2 import PTuningV2
-from deltatune.methods.addition.prefix_tuning import PrefixTuning, key_value_shape
+from deltatune.methods.addition.prefix import key_value_shape
+from deltatune.methods.addition.prefix_tuning import PrefixTuning
 from deltatune.methods.kinds import PrefixPatch
 from deltatune.structure.site import Site
 

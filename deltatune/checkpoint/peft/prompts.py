@@ -16,7 +16,7 @@ from deltatune.errors import CheckpointError, Unsupported
 from deltatune.injection.delta import Delta
 from deltatune.methods.addition.embedding_prefix_tuning import EmbeddingPrefixTuning
 from deltatune.methods.addition.p_tuning import PTuning
-from deltatune.methods.addition.prompt_tuning import PromptTuning
+from deltatune.methods.addition.prompt_tuning import Init, PromptTuning
 from deltatune.methods.kinds import Method, PromptPatch
 from deltatune.structure.index import Stack
 from deltatune.structure.rows import heads_of
@@ -54,7 +54,7 @@ class Prompts(Tuner):
         for key in ("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"):
             content.fields.data.pop(key, None)
         stack, P = read_rows(content)
-        begun = "random" if start == "RANDOM" else "vocabulary"
+        begun: Init = "random" if start == "RANDOM" else "vocabulary"
         method = PromptTuning(num_virtual_tokens=len(P), init=begun, seen_by_decoder=bool(stack.side))
         return [Part("prompt", method, {(stack.site.key, "P"): P})]
 

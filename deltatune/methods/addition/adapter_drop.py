@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import InvalidValue
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Serial, dense_bottleneck
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Serial, dense_bottleneck
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, methods
 from deltatune.structure.site import Site
@@ -21,14 +21,14 @@ from deltatune.structure.site import Site
 class AdapterDrop(Method):
     """h <- h + f(h W_d + b_d) W_u + b_u in layers k, k + 1, ... and h <- h below, behind attention and feed-forward network.
 
-    W_d: (d, r) ~ N(0, 0.01), W_u: (r, d) = 0: Houlsby's adapters, a fresh one the identity to the bit. Trains W_d, b_d,
+    W_d: (d, r) ~ N(0, 0.01^2), W_u: (r, d) = 0: Houlsby's adapters, a fresh one the identity to the bit. Trains W_d, b_d,
     W_u, b_u. With a fixed k there is nothing below layer k, so neither a backward goes there. With ``random`` every
     layer has its adapter, k is drawn anew from 0, ..., L - 1 for each training forward, and evaluation drops
     ``drop_layers``: any number then, by setting ``delta.shared.drop_layers``.
 
     Args:
         bottleneck_dim: r, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
         drop_layers: k, less than the number of layers L; 0 drops none. None: 5 L / 12, rounded down, after the paper's 5 of 12.
         random: draw k in training.
         shared: one adapter a role, for all its layers.
@@ -45,7 +45,7 @@ class AdapterDrop(Method):
     source: ClassVar[str] = "arXiv:2010.11918"
 
     bottleneck_dim: int = 64
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     drop_layers: int | None = None
     random: bool = False
     shared: bool = False

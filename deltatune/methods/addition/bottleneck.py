@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from deltatune.methods.kinds import OutputPatch
 from deltatune.methods.lanes import Lane
 
+Activation = Literal["gelu", "gelu_new", "relu", "silu", "tanh"]
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -54,10 +56,10 @@ class Bottleneck(nn.Module):
     Args:
         D: the map down, (..., width) -> (..., r).
         U: the map up, (..., r) -> (..., width).
-        activation: f, a name in ``ACTIVATIONS``.
+        activation: f, by its name.
     """
 
-    def __init__(self, D: nn.Module, U: nn.Module, activation: str) -> None:
+    def __init__(self, D: nn.Module, U: nn.Module, activation: Activation) -> None:
         super().__init__()
         self.D, self.U = D, U
         self.activation = activation
@@ -92,8 +94,8 @@ class Serial(OutputPatch):
         return bottleneck.lane("output") if isinstance(bottleneck, Bottleneck) else None
 
 
-def dense_bottleneck(width: int, r: int, activation: str, init_std: float = 0.0, out: int | None = None) -> Bottleneck:
-    """W_d: (r, width) ~ N(0, 0.01) and W_u: (out or width, r) = 0; both ~ N(0, init_std) where that is not 0."""
+def dense_bottleneck(width: int, r: int, activation: Activation, init_std: float = 0.0, out: int | None = None) -> Bottleneck:
+    """W_d: (r, width) ~ N(0, 0.01^2) and W_u: (out or width, r) = 0; both ~ N(0, init_std^2) where that is not 0."""
     W_d = torch.randn(r, width) * (init_std or 0.01)
     return Bottleneck(Dense(W_d), Dense(torch.randn(out or width, r) * init_std), activation)
 

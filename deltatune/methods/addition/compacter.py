@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Bottleneck, Serial, glorot, reduced
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Bottleneck, Serial, glorot, reduced
 from deltatune.methods.addition.kronecker import fresh_rule, kronecker_sum
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, SelectionPatch, methods
@@ -30,7 +30,7 @@ class SharedRule(Method):
     n: int = 4
     reduction: int = 32
     rank: int = 1
-    activation: str = "gelu"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         positive(self, "n", "reduction", "rank")
@@ -64,13 +64,13 @@ class Compacter(SharedRule):
     (in / n, rank), glorot uniform but s_i = 0 in W_u, so that a fresh delta is the identity to the bit. r = d /
     reduction, rounded down to a multiple of n. Trains A_i once, and 2 rank (d + r) factors and r + d biases an adapter;
     the norms too, as in the paper, where ``where`` names them: ["attention.output", "feed_forward.down", "norm"]. The
-    official code starts A_i at N(0, 1e-8) and all s_i at random: near the identity, but not equal to it.
+    official code starts A_i at N(0, 0.0001^2) and all s_i at random: near the identity, but not equal to it.
 
     Args:
         n: number of Kronecker products.
         reduction: d / r, at least 1.
         rank: rank of each s_i t_i^T; 1 in the paper.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.

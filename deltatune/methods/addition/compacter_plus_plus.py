@@ -20,7 +20,7 @@ class CompacterPlusPlus(SharedRule):
         n: number of Kronecker products.
         reduction: d / r, at least 1.
         rank: rank of each s_i t_i^T; 1 in the paper.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.

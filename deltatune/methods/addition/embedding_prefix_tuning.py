@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.methods.addition.made_prompt import MadePrompt, are_exported, export_prompts
-from deltatune.methods.addition.prefix_tuning import SharedLayer
-from deltatune.methods.addition.prompt_tuning import table_shape, token_embedding
+from deltatune.methods.addition.prefix import SharedLayer
+from deltatune.methods.addition.text_stack import table_shape, token_embedding
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site

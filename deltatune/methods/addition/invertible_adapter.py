@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, dense_bottleneck, reduced
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, dense_bottleneck, reduced
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, InputPatch, Kind, Method, OutputPatch, Patch, methods
 from deltatune.structure.site import Site
@@ -23,13 +23,13 @@ class InvertibleAdapter(Method):
 
         inverse: e_2 = o_2 - G(o_1), e_1 = o_1 - F(e_2)
 
-    F and G are bottlenecks f(h W_d + b_d) W_u + b_u from one half to the other, W_d: (d / 2, r) ~ N(0, 0.01), W_u: (r,
+    F and G are bottlenecks f(h W_d + b_d) W_u + b_u from one half to the other, W_d: (d / 2, r) ~ N(0, 0.01^2), W_u: (r,
     d / 2) = 0, so that a fresh adapter is the identity to the bit. Trains F and G, one pair for all embeddings and the
     heads of their width. It learns a language beside a serial adapter in every layer; task adapters go on top of both.
 
     Args:
         reduction: (d / 2) / r, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -43,7 +43,7 @@ class InvertibleAdapter(Method):
     source: ClassVar[str] = "arXiv:2005.00052"
 
     reduction: int = 2
-    activation: str = "relu"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         positive(self, "reduction")

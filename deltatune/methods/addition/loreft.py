@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.errors import InvalidValue
+from deltatune.methods.addition.channels import channels
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, TokenPatch, methods
 from deltatune.methods.lanes import Lane
-from deltatune.structure.site import Site, modules_of
+from deltatune.structure.site import Site
 
 
 @methods.register("loreft")
@@ -124,19 +125,3 @@ class TokenEdit(TokenPatch):
         chosen: Tensor = ((beginning <= self.first) | (end <= self.last)) & (beginning > 0)
         edit: Tensor = self.intervention(y)
         return y + edit * chosen[..., None].to(y.dtype)
-
-
-def channels(site: Site) -> int:
-    """Width of what a site returns; 0 where nothing tells.
-
-    A layer has no width of its own: its config, or the config of what is in it, tells, else its widest norm.
-    """
-    if site.parameter is not None:
-        return 0
-    if site.leaf != "layer":
-        return site.out_features if site.has_matrix else 0
-    inside = modules_of(site.module).values()
-    configs: list[Any] = [getattr(module, "config", None) for module in inside]
-    widths = [getattr(config, "hidden_size", None) for config in configs]
-    norms = [module.weight.shape[0] for module in inside if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
-    return next((width for width in widths if isinstance(width, int)), max(norms, default=0))

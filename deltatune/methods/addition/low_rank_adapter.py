@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Bottleneck, Serial, glorot, reduced
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Bottleneck, Serial, glorot, reduced
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site
@@ -23,12 +23,12 @@ class LowRankAdapter(Method):
 
     s_d: (r, rank), t_d: (d, rank), s_u: (d, rank), t_u: (r, rank), with r = d / reduction. Trains the factors and the
     biases: (rank + 1) (d + r) + rank (d + r) an adapter. All start glorot uniform but s_u = 0, so that a fresh adapter
-    is the identity to the bit. The product is the matrix product, at any rank.
+    is the identity to the bit; in the paper's code s_u is no exception. The product is the matrix product, at any rank.
 
     Args:
         reduction: d / r, at least 1.
         rank: rank of each matrix, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -43,7 +43,7 @@ class LowRankAdapter(Method):
 
     reduction: int = 32
     rank: int = 1
-    activation: str = "gelu"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         positive(self, "reduction", "rank")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import Unsupported
-from deltatune.methods.addition.bottleneck import ACTIVATIONS
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import BranchInputPatch, Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site
@@ -29,7 +29,7 @@ class MultiHeadParallelAdapter(Method):
     Args:
         bottleneck_dim: r of each head, at least 1.
         scale: s, greater than 0.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -44,7 +44,7 @@ class MultiHeadParallelAdapter(Method):
 
     bottleneck_dim: int = 4
     scale: float = 1.0
-    activation: str = "relu"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         positive(self, "bottleneck_dim", "scale")

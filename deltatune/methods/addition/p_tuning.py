@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.methods.addition.made_prompt import MadePrompt, are_exported, export_prompts
-from deltatune.methods.addition.prompt_tuning import table_shape, token_embedding
+from deltatune.methods.addition.text_stack import table_shape, token_embedding
 from deltatune.methods.checks import positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site
@@ -24,8 +24,8 @@ class PTuning(Method):
     """X <- [P; X] with P = ReLU(h W_1^T + c_1) W_2^T + c_2 and h = BiLSTM(E), E: (num_virtual_tokens, hidden) ~ N(0, 1).
 
     Trains E, the LSTM and the MLP; ``export`` keeps P: (num_virtual_tokens, hidden) alone. h: (num_virtual_tokens,
-    2 hidden_dim), W_1: (2 hidden_dim, 2 hidden_dim), W_2: (hidden, 2 hidden_dim); weights are uniform in
-    +-1 / sqrt(fan in). All virtual tokens stand in front of the text.
+    2 hidden_dim), W_1: (2 hidden_dim, 2 hidden_dim), W_2: (hidden, 2 hidden_dim). The LSTM starts uniform in
+    +-1 / sqrt(hidden_dim), as torch's own, the MLP in +-1 / sqrt(2 hidden_dim). All virtual tokens stand in front of the text.
 
     Args:
         num_virtual_tokens: p.

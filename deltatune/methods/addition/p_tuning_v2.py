@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from deltatune.methods.addition.prefix_tuning import Prefix, SharedLayer, are_exported, export_prefixes, key_value_shape
+from deltatune.methods.addition.prefix import Prefix, SharedLayer, are_exported, export_prefixes, key_value_shape
 from deltatune.methods.checks import fraction, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
 from deltatune.structure.site import Site

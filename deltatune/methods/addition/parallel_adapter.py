@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Bottleneck, Dense
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Bottleneck, Dense
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import BranchPatch, Family, Kind, Method, Patch, methods
 from deltatune.methods.lanes import Lane
@@ -27,7 +27,7 @@ class ParallelAdapter(Method):
 
     Args:
         bottleneck_dim: r, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -41,7 +41,7 @@ class ParallelAdapter(Method):
     source: ClassVar[str] = "arXiv:2110.04366"
 
     bottleneck_dim: int = 24
-    activation: str = "relu"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         positive(self, "bottleneck_dim")
@@ -59,7 +59,7 @@ class Parallel(BranchPatch):
 
     commutes = "add"
 
-    def __init__(self, width: int, r: int, activation: str, scale: float = 1.0) -> None:
+    def __init__(self, width: int, r: int, activation: Activation, scale: float = 1.0) -> None:
         super().__init__()
         W_d = torch.empty(r, width)
         nn.init.kaiming_uniform_(W_d, a=math.sqrt(5))

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Serial, dense_bottleneck, reduced
-from deltatune.methods.addition.loreft import channels
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Serial, dense_bottleneck, reduced
+from deltatune.methods.addition.channels import channels
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, OutputPatch, Patch, methods
 from deltatune.structure.site import Site
@@ -20,7 +20,7 @@ from deltatune.structure.site import Site
 class PfeifferAdapter(Method):
     """h <- h + f(h W_d + b_d) W_u + b_u, once a layer, on what the feed-forward network returns and ahead of its residual.
 
-    W_d: (d, r) ~ N(0, 0.01), W_u: (r, d) = 0, with r = d / reduction. Trains W_d, b_d, W_u, b_u: 2 d r + r + d
+    W_d: (d, r) ~ N(0, 0.01^2), W_u: (r, d) = 0, with r = d / reduction. Trains W_d, b_d, W_u, b_u: 2 d r + r + d
     parameters a layer, half of Houlsby's. A fresh adapter is the identity to the bit.
 
     Asked for at norms or layers, it reads the residual stream, as in the paper: N(s + f(N(s) W_d + b_d) W_u + b_u) at a norm
@@ -28,7 +28,7 @@ class PfeifferAdapter(Method):
 
     Args:
         reduction: d / r, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -42,7 +42,7 @@ class PfeifferAdapter(Method):
     source: ClassVar[str] = "arXiv:2005.00247"
 
     reduction: int = 16
-    activation: str = "relu"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         positive(self, "reduction")

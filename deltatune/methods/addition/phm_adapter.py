@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS, Bottleneck, Serial, glorot, reduced
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation, Bottleneck, Serial, glorot, reduced
 from deltatune.methods.addition.kronecker import fresh_rule, kronecker_sum
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
@@ -24,12 +24,12 @@ class PHMAdapter(Method):
 
     A_i: (n, n), normal with variance 1 / n; B_i: (out / n, in / n), glorot uniform in W_d and 0 in W_u, so that a fresh
     adapter is the identity to the bit. r = d / reduction, rounded down to a multiple of n. Trains A_i, B_i and the
-    biases: 2 (d r / n + n^3) + r + d an adapter.
+    biases: 2 (d r / n + n^3) + r + d an adapter. The official code starts all of them at random, A_i at N(0, 0.01^2).
 
     Args:
         n: number of Kronecker products.
         reduction: d / r, at least 1.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -44,7 +44,7 @@ class PHMAdapter(Method):
 
     n: int = 4
     reduction: int = 32
-    activation: str = "gelu"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         positive(self, "n", "reduction")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from itertools import compress
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import InvalidValue, Unsupported
+from deltatune.errors import InvalidValue
+from deltatune.methods.addition.text_stack import table_shape, token_embedding
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, PromptPatch, methods
 from deltatune.structure.site import Site
 
+Init = Literal["vocabulary", "random", "labels", "text"]
+
 _WORDS = ("labels", "text")
+_CHUNK = 4096
 
 
 @methods.register("prompt-tuning")
@@ -23,7 +28,8 @@ class PromptTuning(Method):
     """X <- [P; X] with P: (num_virtual_tokens, hidden) in front of the text's embeddings X, at the encoder where there is one.
 
     Trains P. It starts from ``init_ids``, and from ``init`` where they end. ``init="labels"`` and ``init="text"`` are
-    written in words: ``dt.train`` turns them into ``init_ids``, and so does ``spell`` in a loop of your own.
+    written in words, and which tokens are words is the tokenizer's to say: ``dt.train`` turns all three, frequent tokens
+    too, into ``init_ids``, and so does ``spell`` in a loop of your own.
 
     Args:
         num_virtual_tokens: p.
@@ -31,7 +37,9 @@ class PromptTuning(Method):
             ``labels`` from the label words (the mean of a word's tokens, as many words as there is room for) and
             frequent tokens, ``text`` from ``init_text`` and frequent tokens.
         init_range: half the width of the random start.
-        init_vocabulary: frequent tokens are those with ids below this; vocabularies are sorted by frequency.
+        init_vocabulary: how many frequent tokens there are to draw from, 5,000 as in the paper. ``spell`` draws among the first
+            so many that are whole words; without a tokenizer these are simply the ids below it, which is right where a
+            vocabulary begins with its commonest words: BERT's begins with a thousand unused entries and as many characters.
         init_ids: tokens whose embeddings come first.
         init_lengths: how many of ``init_ids``, in their order, are averaged into each virtual token; 1 if left out.
         init_text: a text, such as an instruction, for ``init="text"``.
@@ -51,7 +59,7 @@ class PromptTuning(Method):
     source: ClassVar[str] = "arXiv:2104.08691"
 
     num_virtual_tokens: int = 100
-    init: str = "vocabulary"
+    init: Init = "vocabulary"
     init_range: float = 0.5
     init_vocabulary: int = 5000
     init_ids: tuple[int, ...] = ()
@@ -61,7 +69,7 @@ class PromptTuning(Method):
 
     def __post_init__(self) -> None:
         positive(self, "num_virtual_tokens", "init_range", "init_vocabulary")
-        one_of(self, "init", ("vocabulary", "random", "labels", "text"))
+        one_of(self, "init", get_args(Init))
         if (self.init == "text") != bool(self.init_text):
             raise InvalidValue(
                 f"PromptTuning(init={self.init!r}, init_text={self.init_text!r}) was asked for. Give `init_text` with init='text', "
@@ -85,7 +93,7 @@ class PromptTuning(Method):
         return self.init_lengths or (1,) * len(self.init_ids)
 
     def spell(self, tokenizer: Any, labels: Sequence[str]) -> PromptTuning:
-        """The recipe with the ids of its words in ``init_ids``.
+        """The recipe with the ids of its words in ``init_ids``, frequent ones drawn by torch's generator.
 
         Args:
             tokenizer: the backbone's, as of transformers.
@@ -94,6 +102,17 @@ class PromptTuning(Method):
         Raises:
             InvalidValue: a task without labels, a word without tokens, or a text longer than the prompt.
         """
+        given = self._given(tokenizer, labels)
+        missing = self.num_virtual_tokens - len(given._lengths)
+        frequent = frequent_words(tokenizer, self.init_vocabulary) if missing and given.init == "vocabulary" else []
+        if not frequent:
+            return given
+        drawn = [frequent[k] for k in torch.randint(len(frequent), (missing,)).tolist()]
+        lengths = (*given.init_lengths, *(1 for _ in drawn)) if given.init_lengths else ()
+        return replace(given, init_ids=(*given.init_ids, *drawn), init_lengths=lengths)
+
+    def _given(self, tokenizer: Any, labels: Sequence[str]) -> PromptTuning:
+        """The recipe with the ids of the words that it names."""
         if self.init not in _WORDS:
             return self
         if self.init == "text":
@@ -150,35 +169,27 @@ class Prompt(PromptPatch):
         return self.P
 
 
-def token_embedding(site: Site) -> nn.Module:
-    """The token embedding of a text stack.
-
-    Raises:
-        Unsupported: the site has none.
-    """
-    stack: Any = site.module
-    if not hasattr(stack, "get_input_embeddings"):
-        raise Unsupported(
-            f"A prompt was asked for at `{site.path}` ({type(stack).__name__}), which has no token embeddings. "
-            "Choose a text stack (role `stack`), or another method."
-        )
-    embedding: nn.Module = stack.get_input_embeddings()
-    return embedding
-
-
-def table_shape(embedding: nn.Module) -> tuple[int, int]:
-    """Rows and width of a token embedding, quantised or not."""
-    rows, width = getattr(embedding, "num_embeddings", None), getattr(embedding, "embedding_dim", None)
-    if isinstance(rows, int) and isinstance(width, int):
-        return rows, width  # a quantised table packs its weight
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    return weight.shape[0], weight.shape[1]
-
-
 def _embed(embedding: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     """What the stack makes of these tokens, its scaling included, without the hooks of other deltas; in fp32."""
     embedded: Tensor = embedding.forward(ids.to(device))
     return embedded.float().to(device, copy=True)
+
+
+def frequent_words(tokenizer: Any, count: int) -> list[int]:
+    """The first ``count`` tokens, by id, that alone stand for a word of at least two letters within a text.
+
+    Special and unused tokens, single characters, and pieces that continue a word are none.
+    """
+    ids, found = sorted(tokenizer.get_vocab().values()), list[int]()
+    for start in range(0, len(ids), _CHUNK):
+        some = ids[start : start + _CHUNK]
+        words = [text.strip() for text in tokenizer.batch_decode([[token] for token in some])]
+        read = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+        whole = (len(word) > 1 and word.isalpha() and back == [token] for token, word, back in zip(some, words, read, strict=True))
+        found += compress(some, whole)
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 def _tokens(tokenizer: Any, word: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation
 from deltatune.methods.addition.parallel_adapter import Parallel
 from deltatune.methods.checks import one_of, positive
 from deltatune.methods.kinds import Family, Kind, Method, Patch, methods
@@ -26,7 +26,7 @@ class ScaledParallelAdapter(Method):
     Args:
         bottleneck_dim: r, at least 1; 512 in the paper.
         scale: s, greater than 0.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
 
     Raises:
         InvalidValue: a field out of its range.
@@ -41,7 +41,7 @@ class ScaledParallelAdapter(Method):
 
     bottleneck_dim: int = 64
     scale: float = 4.0
-    activation: str = "relu"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         positive(self, "bottleneck_dim", "scale")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltatune.methods.addition.bottleneck import ACTIVATIONS
+from deltatune.methods.addition.bottleneck import ACTIVATIONS, Activation
 from deltatune.methods.addition.pfeiffer_adapter import PfeifferAdapter
 from deltatune.methods.addition.prefix_tuning import PrefixTuning
 from deltatune.methods.checks import one_of, positive
@@ -28,7 +28,7 @@ class UniPELT(Composed):
         rank: r of LoRA, at the queries and values.
         num_virtual_tokens: length of the prefix in every attention.
         reduction: d / r of the adapter, behind every feed-forward network.
-        activation: f: ``gelu``, ``relu``, ``silu`` or ``tanh``.
+        activation: f; ``gelu_new`` is GELU's approximation by tanh.
         reparameterization: make the prefix by an MLP while training; ``export`` drops it.
         mid_dim: width of that MLP's hidden layer.
 
@@ -47,7 +47,7 @@ class UniPELT(Composed):
     rank: int = 8
     num_virtual_tokens: int = 10
     reduction: int = 16
-    activation: str = "relu"
+    activation: Activation = "relu"
     reparameterization: bool = True
     mid_dim: int = 512
 

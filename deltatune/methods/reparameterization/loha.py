@@ -20,7 +20,7 @@ from deltatune.structure.site import Site
 class LoHa(Method):
     """W' = W + s (B_1 A_1) * (B_2 A_2), entry by entry, with s = alpha / rank; its rank is up to rank^2.
 
-    Trains A_i: (rank, in) and B_i: (out, rank). They start as in LyCORIS: A_i ~ N(0, 1), B_1 ~ N(0, 0.01), B_2 = 0. A
+    Trains A_i: (rank, in) and B_i: (out, rank). They start as in LyCORIS: A_i ~ N(0, 1), B_1 ~ N(0, 0.1^2), B_2 = 0. A
     convolution is one matrix (out, in * kernel).
 
     Args:

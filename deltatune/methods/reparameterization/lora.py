@@ -39,7 +39,7 @@ class LoRA(Method):
         ranks: other ranks, as pairs of a role or the end of a path, and a rank; the first that fits a site counts. On
             the command line ``attention.query:4,feed_forward.*:16``.
         init: how A starts: ``kaiming`` (uniform, as a linear map), ``gaussian`` (of deviation 1 / rank), or
-            ``orthogonal`` (orthonormal rows).
+            ``orthogonal`` (orthonormal rows). B = 0 with all of them.
 
     Raises:
         InvalidValue: a field out of its range.

@@ -104,7 +104,8 @@ def fisher(patches: Sequence[SparseDifference], backbone: nn.Module, examples: I
                 for k, found in enumerate(seen):
                     own = [gradient for _ in found if (gradient := next(gradients)) is not None]
                     if own:
-                        square = torch.stack(own).sum(0).float().square()
+                        summed = torch.stack(own).sum(0)
+                        square = summed.to(torch.promote_types(summed.dtype, torch.float32)).square()
                         sums[k] = square if sums[k] is None else sums[k].add_(square)  # type: ignore[union-attr]
                     found.clear()
     finally:

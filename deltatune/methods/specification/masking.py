@@ -23,7 +23,8 @@ class Masking(Method):
     """W' = W * 1[m > tau], * entry by entry; backward dL/dm = dL/dW' * W, straight through the threshold.
 
     Trains the scores m, of W's shape; W stays frozen. A share ``initial_sparsity`` of the entries is masked at the
-    start, so a fresh delta is no identity unless that is 0. ``export`` leaves one bit an entry.
+    start, so a fresh delta is no identity unless that is 0. ``export`` leaves one bit an entry. It takes all layers; the
+    paper leaves out the lowest two of twelve and adds BERT's pooler.
 
         scaled            m ~ U(-c, s), s = (c + tau) / initial_sparsity - c
         magnitude, random m = 0 for what is dropped, the smallest |W| or any, and 2 tau for what is kept

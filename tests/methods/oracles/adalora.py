@@ -11,7 +11,7 @@ from torch import Tensor
 from deltatune.methods import AdaLoRA, Method
 from deltatune.structure.site import Site
 from tests.methods.oracles.hosts import LINEARS
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, OtherTensors, Wrong, cases
 
 NAMES = {"triplets.P": "lora_B.default", "triplets.Lambda": "lora_E.default", "triplets.Q": "lora_A.default"}
 
@@ -35,8 +35,11 @@ def adalora(rank: int, alpha: float = 3.0) -> AdaLoRA:
     return AdaLoRA(rank=rank, initial_rank=rank, alpha=alpha)
 
 
-GROUPED = "PEFT's change has the shape of a convolution without groups, and its forward crashes"
-REFUSED = dict.fromkeys(["conv1d", "attention", "raw-kernel", "raw-stack", "raw-stack-transposed"], "PEFT takes linears and Conv2d alone")
+GROUPED = Wrong("PEFT's change has the shape of a convolution without groups", OtherTensors)
+ALONE = "PEFT takes linears and Conv2d alone"
+REFUSED = dict.fromkeys(["conv1d", "attention"], Wrong(ALONE, ValueError)) | dict.fromkeys(
+    ["raw-kernel", "raw-stack", "raw-stack-transposed"], Wrong(ALONE, TypeError)
+)
 WRONG = {**REFUSED, "conv2d-grouped": GROUPED, "conv2d-depthwise": GROUPED}
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=6, alpha=12.0)]
 ORACLE = Oracle(adalora, config, names, formula)

@@ -12,7 +12,7 @@ from deltatune.methods import DoRA, Method
 from deltatune.structure.site import Site
 from tests.methods.oracles import lora
 from tests.methods.oracles.hosts import CONVOLUTIONS, LINEARS
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, OtherTensors, Wrong, cases
 
 
 def config(rank: int, alpha: float = 3.0, rank_stabilized: bool = False, **targets: Any) -> LoraConfig:
@@ -38,17 +38,17 @@ def dora(rank: int, alpha: float = 3.0, rank_stabilized: bool = False) -> DoRA:
     return DoRA(rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
 
 
-GROUPED = "PEFT cannot give a grouped convolution its change: the shapes do not fit"
+GROUPED = Wrong("PEFT lets each group read every channel, which is no change of the convolution's weight", OtherTensors)
 WRONG = {
-    "conv2d-dilated": "PEFT's A forgets the dilation",
-    "conv2d-circular": "PEFT's A pads with zeros",
+    "conv2d-dilated": Wrong("PEFT's A forgets the dilation", RuntimeError),
+    "conv2d-circular": Wrong("PEFT's A pads with zeros"),
     "conv1d-grouped": GROUPED,
     "conv2d-grouped": GROUPED,
     "conv2d-depthwise": GROUPED,
-    "embedding-padding": "PEFT's B learns from padding tokens, which count for nothing in the table's gradient",
-    "attention": "PEFT refuses attention",
-    "raw-kernel": "PEFT refuses raw parameters",
-    "raw-stack": "PEFT refuses raw parameters",
+    "embedding-padding": Wrong("PEFT's B learns from padding tokens, which count for nothing in the table's gradient"),
+    "attention": Wrong("PEFT refuses attention", ValueError),
+    "raw-kernel": Wrong("PEFT refuses raw parameters", ValueError),
+    "raw-stack": Wrong("PEFT refuses raw parameters", ValueError),
 }
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=8, alpha=8.0), dict(rank=4, rank_stabilized=True)]
 ORACLE = Oracle(dora, config, names, formula)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltatune.methods import HiRA, Method
 from deltatune.structure.site import Site
 from tests.methods.oracles.hosts import CONVOLUTIONS, LINEARS
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 
 def config(rank: int, **targets: Any) -> HiraConfig:
@@ -34,16 +34,16 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
     return theta + theta * (change.mT if site.transposed else change).reshape(theta.shape)
 
 
-GROUPED = "PEFT refuses grouped convolutions"
+GROUPED = Wrong("PEFT refuses grouped convolutions", NotImplementedError)
 WRONG = {
-    "conv2d-circular": "PEFT pads the change with zeros",
+    "conv2d-circular": Wrong("PEFT pads the change with zeros"),
     "conv1d-grouped": GROUPED,
     "conv2d-grouped": GROUPED,
     "conv2d-depthwise": GROUPED,
-    "attention": "PEFT refuses attention",
-    "raw-kernel": "PEFT refuses raw parameters",
-    "raw-stack": "PEFT refuses raw parameters",
-    "raw-stack-transposed": "PEFT refuses raw parameters",
+    "attention": Wrong("PEFT refuses attention", ValueError),
+    "raw-kernel": Wrong("PEFT refuses raw parameters", TypeError),
+    "raw-stack": Wrong("PEFT refuses raw parameters", TypeError),
+    "raw-stack-transposed": Wrong("PEFT refuses raw parameters", TypeError),
 }
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=32)]
 ORACLE = Oracle(lambda rank: HiRA(rank=rank), config, names, formula, shaped)

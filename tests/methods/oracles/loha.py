@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltatune.methods import LoHa, Method
 from deltatune.structure.site import Site
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 NAMES = {"A_1": "hada_w1_b", "B_1": "hada_w1_a", "A_2": "hada_w2_b", "B_2": "hada_w2_a"}
 
@@ -26,8 +26,8 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
 
 
 ORACLE = Oracle(lambda rank, alpha=3.0: LoHa(rank, alpha), config, lambda tensor, _: f"{NAMES[tensor]}.default", formula)
-ABSENT = "PEFT's LoHa does not take it"
-WRONG = {"conv2d-circular": "PEFT's change pads with zeros"} | dict.fromkeys(
+ABSENT = Wrong("PEFT's LoHa does not take it", TypeError)
+WRONG = {"conv2d-circular": Wrong("PEFT's change pads with zeros")} | dict.fromkeys(
     ("transposed", "conv3d", "embedding", "attention", "raw-stack", "raw-stack-transposed"), ABSENT
 )
 LINEARS = ("mlp", "mlp-no-bias", "mlp-sequence", "bert", "llama", "t5")

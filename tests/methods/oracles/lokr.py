@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltatune.methods import LoKr, Method
 from deltatune.structure.site import Site
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 NAMES = {"C": "lokr_w1", "C_b": "lokr_w1_a", "C_a": "lokr_w1_b", "D": "lokr_w2", "D_b": "lokr_w2_a", "D_a": "lokr_w2_b"}
 
@@ -34,14 +34,14 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
 
 
 ORACLE = Oracle(lokr, config, lambda tensor, _: f"{NAMES[tensor.removeprefix('kronecker.')]}.default", formula)
-ABSENT = "PEFT's LoKr does not take it"
-WRONG = {"conv2d-circular": "PEFT's change pads with zeros"} | dict.fromkeys(
+ABSENT = Wrong("PEFT's LoKr does not take it", TypeError)
+WRONG = {"conv2d-circular": Wrong("PEFT's change pads with zeros")} | dict.fromkeys(
     ("transposed", "conv3d", "embedding", "attention", "raw-stack", "raw-stack-transposed"), ABSENT
 )
 LINEARS = ("mlp", "mlp-no-bias", "mlp-sequence", "bert", "llama", "t5")
 FLAT = ("conv2d", "conv2d-1x1", "conv2d-strided", "conv2d-dilated", "conv2d-grouped", "conv2d-depthwise")
 LINES = ("conv1d", "conv1d-grouped")
-WHOLE = "PEFT multiplies C with the wrong two axes of a whole D: (out_2, in_2, kernel)"
+WHOLE = Wrong("PEFT multiplies C with the wrong two axes of a whole D: (out_2, in_2, kernel)")
 SETTINGS: list[dict[str, Any]] = [dict(rank=1), dict(rank=2), dict(rank=8, factor=4), dict(rank=1, factor_both=True)]
 CASES = [
     *cases("lokr", (*LINEARS, *FLAT), SETTINGS),

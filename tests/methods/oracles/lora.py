@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltatune.methods import LoRA, Method
 from deltatune.structure.site import Site
 from tests.methods.oracles.hosts import CONVOLUTIONS, LINEARS
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, OtherTensors, Wrong, cases
 
 
 def config(rank: int, alpha: float = 3.0, rank_stabilized: bool = False, **targets: Any) -> LoraConfig:
@@ -41,11 +41,11 @@ def lora(rank: int, alpha: float = 3.0, rank_stabilized: bool = False) -> LoRA:
 
 
 ORACLE = Oracle(lora, config, names, formula, shaped)
-GROUPED = "PEFT lets each group read every channel, which is no change of the convolution's weight and cannot be merged"
+GROUPED = Wrong("PEFT lets each group read every channel, which is no change of the weight and cannot be merged", OtherTensors)
 WRONG = {
-    "conv2d-dilated": "PEFT's A forgets the dilation",
-    "conv2d-circular": "PEFT's A pads with zeros",
-    "attention": "PEFT adds the change of `out_proj` twice: its merge for the forward merges the inner layer once more",
+    "conv2d-dilated": Wrong("PEFT's A forgets the dilation", RuntimeError),
+    "conv2d-circular": Wrong("PEFT's A pads with zeros"),
+    "attention": Wrong("PEFT adds the change of `out_proj` twice: its merge for the forward merges the inner layer once more"),
     "conv1d-grouped": GROUPED,
     "conv2d-grouped": GROUPED,
     "conv2d-depthwise": GROUPED,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltatune.methods import Method, MiSS
 from deltatune.structure.site import Site
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 
 def config(rank: int, mini_rank: int | None = None, **targets: Any) -> MissConfig:
@@ -29,7 +29,9 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
 
 
 ORACLE = Oracle(lambda rank, mini_rank=None: MiSS(rank, mini_rank=mini_rank), config, lambda tensor, _: "miss_block.default", formula)
-WRONG = dict.fromkeys(("transposed", "conv2d", "embedding", "raw-stack", "raw-stack-transposed"), "PEFT's MiSS does not take it")
+WRONG = dict.fromkeys(
+    ("transposed", "conv2d", "embedding", "raw-stack", "raw-stack-transposed"), Wrong("PEFT's MiSS does not take it", TypeError)
+)
 PLACES = ("mlp", "mlp-no-bias", "mlp-sequence", "bert", "llama", "t5")
 CASES = [
     *cases("miss", PLACES, [dict(rank=2), dict(rank=5), dict(rank=12)]),

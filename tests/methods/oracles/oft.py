@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.methods import OFT, Method
 from deltatune.structure.site import Site
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, OtherTensors, Wrong, cases
 
 
 def config(block_size: int, block_share: bool = False, neumann_terms: int | None = None, **targets: Any) -> OFTConfig:
@@ -52,9 +52,10 @@ def by_series(Q: Tensor, terms: int) -> Tensor:
 
 
 ORACLE = Oracle(OFT, config, names, formula)
-OVERLAP = "PEFT cuts the image into patches, rotates them and adds up where they overlap, and so changes it even with R = I"
-WRONG = {"conv2d": OVERLAP, "conv2d-strided": OVERLAP} | dict.fromkeys(
-    ("transposed", "conv1d", "raw-stack", "raw-stack-transposed"), "PEFT's OFT does not take it"
+OVERLAP = Wrong("PEFT cuts the image into patches, rotates them and adds up where they overlap, and so changes it even with R = I")
+SQUARE = Wrong("PEFT takes the kernel (3, 2) for a square one: its blocks are others, or do not fit", (OtherTensors, RuntimeError))
+WRONG = {"conv2d": OVERLAP, "conv2d-strided": SQUARE} | dict.fromkeys(
+    ("transposed", "conv1d", "raw-stack", "raw-stack-transposed"), Wrong("PEFT's OFT does not take it", TypeError)
 )
 PLACES = ("mlp", "mlp-no-bias", "mlp-sequence", "bert", "llama", "t5", "conv2d-1x1", "embedding")
 SETTINGS: list[dict[str, Any]] = [dict(block_size=4), dict(block_size=2, block_share=True), dict(block_size=4, neumann_terms=5)]

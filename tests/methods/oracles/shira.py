@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltatune.methods import Method, SHiRA
 from deltatune.structure.site import Site
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 
 def config(rank: int, seed: int = 0, **targets: Any) -> ShiraConfig:
@@ -35,7 +35,9 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
 
 
 ORACLE = Oracle(SHiRA, config, lambda tensor, _: "shira_weight.default", formula)
-WRONG = dict.fromkeys(("transposed", "conv2d", "embedding", "raw-stack", "raw-stack-transposed"), "PEFT's SHiRA does not take it")
+WRONG = dict.fromkeys(
+    ("transposed", "conv2d", "embedding", "raw-stack", "raw-stack-transposed"), Wrong("PEFT's SHiRA does not take it", TypeError)
+)
 PLACES = ("mlp", "mlp-no-bias", "mlp-sequence", "bert", "llama", "t5")
 CASES = [
     *cases("shira", PLACES, [dict(rank=2), dict(rank=3, seed=7), dict(rank=1, seed=1)]),

@@ -1,7 +1,8 @@
 """The oracle table: what a case is, and how it is checked.
 
 To add a method, write ``<method>.py`` beside this file with ``ORACLE = Oracle(...)`` (PEFT's config and its names of tensors, a formula)
-and ``CASES = cases(...)`` over ``HOSTS`` and settings; ``test_oracles.py`` finds both. Raise its ``AT_LEAST`` by their number.
+and ``CASES = cases(...)`` over ``HOSTS`` and settings; ``test_oracles.py`` finds both. Raise its ``AT_LEAST`` by their number. Where PEFT
+does not decide, a ``Wrong`` says why and what PEFT's failure is.
 """
 
 from __future__ import annotations
@@ -61,40 +62,61 @@ class Oracle:
     settle: Callable[[Delta, nn.Module], None] = nothing
 
 
+class OtherTensors(AssertionError):
+    """PEFT trains other tensors than we do, or tensors of other sizes."""
+
+
+class OtherNumbers(AssertionError):
+    """PEFT's outputs or gradients are not ours."""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Why PEFT does not decide, and how that shows: nothing else that goes wrong counts for it.
+
+    Attributes:
+        reason: in words.
+        failure: what the comparison must raise; ``TypeError``, ``ValueError`` or ``NotImplementedError`` where PEFT refuses.
+    """
+
+    reason: str
+    failure: type[Exception] | tuple[type[Exception], ...] = OtherNumbers
+
+
 @dataclass(frozen=True)
 class Case:
     """One method with some settings on one host.
 
     Attributes:
-        wrong: why PEFT does not decide here; the formula does then, and PEFT must fail the comparison.
+        wrong: why PEFT does not decide here; the formula does then, and PEFT must fail the comparison as it says.
     """
 
     method: str
     host: Host
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    wrong: str = ""
+    wrong: Wrong | None = None
 
     def __str__(self) -> str:
         return "-".join([self.method, self.host.name, *(f"{name}={value}" for name, value in self.settings.items())])
 
 
-def cases(method: str, hosts: Iterable[str], settings: Sequence[Mapping[str, Any]], wrong: Mapping[str, str] | None = None) -> list[Case]:
+def cases(method: str, hosts: Iterable[str], settings: Sequence[Mapping[str, Any]], wrong: Mapping[str, Wrong] | None = None) -> list[Case]:
     """Every host with every settings; ``wrong``: host -> why PEFT does not decide there."""
-    return [Case(method, HOSTS[host], setting, (wrong or {}).get(host, "")) for host, setting in product(hosts, settings)]
+    return [Case(method, HOSTS[host], setting, (wrong or {}).get(host)) for host, setting in product(hosts, settings)]
 
 
 def check(case: Case, oracle: Oracle) -> None:
     """PEFT's random tensors in a delta of ours: outputs and gradients agree to 1e-5, with PEFT or with the formula."""
     backbone, inputs = case.host.build()
-    if not case.wrong:
+    if case.wrong is None:
         _compare_with_peft(case, oracle, backbone, inputs)
         return
     _compare_with_formula(case, oracle, backbone, inputs)
     try:
         _compare_with_peft(case, oracle, *case.host.build())
-    except Exception:
+    except case.wrong.failure:
         return
-    raise AssertionError(f"PEFT is right about {case} now: take the exception out ({case.wrong}).")
+    raise AssertionError(f"PEFT is right about {case} now: take the exception out ({case.wrong.reason}).")
 
 
 def _compare_with_peft(case: Case, oracle: Oracle, backbone: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -107,20 +129,21 @@ def _compare_with_peft(case: Case, oracle: Oracle, backbone: nn.Module, inputs: 
         for name, own in _trained(entry).items():
             pairs[f"{entry.key}.{name}"] = name, own, tensors[f"{layer}.{oracle.names(name, entry.site)}"]
     trained = {id(parameter) for parameter in theirs.parameters() if parameter.requires_grad}
-    assert {id(other) for _, _, other in pairs.values()} == trained, "both train the same tensors"
-    assert sum(own.numel() for _, own, _ in pairs.values()) == sum(other.numel() for _, _, other in pairs.values())
+    sizes = [sum(own.numel() for _, own, _ in pairs.values()), sum(other.numel() for _, _, other in pairs.values())]
+    if {id(other) for _, _, other in pairs.values()} != trained or sizes[0] != sizes[1]:
+        raise OtherTensors(f"{len(pairs)} tensors of {sizes[0]} numbers, PEFT's {len(trained)} of {sizes[1]}.")
     with torch.no_grad():
         oracle.settle(delta, theirs)
         for name, own, other in pairs.values():
             own.copy_(oracle.shaped(name, own, other))
     found, expected = output(backbone, inputs), output(theirs, inputs)
     _assert_acts(delta, backbone, inputs, expected)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    _assert_same(found, expected, "output")
     found.square().mean().backward()
     expected.square().mean().backward()
     for key, (name, own, other) in pairs.items():
         assert own.grad is not None and other.grad is not None, key
-        torch.testing.assert_close(own.grad, oracle.shaped(name, own, other.grad), atol=1e-5, rtol=1e-4, msg=key)
+        _assert_same(own.grad, oracle.shaped(name, own, other.grad), f"gradient of {key}")
 
 
 def _compare_with_formula(case: Case, oracle: Oracle, backbone: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -142,10 +165,17 @@ def _compare_with_formula(case: Case, oracle: Oracle, backbone: nn.Module, input
     found = output(backbone, inputs)
     expected = torch.func.functional_call(plain, thetas, (), dict(inputs))
     _assert_acts(delta, backbone, inputs, expected)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    _assert_same(found, expected, "output")
     gradients = torch.autograd.grad(found.square().mean(), own), torch.autograd.grad(expected.square().mean(), copies)
     for ours, by_hand in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-4)
+        _assert_same(ours, by_hand, "gradient")
+
+
+def _assert_same(found: Tensor, expected: Tensor, what: str) -> None:
+    try:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    except AssertionError as error:
+        raise OtherNumbers(f"{what}: {error}") from error
 
 
 def _peft(case: Case, oracle: Oracle, backbone: nn.Module) -> Any:

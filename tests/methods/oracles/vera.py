@@ -13,7 +13,7 @@ from deltatune.injection.delta import Delta
 from deltatune.methods import Method, VeRA
 from deltatune.structure.site import Site
 from tests.methods.oracles.hosts import LINEARS
-from tests.methods.oracles.table import Oracle, cases
+from tests.methods.oracles.table import Oracle, Wrong, cases
 
 
 def config(rank: int, seed: int = 0, **targets: Any) -> VeraConfig:
@@ -47,9 +47,9 @@ def formula(theta: Tensor, tensors: Mapping[str, Tensor], site: Site, method: Me
 
 
 SETTINGS: list[dict[str, Any]] = [dict(rank=4), dict(rank=32), dict(rank=8, seed=7)]
-WRONG = dict.fromkeys(
-    ("conv1d", "conv2d", "conv3d", "conv2d-grouped", "embedding", "attention", "raw-kernel", "raw-stack", "raw-stack-transposed"),
-    "PEFT's VeRA takes linears alone",
-)
+ALONE = "PEFT's VeRA takes linears alone"
+PLACES = ("conv1d", "conv2d", "conv3d", "conv2d-grouped", "embedding", "attention")
+RAW = ("raw-kernel", "raw-stack", "raw-stack-transposed")
+WRONG = dict.fromkeys(PLACES, Wrong(ALONE, ValueError)) | dict.fromkeys(RAW, Wrong(ALONE, TypeError))
 ORACLE = Oracle(lambda rank, seed=0: VeRA(rank=rank, seed=seed), config, names, formula, settle=same_bases)
 CASES = cases("vera", [host.name for host in LINEARS], SETTINGS) + cases("vera", WRONG, SETTINGS[:1], WRONG)
