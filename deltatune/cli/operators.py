@@ -37,12 +37,8 @@ def listing(json: Json = False) -> None:
         drawn.add_row(Text(one["name"], style="cyan"), here, one["about"])
     show(drawn)
     if not next(one["available"] for one in found if one["name"] == "native"):
-        show(
-            quoted(
-                "`deltatune operators compile` makes decoding with many deltas, and training LoRA, faster on this processor; it takes half a minute.",
-                "dim",
-            )
-        )
+        end = "`deltatune operators compile`: half a minute, and decoding with many deltas and training LoRA are faster on this processor."
+        show(quoted(end, "dim"))
 
 
 @operators.command("compile")

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from deltatune.methods import EmbeddingPrefixTuning, Frozen, LoRA, PrefixTuning, PromptTuning
+from deltatune.methods.addition.prompt_tuning import Init
 from deltatune.study.design import Entry, Profile, Study
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import FEWEST, all_of, better, lacking, ordered, reaches
@@ -21,7 +22,8 @@ from deltatune.study.report.comparison import comparison
 from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, mean_of, over_tasks, paired
 
-STARTS, LENGTHS, USUAL = ("labels", "vocabulary", "random"), (5, 20, 100), 20
+STARTS: tuple[Init, ...] = ("labels", "vocabulary", "random")
+LENGTHS, USUAL = (5, 20, 100), 20
 ENSEMBLE, MLP, DIRECT, SHALLOW = "ensemble", "prefix-mlp", "prefix-direct", "prefix-embedding"
 ZERO_SHOT, TUNED = "zero-shot", "tuned"
 TASKS = ("glue-sst2", "tweet-sentiment", "subj", "ag-news", "glue-rte", "boolq")
@@ -164,7 +166,8 @@ def sections(evidence: Evidence) -> list[Section]:
 
 
 def _grid(evidence: Evidence) -> Section | None:
-    scores, lines = evidence.scores(), {}
+    scores = evidence.scores()
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for start in STARTS:
         points = []
         for length in LENGTHS:
