@@ -16,7 +16,7 @@ from deltatune.multi.lanes import Lanes
 from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
 from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
-from deltatune.multi.reading import read
+from deltatune.multi.reading import Spot, read
 from deltatune.multi.table import LaneName, Table
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Planner:
             return Use(table, lanes)
         numbers_of = {name: k + 1 for k, name in enumerate(dict.fromkeys(rows.values()))}
         compact = tuple(numbers_of[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
-        own = Own(table.form, [partial(_own, act, name) for name in numbers_of], self.grounds, zero=0 in compact)
+        own = Own(table.form, [partial(_own, act.spots[name]) for name in numbers_of], self.grounds, zero=0 in compact)
         return Use(table, lanes, own, self._picked(compact, table, first=0 if own.zero else 1))
 
     def _picked(self, numbers: tuple[int, ...], table: Table, first: int = 0) -> Picks:
@@ -143,9 +143,9 @@ class Planner:
         return self._picks[key]
 
 
-def _own(act: RouteAct, name: LaneName) -> Lane:
+def _own(spot: Spot) -> Lane:
     """The delta's own tensors as a lane."""
-    source = read(act.spots[name])
+    source = read(spot)
     assert source is not None
     return source.lane
 
