@@ -7,6 +7,7 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.heads import read_head
-from deltatune.errors import InvalidValue, Unsupported
+from deltatune.errors import Busy, InvalidValue, Unsupported
 from deltatune.injection.around import Guest
 from deltatune.injection.attach import add_act
-from deltatune.injection.delta import Delta
 from deltatune.injection.entries import Entry
 from deltatune.injection.ledger import Ledger, ledger_of
 from deltatune.injection.slot import open_slot
@@ -31,12 +31,13 @@ from deltatune.multi.lock import Lock
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import READERS, Spot, check_routable
-from deltatune.multi.record import Record
 from deltatune.multi.recompute import checkpointing
+from deltatune.multi.record import Record
 
 if TYPE_CHECKING:
     from deltatune.multi.ground import Ground
     from deltatune.multi.streams import Streams
+
 
 class Bank(Guest):
     """Everything that routes over one backbone share.
@@ -49,7 +50,7 @@ class Bank(Guest):
         rows: how many rows it has.
         heads: the acts of the heads that deltas have of their own.
         newest: number of the newest route.
-        open: numbers of the routes that are open.
+        open: numbers of the routes that are open, and of those of which a backward may yet compute parts anew.
         layers: the modules that gradient checkpointing may compute anew.
     """
 
@@ -66,6 +67,7 @@ class Bank(Guest):
         self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
         self.layers = checkpointing(backbone)
+        self._owner = 0
         self._detached = 0
         self._keeping: dict[int, RouteAct] = {}
 
@@ -158,11 +160,14 @@ class Bank(Guest):
         """A forward of the root begins: its batch must be a multiple of the route's rows.
 
         Raises:
+            Busy: another thread opened the route.
             InvalidValue: it is not.
             Unsupported: a delta of the route was detached.
         """
         if self.plan is None:
             return
+        if self._owner != threading.get_ident():
+            raise _busy()
         if self.plan.number <= self._detached:
             self.check(self.plan)
         values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
@@ -176,6 +181,15 @@ class Bank(Guest):
             self.plan = self._renewed(self.plan)
         if self.backbone.training:
             self.ledger.around.draws.take(self.plan.deltas)
+
+    def check_owner(self) -> None:
+        """No other thread has a route open; what a backward computes anew belongs to whoever waits for it.
+
+        Raises:
+            Busy: one has.
+        """
+        if self.plan is not None and self._owner != threading.get_ident() and torch._C._current_graph_task_id() == -1:
+            raise _busy()
 
     def check(self, plan: Plan) -> None:
         """Every delta of a plan is still there.
@@ -252,16 +266,22 @@ class Bank(Guest):
 
     @contextmanager
     def entered(self, plan: Plan | None) -> Iterator[None]:
-        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew."""
-        before, rows = self.plan, self.rows
+        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew.
+
+        Raises:
+            Busy: another thread has a route open.
+        """
         switch = self.ledger.around.switch if plan is not None and plan.has_prefixes else None
-        self.plan, self.rows = plan, 1 if plan is None else plan.rows
+        with self.lock:
+            self.check_owner()
+            before, rows, owner = self.plan, self.rows, self._owner
+            self.plan, self.rows, self._owner = plan, 1 if plan is None else plan.rows, threading.get_ident()
         if switch is not None:
             switch.count(1)
         try:
             yield
         finally:
-            self.plan, self.rows = before, rows
+            self.plan, self.rows, self._owner = before, rows, owner
             for act in self._keeping.values():  # an error may have kept a sub-layer from its end
                 act.drop()
             if switch is not None:
@@ -317,6 +337,13 @@ class Bank(Guest):
         self.acts = {**self.acts, act.number: act}
         slot.listen(module)
         return act
+
+
+def _busy() -> Busy:
+    return Busy(
+        "A second thread used this backbone while the first had a route open. Run one forward at a time, open the route in the thread that "
+        "computes, or give each thread its own copy.deepcopy(backbone)."
+    )
 
 
 def bank(backbone: nn.Module) -> Bank:

@@ -127,7 +127,7 @@ class Planner:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
         trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
-        lanes = Lanes(table.tensors, picks, lasts=True)
+        lanes = Lanes(table.tensors, picks, lasts=True, whole=table.is_whole)
         if not trained:
             return Use(table, lanes)
         numbers_of = {name: k + 1 for k, name in enumerate(dict.fromkeys(rows.values()))}

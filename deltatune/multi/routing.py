@@ -44,6 +44,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
         UnknownName: nothing attached has such a name.
         Unsupported: a delta cannot act in single rows; the message names the reason and what to do.
         InvalidValue: no entries.
+        Busy: another thread has a route open on this backbone.
 
     Example:
         >>> import torch
@@ -63,6 +64,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
             yield Plan(0, ((),) * len(entries))
         return
     own = bank(backbone)
+    own.check_owner()
     programs = [_program(own.ledger, entry) for entry in entries]
     with disabled(backbone), _entered(own, programs) as plan:
         yield plan

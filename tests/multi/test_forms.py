@@ -59,12 +59,15 @@ def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], toke
 def test_the_shape_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Native, "is_available", staticmethod(lambda: False))
     A = torch.zeros(40, 6, 8)
-    many, few, some = (Lanes({"A": A}, Picks(numbers, CPU)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6))
+    numbers = tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6
+    many, few, some = (Lanes({"A": A}, Picks(own, CPU), whole=lambda lanes: True) for own in numbers)
     assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER
     assert choose(torch.zeros(32, 16, 6), many, "A", 8) is SEGMENT
     assert choose(torch.zeros(32, 1, 6), few, "A", 8) is choose(torch.zeros(32, 16, 6), few, "A", 8) is DENSE
     assert choose(torch.zeros(30, 1, 6), some, "A", 8) is DENSE
     assert choose(torch.zeros(30, 16, 6), some, "A", 8) is SEGMENT
+    broken = Lanes({"A": A}, few.picks, whole=lambda lanes: False)
+    assert choose(torch.zeros(32, 1, 6), broken, "A", 8) is GATHER, "NaN times 0 is NaN"
     trained = Lanes({"A": A.requires_grad_()}, many.picks)
     assert choose(torch.zeros(32, 1, 6), trained, "A", 8) is SEGMENT, "its gradient is a batched product, too"
 
