@@ -22,6 +22,10 @@ class InvalidValue(DeltaError):
     """A known field or argument with a value it cannot take."""
 
 
+class Halt(Exception):
+    """Raised from outside into whatever runs, as a time limit is; nobody takes it for an error of what it met."""
+
+
 class NoSite(DeltaError):
     """An entry of ``where`` that hits nothing in this backbone."""
 

@@ -13,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import Unsupported
 from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
 from deltatune.injection.lending import lend, reclaim
 from deltatune.injection.prompt import PromptAct
 from deltatune.injection.rows import RowPrefixes, RowPrompts, RowTokens
 from deltatune.injection.slot import Term
+from deltatune.injection.watch import has_fired, idle
 from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch, PromptPatch
 from deltatune.methods.lanes import Laned
 from deltatune.multi.bank import Bank, bank
@@ -39,12 +41,16 @@ class Lodging:
         number: of the tenant; its twins' names begin with it.
         twins: its deltas here.
         draws: its patches drop entries.
+        unseen: patches of its twins of which is not known yet whether a forward reaches them.
+        has_run: a forward with its rows is through.
         hooks: that tell whose prefix is being made.
     """
 
     number: int
     twins: list[Delta]
     draws: bool
+    unseen: list[Entry] = field(default_factory=list)
+    has_run: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -68,6 +74,9 @@ class Host:
         tree: a shell in which nothing acts outside of routes.
         pad: the id that fills up shorter rows.
         bf16: forwards run in bfloat16 where that is safe.
+
+    Attributes:
+        in_backward: a backward has begun and has not ended: gradients are half there.
     """
 
     def __init__(self, tree: nn.Module, pad: int, *, bf16: bool = False) -> None:
@@ -77,6 +86,7 @@ class Host:
         self._plans: dict[tuple[tuple[int, int], ...], tuple[Plan, Streams]] = {}
         self._grounds: dict[Hashable, Ground] = {}
         self._numbers = 0
+        self.in_backward = False
         self._in_batch: list[Lodging] = []
         self._current: Streams | None = None
         self._bank: Bank | None = None
@@ -98,6 +108,7 @@ class Host:
             for twin in lodging.twins:
                 reclaim(twin)
             raise
+        lodging.unseen = [entry for twin in lodging.twins for entry in twin.entries if entry.act.listens]
         self._bank = bank(self.tree)
         self._lodgings[id(tenant)] = lodging
         patches = [patch for delta in tenant.job.deltas for patch in delta.patches if _makes_tokens(patch) and _share(patch)]
@@ -108,6 +119,19 @@ class Host:
             ]
         self.tree.train()
         self.refresh()
+
+    def check_reached(self, tenant: Tenant) -> None:
+        """The shared forwards so far called every module at which a tenant's patches sit.
+
+        Raises:
+            Idle: they did not.
+        """
+        lodging = self._lodgings[id(tenant)]
+        if lodging.unseen and lodging.has_run:
+            silent, lodging.unseen = [entry for entry in lodging.unseen if not has_fired(entry)], []
+            if silent:
+                own = next(delta for delta, twin in zip(tenant.job.deltas, lodging.twins, strict=True) if twin.name == silent[0].delta)
+                raise idle(own.name, [entry for entry in silent if entry.delta == silent[0].delta])
 
     def settle(self, tenant: Tenant) -> None:
         """Let what a tenant trains lie beside what others do, as soon as it can."""
@@ -183,6 +207,8 @@ class Host:
                 self._logits = self.tree(**joined.inputs()).logits
         finally:
             self._in_batch, self._current = [], None
+        for lodging in lodgings:
+            lodging.has_run = True
         self._leaf = self._logits.detach().requires_grad_()
         losses = []
         for task, part in zip(tasks, joined.parts(self._leaf, [_width(task.tenant) for task in tasks]), strict=True):
@@ -194,8 +220,10 @@ class Host:
 
     def _backward(self) -> None:
         """From each loss to its own logits, then through the backbone at once."""
+        self.in_backward = True
         torch.autograd.backward(self._losses)
         torch.autograd.backward(self._logits, self._leaf.grad)
+        self.in_backward = False
         self._losses = []
         del self._logits, self._leaf
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltatune.errors import DeltaError, InvalidValue
+from deltatune.errors import InvalidValue
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make
 from deltatune.tasks import Task, TaskData
@@ -105,7 +105,7 @@ class Outcome:
         job: the job.
         name: by which it went.
         result: its numbers and objects; None where it failed, or was finished before.
-        error: why it failed; the others went on.
+        error: why it failed, whatever raised it; the others went on.
         apart: why it was trained by itself; None where it shared the forward.
         numbers: what its ``metrics.json`` says; empty where it failed.
     """
@@ -113,6 +113,6 @@ class Outcome:
     job: Job
     name: str
     result: Result | None = None
-    error: DeltaError | None = None
+    error: Exception | None = None
     apart: str | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
