@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from deltatune.multi.plan import Apart, Program
 
 
+ONCE = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2}
+"""Arguments of PyTorch's attentions that, with so many axes, are there once for all rows; (tokens, tokens) may look like rows."""
+
+
 @dataclass
 class Kept:
     """What one call of a module keeps between its hooks.
@@ -63,8 +67,13 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     factor = plain.shape[0] // act.bank.rows
     rows = (apart.rows[:, None] * factor + torch.arange(factor, device=apart.rows.device)).flatten() if factor > 1 else apart.rows
     size = plain.shape[0]
-    args = tuple(_chosen(value, rows, size) for value in kept.args)
-    kwargs = {name: _chosen(value, rows, size) for name, value in kept.kwargs.items()}
+    once = ONCE if type(module).__module__.startswith("torch.nn.") else {}
+
+    def own(name: str, value: Any) -> Any:
+        return value if isinstance(value, Tensor) and once.get(name) == value.ndim else _chosen(value, rows, size)
+
+    args = tuple(own(act.names[k] if k < len(act.names) else "", value) for k, value in enumerate(kept.args))
+    kwargs = {name: own(name, value) for name, value in kept.kwargs.items()}
     with _told(slot, act, apart.program, kept, rows):
         z = _compute(module, slot, apart.program, args, kwargs, plain.index_select(0, rows), act.names)
     if z.shape[-1] != y.shape[-1]:

@@ -90,7 +90,7 @@ class Host:
         self._in_batch: list[Lodging] = []
         self._current: Streams | None = None
         self._bank: Bank | None = None
-        self._draws = any(isinstance(module, nn.Dropout) and module.p for module in tree.modules()) or _config_drops(tree)
+        self._draws = any(map(_drops, tree.modules()))
 
     def admit(self, tenant: Tenant) -> None:
         """Take in a tenant's deltas; its modules are those of the tree, and its frozen tensors the same.
@@ -104,6 +104,7 @@ class Host:
         try:
             for k, delta in enumerate(tenant.job.deltas):
                 lodging.twins.append(lend(delta, self.tree, f"job-{self._numbers}-{k}"))
+            self._check_rows(lodging)
         except BaseException:
             for twin in lodging.twins:
                 reclaim(twin)
@@ -119,6 +120,15 @@ class Host:
             ]
         self.tree.train()
         self.refresh()
+
+    def _check_rows(self, lodging: Lodging) -> None:
+        """Nothing that the backbone computes once for all rows drops entries.
+
+        Raises:
+            Unsupported: something may.
+        """
+        if self._draws and any(not site.routable for site in lodging.twins[0].ledger.index(self.tree).sites):
+            raise Unsupported("The backbone drops entries of what it computes once for all rows, where no job is told apart.")
 
     def check_reached(self, tenant: Tenant) -> None:
         """The shared forwards so far called every module at which a tenant's patches sit.
@@ -341,11 +351,12 @@ def _share(patch: Patch) -> float:
     return max((share for share in found if isinstance(share, float)), default=0.0)
 
 
-def _config_drops(tree: nn.Module) -> bool:
-    """Some setting of a config that names dropout is above 0: attentions drop without a module for it."""
-    configs = {id(config): config for module in tree.modules() if (config := getattr(module, "config", None)) is not None}
-    values = (value for config in configs.values() for name, value in vars(config).items() if "drop" in name)
-    return any(isinstance(value, float) and value > 0 for value in values)
+def _drops(module: nn.Module) -> bool:
+    """The module, or its config, has a setting above 0 that names dropout: attentions drop without a module, and layers are left out."""
+    config = getattr(module, "config", None)
+    settings = {**vars(module), **({} if config is None else vars(config))}
+    named = any(isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name)
+    return named or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 def check_shared(tenant: Tenant) -> None:
