@@ -39,7 +39,7 @@ class Idle(DeltaError):
 
 
 class Busy(DeltaError):
-    """Two threads run one backbone at a time while its weights are swapped."""
+    """Two threads run one backbone at a time while its weights are swapped or a route is open."""
 
 
 class CheckpointError(DeltaError):

@@ -28,7 +28,7 @@ from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, context_at
 from deltatune.multi.heads import place_head, remove_head
 from deltatune.multi.lock import Lock
-from deltatune.multi.plan import Plan, Program
+from deltatune.multi.plan import Plan, Program, names_of
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import READERS, Spot, check_routable
 from deltatune.multi.recompute import checkpointing
@@ -204,41 +204,28 @@ class Bank(Guest):
                 "of what it computed."
             )
 
-    def planned(self, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
+    def planned(
+        self, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = (), *, own_only: bool = False
+    ) -> Plan:
         """Open a route: its deltas entered, and what each module does.
 
         Args:
             programs: what each row uses.
             streams: whose random numbers each row's dropout takes; None for the global ones.
+            grounds: where what deltas train lies side by side.
+            own_only: every delta trains, and gradients need its own tensors, so that lanes which are there are not entered anew.
 
         Raises:
             Unsupported: a delta cannot act in single rows of a batch.
         """
-        names = list(dict.fromkeys(name for program in programs for term in program for name in term.members))
         with self.lock:
-            for name in names:
-                self._add(name)
-            return self._opened(programs, streams)
-
-    def training_plan(self, programs: Sequence[Program], streams: Streams, grounds: Sequence[Ground] = ()) -> Plan:
-        """The same for a route of which every delta trains: gradients need the deltas' own tensors, so lanes are not entered anew.
-
-        Args:
-            programs: what each row uses.
-            streams: whose random numbers each row's dropout takes.
-            grounds: where what deltas train lies side by side.
-        """
-        with self.lock:
-            for name in dict.fromkeys(name for program in programs for term in program for name in term.members):
-                if name not in self.records:
+            for name in names_of(programs):
+                if not own_only or name not in self.records:
                     self._add(name)
-            return self._opened(programs, streams, grounds)
-
-    def _opened(self, programs: Sequence[Program], streams: Streams | None, grounds: Sequence[Ground] = ()) -> Plan:
-        self.newest += 1
-        plan = self._plan(self.newest, programs, streams, grounds)
-        self.open.append(plan.number)
-        return plan
+            self.newest += 1
+            plan = self._plan(self.newest, programs, streams, grounds)
+            self.open.append(plan.number)
+            return plan
 
     def close(self, plan: Plan) -> None:
         """A route is over."""
@@ -246,8 +233,7 @@ class Bank(Guest):
             self.open.remove(plan.number)
 
     def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()) -> Plan:
-        names = dict.fromkeys(name for program in programs for term in program for name in term.members)
-        training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
+        training = frozenset(name for name in names_of(programs) if self.ledger.deltas[name].wants_gradients)
         plan = Planner(number, programs, self.acts, self.contexts, training, streams, grounds).plan()
         return replace(plan, training=self.backbone.training)
 

@@ -144,7 +144,12 @@ class Plan:
     @cached_property
     def deltas(self) -> tuple[str, ...]:
         """The deltas in it, each once."""
-        return tuple(dict.fromkeys(name for program in dict.fromkeys(self.entries) for term in program for name in term.members))
+        return names_of(self.entries)
+
+
+def names_of(programs: Sequence[Program]) -> tuple[str, ...]:
+    """The deltas in them, each once."""
+    return tuple(dict.fromkeys(name for program in dict.fromkeys(programs) for term in program for name in term.members))
 
 
 def members_of(program: Program) -> Sequence[str] | None:

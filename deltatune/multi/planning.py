@@ -15,7 +15,7 @@ from deltatune.multi.contexts import Context, plan_contexts
 from deltatune.multi.lanes import Lanes
 from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
-from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
+from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of, names_of
 from deltatune.multi.reading import Spot, read
 from deltatune.multi.table import LaneName, Table
 
@@ -53,6 +53,7 @@ class Planner:
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
             self.rows_of.setdefault(program, []).append(row)
+        self.names = {program: names_of([program]) for program in self.programs}
         self.members = {program: members_of(program) for program in self.programs}
         self.single = self._single()
         self.depth = max((len(self.members[program] or ()) for program in self.programs), default=0)
@@ -72,7 +73,7 @@ class Planner:
         lanes: dict[tuple[int, Table], dict[int, LaneName]] = {}
         aparts: list[Apart] = []
         for program in self.programs:
-            if not any(name in act.members for term in program for name in term.members):
+            if not any(name in act.members for name in self.names[program]):
                 continue
             placed = self._placed(act, program)
             rows = self.rows_of[program]

@@ -17,7 +17,7 @@ from deltatune.injection.slot import Term
 from deltatune.injection.switching import disabled
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.multi.bank import Bank, bank
-from deltatune.multi.plan import Plan, Program
+from deltatune.multi.plan import Plan, Program, names_of
 from deltatune.multi.recompute import captured
 
 Named = str | Delta | Composition | None
@@ -74,8 +74,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
 def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
     """The bank with this route open."""
     ledger = own.ledger
-    names = dict.fromkeys(name for program in programs for term in program for name in term.members)
-    for name in names:
+    for name in names_of(programs):
         check_unmerged(ledger.deltas[name], "route")
     for name in dict.fromkeys(member for term in ledger.terms for member in term.members):
         if any(isinstance(entry.patch, SelectionPatch) for entry in ledger.deltas[name].entries):

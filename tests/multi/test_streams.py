@@ -117,7 +117,7 @@ def test_what_is_dropped_for_all_rows_at_once_is_not_shared() -> None:
 
 
 def test_layers_that_are_skipped_at_random_are_not_shared() -> None:
-    model = dropping("bart", layerdrop=0.5, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    model = dropping("bart", layerdrop=0.3, encoder_layerdrop=0.3, decoder_layerdrop=0.3)
     found, _ = differing(model, [job(LoRA(rank=2), max_steps=4, seed=seed, evaluations=0) for seed in range(2)])
     assert found < 1e-5
 

@@ -154,6 +154,27 @@ def test_a_half_precision_backbone() -> None:
     assert far(found.float(), [one.float() for one in expected]) < 0.03
 
 
+def test_gradients_in_half_precision_are_those_of_the_rows_alone() -> None:
+    backbone, inputs = attached().bfloat16(), batch(4)
+    entries, expected = ["low", "bottle", None, "scaled"], {}  # type: tuple[list[str | None], dict[str, Tensor]]
+    for place, name in enumerate(entries):
+        if name is None:
+            continue
+        dt.switch(backbone, name)
+        output(backbone, {key: value[place : place + 1] for key, value in inputs.items()}).float().square().mean().backward()
+        own = next(delta for delta in dt.deltas(backbone) if delta.name == name)
+        expected[name] = torch.cat([parameter.grad.flatten().float() for parameter in own.parameters() if parameter.grad is not None])
+        backbone.zero_grad()
+    for delta in dt.deltas(backbone):
+        delta.enable()
+    with dt.route(backbone, entries):
+        output(backbone, inputs).float().square().flatten(1).mean(1).sum().backward()
+    for delta in dt.deltas(backbone):
+        if delta.name in expected:
+            found = torch.cat([parameter.grad.flatten().float() for parameter in delta.parameters() if parameter.grad is not None])
+            assert float((found - expected[delta.name]).norm() / expected[delta.name].norm()) < 0.05
+
+
 @torch.no_grad()
 def test_a_second_thread_is_told_that_the_first_computes() -> None:
     backbone = attached("llama")

@@ -254,7 +254,7 @@ class Host:
             if len(self._plans) >= KEPT:
                 plan, _ = self._plans.pop(next(iter(self._plans)))
                 self._bank.close(plan)
-            self._plans[key] = self._bank.training_plan(programs, streams, tuple(self._grounds.values())), streams
+            self._plans[key] = self._bank.planned(programs, streams, tuple(self._grounds.values()), own_only=True), streams
         return self._plans[key]
 
     def _joined(self, calls: Sequence[Call], plan: Plan) -> tuple[Joined, Places]:

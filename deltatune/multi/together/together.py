@@ -45,7 +45,7 @@ def train_together(
 
     Args:
         jobs: what to train; they may differ in task, method, head and every setting.
-        backbone: an alias, installed package, folder or hub id; or a transformers model, which stays as it is: each result
+        backbone: an alias, installed package, folder or hub id; or a transformers model, which stays as it is and where it is: each result
             has a backbone of its own, around the same frozen tensors where it shared forwards.
         tokenizer: of a model that was given; found by the model's name if left out.
         out: a folder with one run's folder a job, under the job's name; nothing is kept on disk if left out. Asked again, jobs
