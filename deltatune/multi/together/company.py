@@ -83,7 +83,7 @@ class Company:
                 if self.members:
                     self.round()
             if self._repeated:
-                self.tally.say(f"{self._repeated} batches were computed again by themselves, because their forward could not be shared.")
+                self.tally.say(f"{self._repeated} batches were computed a second time, alone: together they failed, or were not finite.")
         except BaseException as error:
             for member in self.members:
                 member.stack.__exit__(type(error), error, error.__traceback__)
@@ -206,6 +206,8 @@ class Company:
             with self._by_itself(member):
                 asked[member] = self.host.call(task)
         members, tasks, calls = list(asked), [sharing[member] for member in asked], list(asked.values())
+        if len(asked) < 2:
+            return self._one_by_one(dict(zip(members, tasks, strict=True)))
         if probes and self.tokens is None and not self._probed // 2 < len(tasks) <= 2 * self._probed:
             self._probe(tasks, calls)
         if self._size == ALONE:
