@@ -20,6 +20,7 @@ from deltatune.injection.selections import SelectionAct, selected
 from deltatune.injection.slot import Slot, first_input, replace_input, slot_of
 from deltatune.injection.weights import Fold, FoldTerm, WeightAct
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, TokenPatch
+from deltatune.multi.forms.affine import widened
 
 if TYPE_CHECKING:
     from deltatune.multi.act import RouteAct
@@ -76,6 +77,8 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     kwargs = {name: own(name, value) for name, value in kept.kwargs.items()}
     with _told(slot, act, apart.program, kept, rows):
         z = _compute(module, slot, apart.program, args, kwargs, plain.index_select(0, rows), act.names)
+    if act.own and z.shape[-1] < y.shape[-1]:  # other rows have heads with more labels
+        z = widened(z, y.shape[-1])
     if z.shape[-1] != y.shape[-1]:
         raise Unsupported(f"Rows of a route were given outputs of other widths by {type(module).__name__}, and it cannot widen the others.")
     return y.index_copy(0, rows, z.to(y.dtype))

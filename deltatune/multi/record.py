@@ -73,7 +73,7 @@ class Snapshot:
             return False
         if any(choice.values.get(delta.name) is not value or value._version != version for choice, value, version in self.selected):
             return False
-        return self.total == sum(map(VERSION, self.counted))  # versions only grow
+        return self.total == int(sum(map(VERSION, self.counted)))  # versions only grow
 
 
 class Record:
