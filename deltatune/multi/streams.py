@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.errors import Unsupported
 
-Own = tuple[Tensor, ...]
+Entries = tuple[Tensor, ...]
 """For each block, which entries along an axis are its own."""
 
 
@@ -33,11 +33,11 @@ class Places:
         keys: of keys.
     """
 
-    hidden: dict[int, Own] = field(default_factory=dict)
-    keys: dict[int, Own] = field(default_factory=dict)
+    hidden: dict[int, Entries] = field(default_factory=dict)
+    keys: dict[int, Entries] = field(default_factory=dict)
 
     @staticmethod
-    def enter(places: dict[int, Own], found: tuple[int, Own]) -> bool:
+    def enter(places: dict[int, Entries], found: tuple[int, Entries]) -> bool:
         """Take in an axis; False where that length means something else already."""
         length, own = found
         known = places.setdefault(length, own)
@@ -203,7 +203,7 @@ class Streams:
             _put(noise[block.start * factor : block.stop * factor], own, drawn)
         return x * noise
 
-    def _axes(self, dimensions: int) -> tuple[tuple[int, dict[int, Own]], ...]:
+    def _axes(self, dimensions: int) -> tuple[tuple[int, dict[int, Entries]], ...]:
         """The axes of tokens: of hidden states (rows, tokens, width), and of attentions (rows, heads, queries, keys)."""
         if dimensions == 4:
             return (2, self.places.hidden), (3, self.places.keys)

@@ -18,8 +18,8 @@ from deltatune.multi.together import company as company_module
 from deltatune.multi.together.company import Company
 from deltatune.multi.together.flat import Flat
 from deltatune.multi.together.job import Job
-from deltatune.multi.together.planner import ALONE, bins, sizes
 from deltatune.multi.together.portion import Call
+from deltatune.multi.together.sharing import ALONE, bins, sizes
 from deltatune.multi.together.shells import shell_of, unshare
 from deltatune.multi.together.together import train_together
 from deltatune.tasks import TaskData
@@ -249,7 +249,7 @@ def test_where_sharing_loses_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(company_module.Host, "run", lambda self, *args: shared.append(1) or whole(self, *args))
     monkeypatch.setattr(company_module, "probe", probed)
     monkeypatch.setattr(
-        "deltatune.multi.together.planner._clock", iter(range(1000)).__next__
+        "deltatune.multi.together.sharing._clock", iter(range(1000)).__next__
     )  # every try takes as long: the first one, alone, wins
     outcomes = together(model, jobs, tokens=None)
     assert len(shared) == sum(in_probe) > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltatune.errors import Diverged, Halt, Idle
 from deltatune.methods import BitFit, LoRA
 from deltatune.multi.together import tenant as tenants
-from deltatune.multi.together.planner import ALONE
+from deltatune.multi.together.sharing import ALONE
 from deltatune.multi.together.tenant import Tenant
 from tests.multi.alone import alone, far, job, result, still, together
 from tests.training import tiny

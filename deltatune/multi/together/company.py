@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deltatune.errors import DeltaError, Diverged, Halt, Unsupported
 from deltatune.multi.together.host import Host, Task
-from deltatune.multi.together.planner import ALONE, bins, probe
 from deltatune.multi.together.portion import Call
+from deltatune.multi.together.sharing import ALONE, bins, probe
 from deltatune.multi.together.shells import Shells, unshare
 from deltatune.multi.together.tally import Tally
 from deltatune.multi.together.tenant import Batch, Tenant

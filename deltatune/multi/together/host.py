@@ -29,7 +29,7 @@ from deltatune.multi.streams import Block, Places, Streams
 from deltatune.multi.together.portion import Call, Joined, Portion
 from deltatune.multi.together.tenant import Batch, Tenant
 
-KEPT = 64
+PLANS = 64
 """So many plans are kept: jobs meet in the same company again."""
 
 
@@ -251,7 +251,7 @@ class Host:
                 start += call.rows
             streams = Streams(blocks)
             programs = [self._lodgings[id(task.tenant)].program for task, call in zip(tasks, calls, strict=True) for _ in range(call.rows)]
-            if len(self._plans) >= KEPT:
+            if len(self._plans) >= PLANS:
                 plan, _ = self._plans.pop(next(iter(self._plans)))
                 self._bank.close(plan)
             self._plans[key] = self._bank.planned(programs, streams, tuple(self._grounds.values()), own_only=True), streams

@@ -1,4 +1,4 @@
-"""The planner: which batches share a forward, and whether sharing pays at all."""
+"""Sharing: which batches share a forward, and whether that pays at all."""
 
 from __future__ import annotations
 
