@@ -77,8 +77,8 @@ def far(one: Result, other: Result) -> float:
     return max(found, default=0.0)
 
 
-WITHOUT = {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4)}
-"""A bias that a softmax does not see: its gradients are nothing but rounding, of which AdamW makes steps."""
+WITHOUT = {"qa_outputs.bias", *(f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4))}
+"""Biases that a softmax does not see: their gradients are nothing but rounding, of which AdamW makes steps."""
 
 
 def moved(one: Result, start: dict[str, torch.Tensor]) -> float:
