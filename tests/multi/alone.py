@@ -65,19 +65,21 @@ def result(outcome: Outcome) -> Result:
     return outcome.result
 
 
-def far(one: Result, other: Result) -> float:
+def far(one: Result, other: Result, without: frozenset[str] = frozenset()) -> float:
     """Largest difference of any weight, and of any loss."""
     found = [abs(a["loss"] - b["loss"]) for a, b in zip(one.history, other.history, strict=True) if "loss" in a]
     for mine, theirs in zip(one.deltas, other.deltas, strict=True):
         own, others = mine.state_dict(), theirs.state_dict()
         assert own.keys() == others.keys()
         found += [
-            float((own[name].float() - others[name].float()).abs().max()) for name in own if own[name].numel() and name not in WITHOUT
+            float((own[name].float() - others[name].float()).abs().max())
+            for name in own
+            if own[name].numel() and name not in WITHOUT | without
         ]
     return max(found, default=0.0)
 
 
-WITHOUT = {"qa_outputs.bias", *(f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4))}
+WITHOUT = frozenset(f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4))
 """Biases that a softmax does not see: their gradients are nothing but rounding, of which AdamW makes steps."""
 
 

@@ -21,11 +21,15 @@ HEADS = [("tagging", "bert"), ("span", "bert"), ("multilabel", "bert"), ("regres
 WORDS = [("generation", "t5"), ("choice", "llama"), ("choice", "t5"), ("generation", "llama"), ("regression", "t5")]
 
 
+UNSEEN = frozenset({"classifier.bias"})
+"""Of a span's head: all tokens have the same, which no softmax over them sees."""
+
+
 def check(name: str, jobs: list[Job], most: float = 1e-5) -> None:
     """They share the forward, and each ends as its own run."""
     for outcome, one in zip(train_together(jobs, name, progress="none", tokens=100_000), jobs, strict=True):
-        own = result(outcome)
-        assert far(own, dt.train(name, one.task, one.methods, where=one.where, progress="none", **one.settings.to_dict())) < most
+        own, other = result(outcome), dt.train(name, one.task, one.methods, where=one.where, progress="none", **one.settings.to_dict())
+        assert far(own, other, UNSEEN if own.metric.startswith("squad") else frozenset()) < most
 
 
 @pytest.mark.slow
