@@ -67,15 +67,12 @@ def result(outcome: Outcome) -> Result:
 
 def far(one: Result, other: Result, without: frozenset[str] = frozenset()) -> float:
     """Largest difference of any weight, and of any loss."""
+    unseen = WITHOUT | without
     found = [abs(a["loss"] - b["loss"]) for a, b in zip(one.history, other.history, strict=True) if "loss" in a]
     for mine, theirs in zip(one.deltas, other.deltas, strict=True):
         own, others = mine.state_dict(), theirs.state_dict()
         assert own.keys() == others.keys()
-        found += [
-            float((own[name].float() - others[name].float()).abs().max())
-            for name in own
-            if own[name].numel() and name not in WITHOUT | without
-        ]
+        found += [float((own[name].float() - others[name].float()).abs().max()) for name in own if own[name].numel() and name not in unseen]
     return max(found, default=0.0)
 
 
