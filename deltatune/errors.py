@@ -22,6 +22,10 @@ class InvalidValue(DeltaError):
     """A known field or argument with a value it cannot take."""
 
 
+class Halt(Exception):
+    """Raised from outside into whatever runs, as a time limit is; nobody takes it for an error of what it met."""
+
+
 class NoSite(DeltaError):
     """An entry of ``where`` that hits nothing in this backbone."""
 
@@ -35,7 +39,7 @@ class Idle(DeltaError):
 
 
 class Busy(DeltaError):
-    """Two threads run one backbone at a time while its weights are swapped."""
+    """Two threads run one backbone at a time while its weights are swapped or a route is open."""
 
 
 class CheckpointError(DeltaError):

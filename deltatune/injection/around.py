@@ -31,6 +31,10 @@ class Guest(ABC):
     def forget(self, delta: str) -> None:
         """A delta was detached."""
 
+    @abstractmethod
+    def refresh(self) -> None:
+        """Parameters were written in a way that nothing tells."""
+
 
 @dataclass
 class Around:

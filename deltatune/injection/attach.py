@@ -274,7 +274,7 @@ def _clear(ledger: Ledger, module: nn.Module, entry: Entry) -> None:
     for kind, act in list(slot.acts.items()):
         act.remove(module, entry.delta)
         if not act.members:
-            del slot.acts[kind]
+            slot.acts = {other: kept for other, kept in slot.acts.items() if other is not kind}  # a forward may be walking them
             act.leave(ledger.around)
     if not slot.acts:
         close_slot(module)

@@ -58,6 +58,8 @@ def refresh(backbone: nn.Module) -> None:
     ledger = ledger_of(backbone)
     if ledger is not None:
         ledger.arrange(ledger.acting_deltas)
+        if ledger.around.guest is not None:
+            ledger.around.guest.refresh()
 
 
 @contextmanager

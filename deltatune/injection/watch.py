@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,8 +79,8 @@ class Watch:
         if not self._unseen:
             return
         acting = set(self._ledger.acting_deltas)
-        self._reached |= {entry.site.role for entry in self._unseen if _has_fired(entry)}
-        self._unseen = [entry for entry in self._unseen if not _has_fired(entry)]
+        self._reached |= {entry.site.role for entry in self._unseen if has_fired(entry)}
+        self._unseen = [entry for entry in self._unseen if not has_fired(entry)]
         # a training forward may skip layers at random, and a batch may miss an expert kept as a module of its own
         silent = [
             entry
@@ -90,14 +90,20 @@ class Watch:
             and "experts" not in (entry.site.role or "")
         ]
         if silent:
-            paths = ", ".join(f"`{entry.key}`" for entry in silent[:3])
-            raise Idle(
-                f"Delta `{silent[0].delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
-                f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
-                "(dt.find_sites lists them), or detach the delta and attach it with allow_idle=True."
-            )
+            raise idle(silent[0].delta, [entry for entry in silent if entry.delta == silent[0].delta])
 
 
-def _has_fired(entry: Entry) -> bool:
+def idle(delta: str, silent: Sequence[Entry]) -> Idle:
+    """The error of a delta with patches that no forward reaches."""
+    paths = ", ".join(f"`{entry.key}`" for entry in silent[:3])
+    return Idle(
+        f"Delta `{delta}` acts at {paths}{' and others' if len(silent) > 3 else ''}, but the forward never called "
+        f"{'that module' if len(silent) == 1 else 'those modules'}: the delta would do nothing there. Choose other sites "
+        "(dt.find_sites lists them), or detach the delta and attach it with allow_idle=True."
+    )
+
+
+def has_fired(entry: Entry) -> bool:
+    """The module of a patch has run."""
     slots = [slot_of(host.module) for host in entry.hosts]
     return any(slot is None or slot.has_fired for slot in slots)  # of tied owners, one reader is enough

@@ -19,9 +19,9 @@ from deltatune.errors import Unsupported
 from deltatune.injection.branches import Given
 from deltatune.injection.lean import is_watched
 from deltatune.injection.outputs import first_output, put_rows, replace_output
-from deltatune.injection.slot import Act, Term, first_input, replace_input, thread_key
+from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
 from deltatune.injection.tokens import token_ranks
-from deltatune.methods.kinds import SelectionPatch
+from deltatune.methods.kinds import SelectionPatch, TokenPatch
 from deltatune.multi.apart import Kept, run_apart
 from deltatune.multi.forms import FORMS
 from deltatune.multi.forms.form import Form
@@ -51,7 +51,7 @@ class RouteAct(Act):
         loose: lanes whose patch is no data.
         own: deltas with a head of their own here.
         given: what the sub-layer that ends here was given, where a patch reads that.
-        begins: the same of sub-layers that begin here.
+        begins: the same of sub-layers that begin here, where a delta at the end asks for it.
         reads_tokens: a patch asks where in its row each token stands.
     """
 
@@ -67,10 +67,11 @@ class RouteAct(Act):
         self.loose: set[LaneName] = set()
         self.own: set[str] = set()
         self.given: Given | None = None
-        self.begins: list[Given] = []
+        self.begins: tuple[Given, ...] = ()
         self.reads_tokens = False
         site = Site("", module)
         self._makes_output = type(module) is nn.Linear or (site.transposed and site.is_linear)
+        self._begun: dict[Given, int] = {}
         self._counts: dict[str, int] = {}
         self._kept: dict[int, Kept] = {}
 
@@ -83,9 +84,41 @@ class RouteAct(Act):
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
         """The same."""
 
+    def next_number(self, delta: str) -> int:
+        """Of the delta's next patch here."""
+        return self._counts.get(delta, 0)
+
+    def place(self, spot: Spot) -> None:
+        """Take in a patch; it has no lane yet."""
+        self.add(spot.module, Member(spot.delta.name, spot.site, spot.patch, spot.parameter))
+        self.spots[spot.name] = spot
+        self._counts[spot.delta.name] = spot.number + 1
+        self.reads_tokens |= isinstance(spot.patch, TokenPatch)
+
+    def begin(self, module: nn.Module, spot: Spot, end: RouteAct) -> None:
+        """A sub-layer begins here at whose end a patch asks what it was given; until its delta goes."""
+        if end.given is None:
+            end.given = Given()
+        self.add(module, Member(spot.delta.name, spot.site, spot.patch, given=end.given))
+        self._begun[end.given] = self._begun.get(end.given, 0) + 1
+        self.begins = tuple(self._begun)
+        self.bank.keep(self)
+
+    def _end(self, members: Sequence[Member]) -> None:
+        """These members are gone: what nobody asks for any more is kept no longer."""
+        for given in [member.given for member in members if member.given is not None]:
+            self._begun[given] -= 1
+            if not self._begun[given]:
+                del self._begun[given]
+        self.begins = tuple(self._begun)
+        self.bank.keep(self)
+
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the lanes of one delta."""
+        members = self.members.get(delta, ())
         super().remove(module, delta)
+        if any(member.given is not None for member in members):
+            self._end(members)
         self.own.discard(delta)
         for name in [(delta, number) for number in (OWN, *range(self._counts.pop(delta, 0)))]:
             self.forget(name)
@@ -113,7 +146,7 @@ class RouteAct(Act):
     def lanes_of(self, delta: str) -> list[LaneName]:
         """The lanes of a delta, in the order in which its patches run; a head of its own stands in for what it selects there."""
         own = [(delta, OWN)] if delta in self.own else []
-        numbers = range(len(self.members.get(delta, ())))
+        numbers = range(self._counts.get(delta, 0))
         return own + [name for number in numbers if (name := (delta, number)) in self.table_of and not (own and self._selects(name))]
 
     def _selects(self, name: LaneName) -> bool:
@@ -131,7 +164,6 @@ class RouteAct(Act):
             self._leave(name)
         self.table_of[name] = table
         (self.loose.add if table is None else self.loose.discard)(name)
-        self._counts[name[0]] = max(self._counts.get(name[0], 0), name[1] + 1)
 
     def _table(self, key: Key, form: Form, module: nn.Module, source: Source, fitted: Mapping[str, Tensor]) -> Table:
         table = self.tables.get(key)
@@ -210,6 +242,11 @@ class RouteAct(Act):
             return False
         changed = torch._C._functorch.maybe_current_level() is not None or torch.is_autocast_enabled(y.device.type)
         return y.is_contiguous() and not changed
+
+    def drop(self) -> None:
+        """Let go of what is kept, of this thread."""
+        for given in self.begins:
+            given.drop()
 
     def _let_go(self) -> None:
         """The sub-layer that ends here is over."""

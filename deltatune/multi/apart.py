@@ -20,10 +20,15 @@ from deltatune.injection.selections import SelectionAct, selected
 from deltatune.injection.slot import Slot, first_input, replace_input, slot_of
 from deltatune.injection.weights import Fold, FoldTerm, WeightAct
 from deltatune.methods.kinds import BranchInputPatch, BranchPatch, TokenPatch
+from deltatune.multi.forms.affine import widened
 
 if TYPE_CHECKING:
     from deltatune.multi.act import RouteAct
     from deltatune.multi.plan import Apart, Program
+
+
+ONCE = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2}
+"""Arguments of PyTorch's attentions that, with so many axes, are there once for all rows; (tokens, tokens) may look like rows."""
 
 
 @dataclass
@@ -63,10 +68,17 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     factor = plain.shape[0] // act.bank.rows
     rows = (apart.rows[:, None] * factor + torch.arange(factor, device=apart.rows.device)).flatten() if factor > 1 else apart.rows
     size = plain.shape[0]
-    args = tuple(_chosen(value, rows, size) for value in kept.args)
-    kwargs = {name: _chosen(value, rows, size) for name, value in kept.kwargs.items()}
+    once = ONCE if type(module).__module__.startswith("torch.nn.") else {}
+
+    def own(name: str, value: Any) -> Any:
+        return value if isinstance(value, Tensor) and once.get(name) == value.ndim else _chosen(value, rows, size)
+
+    args = tuple(own(act.names[k] if k < len(act.names) else "", value) for k, value in enumerate(kept.args))
+    kwargs = {name: own(name, value) for name, value in kept.kwargs.items()}
     with _told(slot, act, apart.program, kept, rows):
         z = _compute(module, slot, apart.program, args, kwargs, plain.index_select(0, rows), act.names)
+    if act.own and z.shape[-1] < y.shape[-1]:  # other rows have heads with more labels
+        z = widened(z, y.shape[-1])
     if z.shape[-1] != y.shape[-1]:
         raise Unsupported(f"Rows of a route were given outputs of other widths by {type(module).__name__}, and it cannot widen the others.")
     return y.index_copy(0, rows, z.to(y.dtype))

@@ -7,70 +7,36 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.heads import read_head
-from deltatune.errors import InvalidValue, Unsupported
+from deltatune.errors import Busy, InvalidValue, Unsupported
 from deltatune.injection.around import Guest
 from deltatune.injection.attach import add_act
-from deltatune.injection.branches import Given
-from deltatune.injection.delta import Delta
 from deltatune.injection.entries import Entry
 from deltatune.injection.ledger import Ledger, ledger_of
-from deltatune.injection.slot import Member, open_slot
-from deltatune.injection.steps import steps
-from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatch, TokenPatch
+from deltatune.injection.slot import open_slot
+from deltatune.methods.kinds import BranchInputPatch, BranchPatch, SelectionPatch
 from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, context_at
 from deltatune.multi.heads import place_head, remove_head
 from deltatune.multi.lock import Lock
-from deltatune.multi.plan import Plan, Program
+from deltatune.multi.plan import Plan, Program, names_of
 from deltatune.multi.planning import Planner
-from deltatune.multi.reading import NOTHING, READERS, Spot, check_routable, read
+from deltatune.multi.reading import READERS, Spot, check_routable
 from deltatune.multi.recompute import checkpointing
+from deltatune.multi.record import Record
 
 if TYPE_CHECKING:
     from deltatune.multi.ground import Ground
     from deltatune.multi.streams import Streams
-
-VERSION = attrgetter("_version")
-
-
-@dataclass
-class Record:
-    """A delta in the bank.
-
-    Attributes:
-        delta: the delta.
-        spots: its patches at the modules that run them, each with the act there.
-        tensors: what its lanes were made from, each with where it is held.
-        selected: the values of what it selects, likewise.
-        stamp: how many steps optimizers had made then.
-        training: a patch was in training then.
-        total: the sum of the versions of what counts its writes.
-        counted: that.
-    """
-
-    delta: Delta
-    spots: list[tuple[RouteAct, Spot]] = field(default_factory=list)
-    tensors: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    selected: list[tuple[Any, Tensor, int]] = field(default_factory=list)
-    stamp: int = 0
-    training: bool = False
-    total: int = 0
-    counted: list[Tensor] = field(default_factory=list)
-
-    @property
-    def is_quiet(self) -> bool:
-        """Nothing was written since, as far as counters tell at once."""
-        return self.stamp == steps() and self.total == sum(map(VERSION, self.counted))
 
 
 class Bank(Guest):
@@ -84,7 +50,7 @@ class Bank(Guest):
         rows: how many rows it has.
         heads: the acts of the heads that deltas have of their own.
         newest: number of the newest route.
-        open: numbers of the routes that are open.
+        open: numbers of the routes that are open, and of those of which a backward may yet compute parts anew.
         layers: the modules that gradient checkpointing may compute anew.
     """
 
@@ -101,6 +67,9 @@ class Bank(Guest):
         self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
         self.layers = checkpointing(backbone)
+        self._owner = 0
+        self._detached = 0
+        self._keeping: dict[int, RouteAct] = {}
 
     @property
     def ledger(self) -> Ledger:
@@ -123,22 +92,30 @@ class Bank(Guest):
             Unsupported: it cannot act in single rows of a batch.
         """
         with self.lock:
-            delta = self.ledger.delta(name)
-            record = self.records.get(name)
-            if record is None or record.delta is not delta:
-                check_routable(delta)
-                record = self._placed(delta)
-                self.records[name] = record
-                self._enter(record)
-            elif not self._is_current(record):
-                self._enter(record)
+            self._add(name)
+
+    def _add(self, name: str) -> bool:
+        """Enter it, all of it or nothing; False where its lanes are what it is."""
+        delta = self.ledger.delta(name)
+        if name in self.records:
+            return self.records[name].enter()
+        check_routable(delta)
+        record = Record(delta)
+        try:
+            self._place(record)
+            record.enter()
+        except BaseException:
+            record.leave()
+            raise
+        self.records[name] = record
+        return True
 
     def remove(self, name: str) -> None:
-        """Forget a delta's lanes; it stays attached."""
+        """Forget a delta's lanes; it stays attached, and a route that is open keeps it."""
         with self.lock:
             record = self.records.pop(name, None)
-            for act, spot in record.spots if record is not None else ():
-                act.remove(spot.module, name)
+            if record is not None:
+                record.leave()
             remove_head(name, self.heads.pop(name, []))
 
     def forget(self, delta: str) -> None:
@@ -146,6 +123,14 @@ class Bank(Guest):
         with self.lock:
             self.records.pop(delta, None)
             remove_head(delta, self.heads.pop(delta, []))
+            self.contexts = {number: own for number, own in self.contexts.items() if own.act.members.keys() - {delta}}
+            self._detached = self.newest
+
+    def refresh(self) -> None:
+        """Tensors were written in ways that no counter tells: every lane is read anew before it is used."""
+        with self.lock:
+            for record in self.records.values():
+                record.entered = None
 
     def head(self, name: str, tensors: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         """Give a delta a task head of its own, with any number of labels; it acts in routes only. See ``multi.heads``.
@@ -175,10 +160,16 @@ class Bank(Guest):
         """A forward of the root begins: its batch must be a multiple of the route's rows.
 
         Raises:
+            Busy: another thread opened the route.
             InvalidValue: it is not.
+            Unsupported: a delta of the route was detached.
         """
         if self.plan is None:
             return
+        if self._owner != threading.get_ident():
+            raise _busy()
+        if self.plan.number <= self._detached:
+            self.check(self.plan)
         values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
         batch = next((value.shape[0] for value in values), self.plan.rows)
         if batch % self.plan.rows:
@@ -186,46 +177,55 @@ class Bank(Guest):
                 f"A route of {self.plan.rows} rows was open while the backbone was given a batch of {batch}. Give dt.route one entry per "
                 "row (generate may repeat each row, as for beams)."
             )
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.plan.training != self.backbone.training:
             self.plan = self._renewed(self.plan)
         if self.backbone.training:
             self.ledger.around.draws.take(self.plan.deltas)
 
-    def planned(self, programs: Sequence[Program], streams: Streams | None = None) -> Plan:
+    def check_owner(self) -> None:
+        """No other thread has a route open; what a backward computes anew belongs to whoever waits for it.
+
+        Raises:
+            Busy: one has.
+        """
+        if self.plan is not None and self._owner != threading.get_ident() and torch._C._current_graph_task_id() == -1:
+            raise _busy()
+
+    def check(self, plan: Plan) -> None:
+        """Every delta of a plan is still there.
+
+        Raises:
+            Unsupported: one was detached since its route was opened.
+        """
+        gone = [name for name in plan.deltas if name not in self.ledger.deltas]
+        if gone:
+            raise Unsupported(
+                f"Delta `{gone[0]}` was detached while a route that names it was open. Detach it behind the route, and behind the backward "
+                "of what it computed."
+            )
+
+    def planned(
+        self, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = (), *, own_only: bool = False
+    ) -> Plan:
         """Open a route: its deltas entered, and what each module does.
 
         Args:
             programs: what each row uses.
             streams: whose random numbers each row's dropout takes; None for the global ones.
+            grounds: where what deltas train lies side by side.
+            own_only: every delta trains, and gradients need its own tensors, so that lanes which are there are not entered anew.
 
         Raises:
             Unsupported: a delta cannot act in single rows of a batch.
         """
-        names = list(dict.fromkeys(name for program in programs for term in program for name in term.members))
         with self.lock:
-            for name in names:
-                self.add(name)
-            return self._opened(programs, streams)
-
-    def training_plan(self, programs: Sequence[Program], streams: Streams, grounds: Sequence[Ground] = ()) -> Plan:
-        """The same for a route of which every delta trains: gradients need the deltas' own tensors, so lanes are not entered anew.
-
-        Args:
-            programs: what each row uses.
-            streams: whose random numbers each row's dropout takes.
-            grounds: where what deltas train lies side by side.
-        """
-        with self.lock:
-            for name in dict.fromkeys(name for program in programs for term in program for name in term.members):
-                if name not in self.records:
-                    self.add(name)
-            return self._opened(programs, streams, grounds)
-
-    def _opened(self, programs: Sequence[Program], streams: Streams | None, grounds: Sequence[Ground] = ()) -> Plan:
-        self.newest += 1
-        plan = self._plan(self.newest, programs, streams, grounds)
-        self.open.append(plan.number)
-        return plan
+            for name in names_of(programs):
+                if not own_only or name not in self.records:
+                    self._add(name)
+            self.newest += 1
+            plan = self._plan(self.newest, programs, streams, grounds)
+            self.open.append(plan.number)
+            return plan
 
     def close(self, plan: Plan) -> None:
         """A route is over."""
@@ -233,17 +233,18 @@ class Bank(Guest):
             self.open.remove(plan.number)
 
     def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()) -> Plan:
-        names = dict.fromkeys(name for program in programs for term in program for name in term.members)
-        training = frozenset(name for name in names if self.ledger.deltas[name].wants_gradients)
-        return Planner(number, programs, self.acts, self.contexts, training, streams, grounds).plan()
+        training = frozenset(name for name in names_of(programs) if self.ledger.deltas[name].wants_gradients)
+        plan = Planner(number, programs, self.acts, self.contexts, training, streams, grounds).plan()
+        return replace(plan, training=self.backbone.training)
 
     def _renewed(self, plan: Plan) -> Plan:
-        """The plan with lanes of now, where an optimizer stepped or a tensor was written since."""
+        """The plan with lanes of now, where an optimizer stepped or a tensor was written since; what was removed comes back then."""
         with self.lock:
-            old = [name for name in plan.deltas if name in self.records and not self.records[name].is_quiet]
-            for name in old:
-                self.add(name)
-            return self._plan(plan.number, plan.entries) if old else plan
+            records = self.records
+            if all(name not in records or records[name].is_quiet for name in plan.deltas) and plan.training == self.backbone.training:
+                return plan
+            entered = [self._add(name) for name in plan.deltas]
+            return self._plan(plan.number, plan.entries) if any(entered) or plan.training != self.backbone.training else plan
 
     def rows_of(self, number: int) -> Any:
         """What the rows do at a context act."""
@@ -251,39 +252,48 @@ class Bank(Guest):
 
     @contextmanager
     def entered(self, plan: Plan | None) -> Iterator[None]:
-        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew."""
-        before, rows = self.plan, self.rows
+        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew.
+
+        Raises:
+            Busy: another thread has a route open.
+        """
         switch = self.ledger.around.switch if plan is not None and plan.has_prefixes else None
-        self.plan, self.rows = plan, 1 if plan is None else plan.rows
+        with self.lock:
+            self.check_owner()
+            before, rows, owner = self.plan, self.rows, self._owner
+            self.plan, self.rows, self._owner = plan, 1 if plan is None else plan.rows, threading.get_ident()
         if switch is not None:
             switch.count(1)
         try:
             yield
         finally:
-            self.plan, self.rows = before, rows
+            self.plan, self.rows, self._owner = before, rows, owner
+            for act in self._keeping.values():  # an error may have kept a sub-layer from its end
+                act.drop()
             if switch is not None:
                 switch.count(-1)
 
-    def _placed(self, delta: Delta) -> Record:
+    def _place(self, record: Record) -> None:
         """Put an act at every module the delta touches."""
-        record = Record(delta)
-        index = self.ledger.index(self.backbone)
+        delta, index = record.delta, self.ledger.index(self.backbone)
         for entry in delta.entries:
             if not any(isinstance(entry.patch, kind) for kind, _ in READERS):
                 self._tell(entry)
                 continue
             for module, parameter in self._hosts(entry):
                 act = self.act_of(module)
-                act.add(module, Member(delta.name, entry.site, entry.patch, parameter))
-                spot = Spot(delta, entry, module, parameter, len(act.members[delta.name]) - 1)
-                act.spots[spot.name] = spot
+                spot = Spot(delta, entry, module, parameter, act.next_number(delta.name))
                 record.spots.append((act, spot))
-                if isinstance(entry.patch, TokenPatch):
-                    act.reads_tokens = True
-                if isinstance(entry.patch, BranchPatch | BranchInputPatch) and act.given is None:
-                    act.given = Given()
-                    self.act_of(index.beginning(entry.site).module).begins.append(act.given)
-        return record
+                act.place(spot)
+                if isinstance(entry.patch, BranchPatch | BranchInputPatch):
+                    first = index.beginning(entry.site).module
+                    record.begins.append((self.act_of(first), first))
+                    record.begins[-1][0].begin(first, spot, act)
+
+    def keep(self, act: RouteAct) -> None:
+        """An act keeps what sub-layers were given, or ceases to."""
+        rest = {number: other for number, other in self._keeping.items() if other is not act}
+        self._keeping = {**rest, act.number: act} if act.begins else rest
 
     def _tell(self, entry: Entry) -> None:
         """A context act is told by this bank what its rows do."""
@@ -314,47 +324,12 @@ class Bank(Guest):
         slot.listen(module)
         return act
 
-    def _enter(self, record: Record) -> None:
-        """Read every patch as a lane."""
-        record.stamp, record.training = steps(), any(patch.training for patch in record.delta.patches)
-        record.tensors = [
-            (holder, name, tensor)
-            for _, owner in record.delta.holders
-            for module in owner.modules()
-            for holder in (module._parameters, module._buffers)
-            for name, tensor in holder.items()
-            if tensor is not None
-        ]
-        record.counted = [tensor for _, _, tensor in record.tensors if not tensor.is_inference()]
-        record.total = sum(map(VERSION, record.counted))
-        record.selected = [_selected(entry) for entry in record.delta.entries if isinstance(entry.patch, SelectionPatch)]
-        with torch.no_grad():
-            for act, spot in record.spots:
-                source = read(spot)
-                if source is NOTHING:
-                    act.forget(spot.name)
-                else:
-                    act.enter(spot.name, spot.stage, source, spot.module, spot.reads)
 
-    def _is_current(self, record: Record) -> bool:
-        """Nothing the lanes were made from has changed."""
-        if record.training != any(patch.training for patch in record.delta.patches):
-            return False
-        if record.stamp != steps() and any(tensor.requires_grad for _, _, tensor in record.tensors):
-            return False
-        if any(holder.get(name) is not tensor for holder, name, tensor in record.tensors):
-            return False
-        if any(
-            choice.values.get(record.delta.name) is not value or value._version != version for choice, value, version in record.selected
-        ):
-            return False
-        return record.total == int(sum(map(VERSION, record.counted)))  # versions only grow
-
-
-def _selected(entry: Entry) -> tuple[Any, Tensor, int]:
-    choice = entry.choice
-    value = choice.values[entry.delta]
-    return choice, value, value._version
+def _busy() -> Busy:
+    return Busy(
+        "A second thread used this backbone while the first had a route open. Run one forward at a time, open the route in the thread that "
+        "computes, or give each thread its own copy.deepcopy(backbone)."
+    )
 
 
 def bank(backbone: nn.Module) -> Bank:

@@ -14,7 +14,7 @@ from deltatune.injection.prompt import PromptAct
 from deltatune.injection.rows import RowPrefixes, RowPrompts
 from deltatune.injection.side import RowSide, SideAct
 from deltatune.injection.slot import Act, slot_of
-from deltatune.multi.plan import Program
+from deltatune.multi.plan import Program, names_of
 from deltatune.structure.index import Index
 from deltatune.structure.site import Site
 
@@ -44,7 +44,7 @@ class ContextPlanner:
 
     def plan(self, act: ContextAct, device: torch.device) -> Any:
         """What the rows do there; None where none does anything."""
-        programs = [program for program in self.rows_of if any(name in act.members for term in program for name in term.members)]
+        programs = [program for program in self.rows_of if any(name in act.members for name in names_of([program]))]
         programs.sort(key=lambda program: [term.members for term in program])  # compiled code is the same in whatever rows they are
         if not programs:
             return None

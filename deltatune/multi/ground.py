@@ -53,7 +53,7 @@ class Ground:
             self.settlers[row] = last
             last.settle(row)
 
-    def stacked(self, parts: Sequence[Tensor], scales: Sequence[float]) -> Stacked | None:
+    def stacked(self, parts: Sequence[Tensor], scales: Sequence[float]) -> Beside | None:
         """The parts stacked, each times its number, where they lie; good until somebody moves.
 
         Args:
@@ -75,7 +75,7 @@ class Ground:
         in_order = all(row == rows[0] + k for k, row in enumerate(rows))
         begin, count = (rows[0], len(rows)) if in_order else (0, len(self.settlers))
         window = (count, *shape), (width, *stride), begin * width + place
-        return Stacked(
+        return Beside(
             self.values.as_strided(*window).detach().requires_grad_(),
             self.gradients.as_strided(*window),
             None if in_order else torch.tensor(rows, device=first.device),
@@ -84,7 +84,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Beside:
     """Tensors of several deltas on a ground.
 
     Attributes:
@@ -126,7 +126,7 @@ class _Looked(torch.autograd.Function):
     """What autograd has itself would copy gradients, and complain that they do not lie one behind the other."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, stacked: Stacked) -> Tensor:
+    def forward(ctx: Any, values: Tensor, stacked: Beside) -> Tensor:
         ctx.stacked = stacked
         return stacked.look() * stacked.scale
 

@@ -109,7 +109,7 @@ def remove_head(name: str, placed: list[tuple[RouteAct, nn.Module]]) -> None:
         act.remove(module, name)
         slot = slot_of(module)
         if slot is not None and not act.members and slot.acts.get(type(act)) is act:
-            del slot.acts[type(act)]
+            slot.acts = {kind: other for kind, other in slot.acts.items() if other is not act}  # a forward may be walking them
             act.leave(None)
             if not slot.acts:
                 close_slot(module)

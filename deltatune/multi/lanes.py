@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,14 +30,26 @@ class Lanes:
         tensors: name -> (lanes, ...).
         picks: the lane of each row.
         lasts: the tensors are the same in every forward of the route.
+        whole: says of some lanes whether all their numbers are finite; None where nobody knows.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], picks: Picks, *, lasts: bool = False) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], picks: Picks, *, lasts: bool = False, whole: Callable[[Sequence[int]], bool] | None = None
+    ) -> None:
         self.tensors, self.picks = tensors, picks
         self.is_kept = False
         self.shortcuts: dict[tuple[torch.dtype, bool], Shortcut | None] = {}
         self._lasts, self._is_new = lasts, True
         self._copies: dict[tuple[str, str, torch.dtype], Tensor] = {}
+        self._whole = whole
+        self._mixes: bool | None = None
+
+    @property
+    def mixes(self) -> bool:
+        """Rows may be multiplied with lanes of others, times 0: all is finite, or whoever has the streams looks after that."""
+        if self._mixes is None:
+            self._mixes = self.picks.streams is not None if self._whole is None else self._whole(self.picks.distinct)
+        return self._mixes
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -65,8 +77,9 @@ class Lanes:
         return self._copy("below", name, dtype, lambda tensor: tensor.index_select(0, self.picks.used).flatten(0, 1))
 
     def _one(self, name: str, dtype: torch.dtype) -> Tensor:
-        """That of the only lane in use; where it lies, if it is of that type."""
-        return self.tensors[name][self.picks.distinct[0]].to(dtype)
+        """That of the only lane in use; where it lies, if it is of that type and no backward reads it when the lane is another's."""
+        own = self.tensors[name][self.picks.distinct[0]]
+        return own.to(dtype, copy=self._lasts and torch.is_grad_enabled())
 
     def _copy(self, how: str, name: str, dtype: torch.dtype, made: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.is_kept or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:

@@ -12,7 +12,7 @@ from deltatune.methods.lanes import Lane
 
 if TYPE_CHECKING:
     from deltatune.multi.forms.form import Form
-    from deltatune.multi.ground import Ground, Stacked
+    from deltatune.multi.ground import Beside, Ground
 
 
 class Own:
@@ -44,7 +44,7 @@ class Own:
         neutral = self.form.neutral({name: tensor[0].detach() for name, tensor in lanes.items()})
         return {name: torch.cat([neutral[name][None], tensor]) for name, tensor in lanes.items()}
 
-    def _found(self, grounds: Sequence[Ground]) -> dict[str, Stacked] | None:
+    def _found(self, grounds: Sequence[Ground]) -> dict[str, Beside] | None:
         """Each tensor of all lanes; None where some do not lie side by side."""
         lanes = [source() for source in self.sources]
         found = {}

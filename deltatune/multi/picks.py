@@ -41,7 +41,7 @@ class Picks:
         self.is_even = bool(first) and numbers == _repeated(first, len(self.distinct), len(numbers))
         self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._used: Tensor | None = None
-        self._places: dict[int, Tensor] = {}
+        self._others: dict[int, Tensor] = {}
 
     @torch.inference_mode(False)
     def bags(self, width: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -64,12 +64,11 @@ class Picks:
         return self._used
 
     @torch.inference_mode(False)
-    def places(self, width: int) -> Tensor:
-        """Which of ``distinct`` each row uses, as 0 and 1, each ``width`` times: (rows, 1, number of them * width)."""
-        found = self._places.get(width)
+    def others(self, width: int) -> Tensor:
+        """Which of ``distinct`` each row does not use, each ``width`` times: (rows, 1, number of them * width)."""
+        found = self._others.get(width)
         if found is None:
-            own = (self.lanes[:, None] == self.used).float()
-            found = self._places[width] = own.repeat_interleave(width, 1)[:, None]
+            found = self._others[width] = (self.lanes[:, None] != self.used).repeat_interleave(width, 1)[:, None]
         return found
 
 

@@ -126,6 +126,7 @@ class Plan:
         works: number of an act -> what it does.
         contexts: number of a context act -> what the rows do there.
         has_prefixes: some row has one.
+        training: the backbone was in training when it was made.
     """
 
     number: int
@@ -133,16 +134,22 @@ class Plan:
     works: Mapping[int, Work] = field(default_factory=dict)
     contexts: Mapping[int, Any] = field(default_factory=dict)
     has_prefixes: bool = False
+    training: bool = False
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return len(self.entries)
 
-    @property
+    @cached_property
     def deltas(self) -> tuple[str, ...]:
         """The deltas in it, each once."""
-        return tuple(dict.fromkeys(name for program in dict.fromkeys(self.entries) for term in program for name in term.members))
+        return names_of(self.entries)
+
+
+def names_of(programs: Sequence[Program]) -> tuple[str, ...]:
+    """The deltas in them, each once."""
+    return tuple(dict.fromkeys(name for program in dict.fromkeys(programs) for term in program for name in term.members))
 
 
 def members_of(program: Program) -> Sequence[str] | None:

@@ -15,8 +15,8 @@ from deltatune.multi.contexts import Context, plan_contexts
 from deltatune.multi.lanes import Lanes
 from deltatune.multi.own import Own
 from deltatune.multi.picks import Picks
-from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of
-from deltatune.multi.reading import read
+from deltatune.multi.plan import Apart, Plan, Program, Step, Use, Work, members_of, names_of
+from deltatune.multi.reading import Spot, read
 from deltatune.multi.table import LaneName, Table
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Planner:
         self.rows_of: dict[Program, list[int]] = {}
         for row, program in enumerate(self.entries):
             self.rows_of.setdefault(program, []).append(row)
+        self.names = {program: names_of([program]) for program in self.programs}
         self.members = {program: members_of(program) for program in self.programs}
         self.single = self._single()
         self.depth = max((len(self.members[program] or ()) for program in self.programs), default=0)
@@ -72,7 +73,7 @@ class Planner:
         lanes: dict[tuple[int, Table], dict[int, LaneName]] = {}
         aparts: list[Apart] = []
         for program in self.programs:
-            if not any(name in act.members for term in program for name in term.members):
+            if not any(name in act.members for name in self.names[program]):
                 continue
             placed = self._placed(act, program)
             rows = self.rows_of[program]
@@ -127,12 +128,12 @@ class Planner:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
         trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
-        lanes = Lanes(table.tensors, picks, lasts=True)
+        lanes = Lanes(table.tensors, picks, lasts=True, whole=table.is_whole)
         if not trained:
             return Use(table, lanes)
         numbers_of = {name: k + 1 for k, name in enumerate(dict.fromkeys(rows.values()))}
         compact = tuple(numbers_of[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
-        own = Own(table.form, [partial(_own, act, name) for name in numbers_of], self.grounds, zero=0 in compact)
+        own = Own(table.form, [partial(_own, act.spots[name]) for name in numbers_of], self.grounds, zero=0 in compact)
         return Use(table, lanes, own, self._picked(compact, table, first=0 if own.zero else 1))
 
     def _picked(self, numbers: tuple[int, ...], table: Table, first: int = 0) -> Picks:
@@ -143,9 +144,9 @@ class Planner:
         return self._picks[key]
 
 
-def _own(act: RouteAct, name: LaneName) -> Lane:
+def _own(spot: Spot) -> Lane:
     """The delta's own tensors as a lane."""
-    source = read(act.spots[name])
+    source = read(spot)
     assert source is not None
     return source.lane
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,12 @@ class Captured:
         def planned(*args: Any, **kwargs: Any) -> Any:
             if bank.plan is plan:
                 return function(*args, **kwargs)
+            bank.check(plan)
             with disabled(bank.backbone), bank.entered(plan):
                 return function(*args, **kwargs)
 
+        bank.open.append(plan.number)  # its lanes stay as they are while this may be called
+        weakref.finalize(planned, bank.open.remove, plan.number).atexit = False
         return self.checkpoint(planned, *args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from deltatune.injection.slot import Term
 from deltatune.injection.switching import disabled
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.multi.bank import Bank, bank
-from deltatune.multi.plan import Plan, Program
+from deltatune.multi.plan import Plan, Program, names_of
 from deltatune.multi.recompute import captured
 
 Named = str | Delta | Composition | None
@@ -44,6 +44,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
         UnknownName: nothing attached has such a name.
         Unsupported: a delta cannot act in single rows; the message names the reason and what to do.
         InvalidValue: no entries.
+        Busy: another thread has a route open on this backbone.
 
     Example:
         >>> import torch
@@ -63,6 +64,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
             yield Plan(0, ((),) * len(entries))
         return
     own = bank(backbone)
+    own.check_owner()
     programs = [_program(own.ledger, entry) for entry in entries]
     with disabled(backbone), _entered(own, programs) as plan:
         yield plan
@@ -72,8 +74,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
 def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
     """The bank with this route open."""
     ledger = own.ledger
-    names = dict.fromkeys(name for program in programs for term in program for name in term.members)
-    for name in names:
+    for name in names_of(programs):
         check_unmerged(ledger.deltas[name], "route")
     for name in dict.fromkeys(member for term in ledger.terms for member in term.members):
         if any(isinstance(entry.patch, SelectionPatch) for entry in ledger.deltas[name].entries):

@@ -1,7 +1,8 @@
 """Streams: in a batch that several jobs share, each job's dropout takes the job's own random numbers.
 
 The noise of a job is drawn in the shape that its rows would have alone, tokens that only fill up to longer neighbours left out, and
-in the order of the calls. So it depends on no neighbour, and on the CPU it is bit for bit that of the job run by itself.
+in the order of the calls. So it depends on no neighbour, and on the CPU it is bit for bit that of the job run by itself. What cannot be
+drawn so refuses: tensors whose axes do not say which rows and tokens they are of, and draws that do not come by here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.errors import Unsupported
 
-Own = tuple[Tensor, ...]
+Entries = tuple[Tensor, ...]
 """For each block, which entries along an axis are its own."""
 
 
@@ -32,11 +33,11 @@ class Places:
         keys: of keys.
     """
 
-    hidden: dict[int, Own] = field(default_factory=dict)
-    keys: dict[int, Own] = field(default_factory=dict)
+    hidden: dict[int, Entries] = field(default_factory=dict)
+    keys: dict[int, Entries] = field(default_factory=dict)
 
     @staticmethod
-    def enter(places: dict[int, Own], found: tuple[int, Own]) -> bool:
+    def enter(places: dict[int, Entries], found: tuple[int, Entries]) -> bool:
         """Take in an axis; False where that length means something else already."""
         length, own = found
         known = places.setdefault(length, own)
@@ -49,38 +50,41 @@ class Stream:
     Args:
         seed: where they begin.
         device: on which its dropout draws besides the CPU.
+
+    Attributes:
+        held: the states of its generators, while nobody draws.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         from transformers import set_seed
 
-        self._device = device
+        self.device = device
         self._outer: dict[str, Any] | None = None
         outer = states(device)
         set_seed(seed)
         self.held = states(device)
-        restore(outer)
+        restore(outer, device)
 
     def __enter__(self) -> Stream:
-        self._outer = states(self._device)
-        restore(self.held)
+        self._outer = states(self.device)
+        restore(self.held, self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._outer is not None
-        self.held = states(self._device)
-        restore(self._outer)
+        self.held = states(self.device)
+        restore(self._outer, self.device)
         self._outer = None
 
     def generator(self) -> torch.Generator:
         """A generator that goes on where the stream stands; give it back with ``take``."""
-        generator = torch.Generator(self._device)
-        generator.set_state(self.held["cpu" if self._device.type == "cpu" else "cuda"])
+        generator = torch.Generator(self.device)
+        generator.set_state(self.held["cpu" if self.device.type == "cpu" else "cuda"])
         return generator
 
     def take(self, generator: torch.Generator) -> None:
         """The stream stands where the generator does."""
-        self.held = {**self.held, "cpu" if self._device.type == "cpu" else "cuda": generator.get_state()}
+        self.held = {**self.held, "cpu" if self.device.type == "cpu" else "cuda": generator.get_state()}
 
 
 def states(device: torch.device) -> dict[str, Any]:
@@ -91,15 +95,21 @@ def states(device: torch.device) -> dict[str, Any]:
     return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def restore(held: Mapping[str, Any]) -> None:
-    """Set the global generators."""
+def restore(held: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Set the global generators; of a GPU that of the device, the current one if left out."""
     import numpy
 
     random.setstate(held["python"])
     numpy.random.set_state(held["numpy"])
     torch.set_rng_state(held["cpu"])
     if "cuda" in held:
-        torch.cuda.set_rng_state(held["cuda"])
+        torch.cuda.set_rng_state(held["cuda"], device or "cuda")
+
+
+def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Nobody has drawn between these states."""
+    same = all(torch.equal(one[name], other[name]) for name in ("cpu", "cuda") if name in one)
+    return same and one["python"] == other["python"] and repr(one["numpy"][2:]) == repr(other["numpy"][2:])
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ class Streams:
         self.places = Places()
         self._generators: dict[int, torch.Generator] = {}
         self._owner: int | None = None
+        self._is_known = False
 
     @property
     def rows(self) -> int:
@@ -132,11 +143,24 @@ class Streams:
 
     @contextmanager
     def running(self, places: Places) -> Iterator[None]:
-        """A forward with tokens at these places: dropout within takes the streams."""
+        """A forward with tokens at these places: dropout within takes the streams.
+
+        Raises:
+            Unsupported: the forward drew random numbers for all rows at once; the first one is watched for that.
+        """
         self.places = places
         self._generators = {number: block.stream.generator() for number, block in enumerate(self.blocks)}
+        device = self.blocks[0].stream.device
+        before = None if self._is_known else states(device)
         with OwnDropout(self):
             yield
+        if before is not None and not _are_equal(before, states(device)):
+            restore(before, device)
+            raise Unsupported(
+                "The backbone draws random numbers for all rows of a batch at once (layers that are skipped at random, or an attention "
+                "of PyTorch that drops), which cannot be told apart by jobs. Train its jobs apart (`tokens=0`)."
+            )
+        self._is_known = True
         for number, generator in self._generators.items():
             self.blocks[number].stream.take(generator)
 
@@ -148,33 +172,38 @@ class Streams:
         """x with entries dropped; of blocks without a lane (0 in ``numbers``) none."""
         if self._owner is not None:
             return x * _noise(x.shape, p, self._generators[self._owner], x)
-        if x.shape[0] % self.rows and x.shape[0] != 1:
+        if x.ndim == 2 and x.shape[0] != self.rows and x.shape[0] % self.rows == 0:  # tokens as rows
+            return self._dropped(x.view(self.rows, x.shape[0] // self.rows, -1), p, numbers).flatten(0, 1)
+        return self._dropped(x, p, numbers)
+
+    def _dropped(self, x: Tensor, p: float, numbers: Sequence[int] | None) -> Tensor:
+        """x (rows * factor, ...), with its axes of tokens at the places where each job's stand.
+
+        Raises:
+            Unsupported: it is not that, so that nobody knows which job's random numbers an entry takes.
+        """
+        found = [(axis, known.get(x.shape[axis])) for axis, known in self._axes(x.ndim)]
+        axes = [(axis, own) for axis, own in found if own is not None]
+        single = x.ndim == 3 and x.shape[1] == 1  # one token a row, as of what is pooled
+        if x.shape[0] % self.rows or not 2 <= x.ndim <= 4 or (len(axes) < len(found) and not single):
             raise Unsupported(
                 f"Dropout was asked of a tensor of shape {tuple(x.shape)} in a batch of {self.rows} rows, so that it cannot be told which "
                 "job's random numbers it takes. Train the jobs of this backbone apart (`tokens=0`)."
             )
         factor = x.shape[0] // self.rows
-        if x.ndim == 2 and factor in self.places.hidden:  # tokens as rows
-            return self._dropped(x.view(self.rows, factor, -1), p, numbers).flatten(0, 1)
-        return self._dropped(x, p, numbers)
-
-    def _dropped(self, x: Tensor, p: float, numbers: Sequence[int] | None) -> Tensor:
-        factor = max(x.shape[0] // self.rows, 1)
-        noise = torch.ones(self.rows * factor, *x.shape[1:], dtype=x.dtype, device=x.device)
-        axes = [(axis, known[x.shape[axis]]) for axis, known in self._axes(x.ndim) if x.shape[axis] in known]
+        noise = torch.ones_like(x, memory_format=torch.contiguous_format)
         for number, block in enumerate(self.blocks):
             if numbers is not None and not any(numbers[block.start : block.stop]):
                 continue
-            rows = 1 if x.shape[0] == 1 < self.rows else (block.stop - block.start) * factor
             own = [(axis, known[number]) for axis, known in axes]
-            shape = [rows, *x.shape[1:]]
+            shape = [(block.stop - block.start) * factor, *x.shape[1:]]
             for axis, index in own:
                 shape[axis] = len(index)
             drawn = _noise(shape, p, self._generators[number], x)
             _put(noise[block.start * factor : block.stop * factor], own, drawn)
         return x * noise
 
-    def _axes(self, dimensions: int) -> tuple[tuple[int, dict[int, Own]], ...]:
+    def _axes(self, dimensions: int) -> tuple[tuple[int, dict[int, Entries]], ...]:
         """The axes of tokens: of hidden states (rows, tokens, width), and of attentions (rows, heads, queries, keys)."""
         if dimensions == 4:
             return (2, self.places.hidden), (3, self.places.keys)
@@ -249,7 +278,8 @@ def _attention(
     scores = (query * root) @ (key * root).transpose(-2, -1)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return streams.dropped(scores.softmax(-1), dropout_p) @ value
+    shares = scores.softmax(-1) if attn_mask is None else torch._safe_softmax(scores, -1)  # queries that see nothing get nothing
+    return streams.dropped(shares, dropout_p) @ value
 
 
 def _refused(streams: Streams, func: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class Key:
         form: name of the form.
         settings: of the lanes.
         rows: last word of the role whose rows of a fused projection are changed; empty for all.
-        shapes: of the lanes' tensors, in the order of their names.
+        shapes: names, shapes and types of the lanes' tensors, in the order of their names.
     """
 
     stage: str
@@ -40,13 +40,13 @@ class Key:
     form: str
     settings: tuple[Hashable, ...]
     rows: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
     @classmethod
     def of(cls, name: LaneName, stage: str, reads: str, source: Source, fitted: Mapping[str, Tensor]) -> Key:
         """The key of one lane."""
         lane, rows = source.lane, source.site.leaf if source.site.rows is not None else ""
-        shapes = tuple((letter, tuple(tensor.shape)) for letter, tensor in sorted(fitted.items()))
+        shapes = tuple((letter, tuple(tensor.shape), tensor.dtype) for letter, tensor in sorted(fitted.items()))
         return cls(stage, reads, name[1], lane.form, lane.settings, rows, shapes)
 
 
@@ -78,6 +78,8 @@ class Table:
             for name, tensor in neutral.items():
                 self.tensors[name][0] = tensor
         self._free = list(range(FIRST - 1, 0, -1))
+        self._unseen: set[int] = set()
+        self._broken: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -99,6 +101,8 @@ class Table:
             lane = self._free.pop()
             for key, tensor in fitted.items():
                 self.tensors[key][lane].copy_(tensor)
+        self._unseen.add(lane)
+        self._broken.discard(lane)
         self.leave(name, now)
         self.lanes[name] = lane
 
@@ -107,6 +111,14 @@ class Table:
         lane = self.lanes.pop(name, None)
         if lane is not None:
             self._left.append((now, lane))
+
+    def is_whole(self, lanes: Sequence[int]) -> bool:
+        """All numbers of these lanes are finite; they are looked at once."""
+        for lane in self._unseen.intersection(lanes):
+            if not all(bool(tensor[lane].isfinite().all()) for tensor in self.tensors.values()):
+                self._broken.add(lane)
+            self._unseen.discard(lane)
+        return self._broken.isdisjoint(lanes)
 
     def move(self, function: object) -> None:
         """Move the tensors to another device or type, as ``nn.Module._apply`` does."""

@@ -65,20 +65,19 @@ def result(outcome: Outcome) -> Result:
     return outcome.result
 
 
-def far(one: Result, other: Result) -> float:
+def far(one: Result, other: Result, without: frozenset[str] = frozenset()) -> float:
     """Largest difference of any weight, and of any loss."""
+    unseen = WITHOUT | without
     found = [abs(a["loss"] - b["loss"]) for a, b in zip(one.history, other.history, strict=True) if "loss" in a]
     for mine, theirs in zip(one.deltas, other.deltas, strict=True):
         own, others = mine.state_dict(), theirs.state_dict()
         assert own.keys() == others.keys()
-        found += [
-            float((own[name].float() - others[name].float()).abs().max()) for name in own if own[name].numel() and name not in WITHOUT
-        ]
+        found += [float((own[name].float() - others[name].float()).abs().max()) for name in own if own[name].numel() and name not in unseen]
     return max(found, default=0.0)
 
 
-WITHOUT = {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4)}
-"""A bias that a softmax does not see: its gradients are nothing but rounding, of which AdamW makes steps."""
+WITHOUT = frozenset(f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4))
+"""Biases that a softmax does not see: their gradients are nothing but rounding, of which AdamW makes steps."""
 
 
 def moved(one: Result, start: dict[str, torch.Tensor]) -> float:

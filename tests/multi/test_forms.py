@@ -16,7 +16,7 @@ from deltatune.multi.operators.choice import DENSE, GATHER, SEGMENT, choose
 from deltatune.multi.operators.native import Native
 from deltatune.multi.operators.operator import Operator
 from deltatune.multi.picks import Picks
-from deltatune.multi.table import FIRST
+from deltatune.multi.table import FIRST, Table
 from tests.conformance.cells import fresh, shake
 from tests.multi.rows import batch, routed
 
@@ -59,12 +59,15 @@ def test_operators_are_the_loop(operator: Operator, lanes: tuple[int, ...], toke
 def test_the_shape_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Native, "is_available", staticmethod(lambda: False))
     A = torch.zeros(40, 6, 8)
-    many, few, some = (Lanes({"A": A}, Picks(numbers, CPU)) for numbers in (tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6))
+    numbers = tuple(range(1, 33)), (1, 2) * 16, (1, 2, 3, 4, 5) * 6
+    many, few, some = (Lanes({"A": A}, Picks(own, CPU), whole=lambda lanes: True) for own in numbers)
     assert choose(torch.zeros(32, 1, 6), many, "A", 8) is GATHER
     assert choose(torch.zeros(32, 16, 6), many, "A", 8) is SEGMENT
     assert choose(torch.zeros(32, 1, 6), few, "A", 8) is choose(torch.zeros(32, 16, 6), few, "A", 8) is DENSE
     assert choose(torch.zeros(30, 1, 6), some, "A", 8) is DENSE
     assert choose(torch.zeros(30, 16, 6), some, "A", 8) is SEGMENT
+    broken = Lanes({"A": A}, few.picks, whole=lambda lanes: False)
+    assert choose(torch.zeros(32, 1, 6), broken, "A", 8) is GATHER, "NaN times 0 is NaN"
     trained = Lanes({"A": A.requires_grad_()}, many.picks)
     assert choose(torch.zeros(32, 1, 6), trained, "A", 8) is SEGMENT, "its gradient is a batched product, too"
 
@@ -82,7 +85,7 @@ def test_copies_of_few_lanes_are_kept_from_the_second_forward_on() -> None:
 
 @torch.no_grad()
 def test_the_definition_of_every_form_is_what_its_patch_computes() -> None:
-    """One lane by the form's formula, against the batch that the patches computed."""
+    """One lane by the form's formula, against the module with that delta attached and no route."""
     backbone, _ = fresh("bert")
     methods = {"a": LoRA(rank=3), "b": IA3(), "c": BitFit(), "d": Adapter(bottleneck_dim=3), "e": DoRA(rank=2), "f": VeRA(rank=4)}
     methods |= {"g": NormTuning(), "h": LoRA(rank=2)}
@@ -95,40 +98,50 @@ def test_the_definition_of_every_form_is_what_its_patch_computes() -> None:
     for module in backbone.modules():
         slot = slot_of(module)
         act = slot.acts.get(RouteAct) if slot is not None else None
-        for table in act.tables.values() if isinstance(act, RouteAct) else ():
-            if table.form.whole:
+        for name in methods if isinstance(act, RouteAct) else ():
+            assert act is not None
+            placed = [(table, table.lanes[lane]) for lane in act.lanes_of(name) if (table := act.table_of[lane]) is not None]
+            tables = [(table, {letter: tensor[lane] for letter, tensor in table.tensors.items()}) for table, lane in placed]
+            if not tables:
                 continue
-            seen.add(table.form.name)
-            lane = next(iter(table.lanes.values()))
-            lanes = Lanes(table.tensors, Picks((lane, 0), CPU))
-            x, y = sample(module, table.form.name), sample(module, "")
-            y = torch.randn(2, 3, (table.tensors.get("b", table.tensors.get("e", y[0]))).shape[-1]) if table.form.name == "shift" else y
-            y = matching(table.form.name, table.tensors, y)
-            x = matching_input(table.form.name, table.tensors, x)
-            found = table.form.many(x, y, lanes, table)
-            own = {name: tensor[lane] for name, tensor in table.tensors.items()}
-            torch.testing.assert_close(found[0], table.form.one(x[0], y[0], own, table), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found[1], y[1], rtol=1e-6, atol=1e-6, msg="lane 0 changes nothing")
+            seen |= {table.form.name for table, _ in tables}
+            x = sample(module)
+            given, y = defined(module, x, tables)
+            dt.switch(backbone, name)
+            torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
+            dt.switch(backbone, None)
+            for table, own in tables:
+                check_many(table, own, given, module(given))
     assert seen == set(FORMS) - {"stacked"}
 
 
-def sample(module: nn.Module, form: str) -> Tensor:
-    if form == "lookup":
-        return torch.randint(1, 20, (2, 3), generator=torch.Generator().manual_seed(4))
-    return torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(5))
+def defined(module: nn.Module, x: Tensor, tables: list[tuple[Table, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """What the module is given, and returns, by the formulas of these lanes."""
+    for table, own in tables:
+        x = torch.stack([table.form.one(row, row, own, table) for row in x]) if table.key.stage == "input" else x
+    y: Tensor = module(x)
+    for stage in ("module", "output"):
+        for table, own in tables:
+            if table.key.stage == stage:
+                y = torch.stack([table.form.one(*rows, own, table) for rows in zip(x, y, strict=True)])
+    return x, y
 
 
-OUT = {"low-rank": "B", "lookup": "B", "vectors": "b", "decomposed": "B", "scale": "l", "shift": "b", "norm": "gamma", "affine": "W"}
-OUT |= {"bottleneck": "U"}
-IN = {"low-rank": "A", "decomposed": "A", "affine": "W"}
+def check_many(table: Table, own: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    """A row with this lane and one without, by the form for many rows."""
+    lane = next(lane for lane in table.lanes.values() if all(torch.equal(table.tensors[name][lane], one) for name, one in own.items()))
+    y = x if table.key.stage == "input" else y
+    found = table.form.many(x, y, Lanes(table.tensors, Picks((lane, 0), CPU)), table)
+    torch.testing.assert_close(found[0], table.form.one(x[0], y[0], own, table), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], y[1], rtol=1e-6, atol=1e-6, msg="lane 0 changes nothing")
 
 
-def matching(form: str, tensors: dict[str, Tensor], y: Tensor) -> Tensor:
-    return torch.randn(2, 3, tensors[OUT[form]].shape[-1], generator=torch.Generator().manual_seed(6))
-
-
-def matching_input(form: str, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    return torch.randn(2, 3, tensors[IN[form]].shape[1], generator=torch.Generator().manual_seed(7)) if form in IN else x
+def sample(module: nn.Module) -> Tensor:
+    """Two rows of three tokens, as the module takes them."""
+    draw = torch.Generator().manual_seed(5)
+    if isinstance(module, nn.Embedding):
+        return torch.randint(1, min(20, module.num_embeddings), (2, 3), generator=draw)
+    return torch.randn(2, 3, module.in_features if isinstance(module, nn.Linear) else 32, generator=draw)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.errors import Unsupported
@@ -90,3 +91,30 @@ def test_a_copy_routes_by_itself() -> None:
     shake(low, seed=5)
     assert torch.equal(routed(other, ["low", None], inputs), found)
     assert far(routed(backbone, ["low", None], inputs)[:1], found[:1].unbind()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_mask_that_looks_like_rows_is_none(tokens: int) -> None:
+    """PyTorch's attentions take a mask (tokens, tokens) for all rows."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = self.layer(x, src_mask=mask)
+            return y
+
+    torch.manual_seed(0)
+    net, entries = Net().train(), ["a", None, "b", "a"]
+    for seed, name in enumerate("ab"):
+        shake(dt.attach(net, LoRA(rank=2), "attention.query", name=name), seed=seed, spread=0.3)
+    dt.switch(net, None)
+    x, mask = torch.randn(4, tokens, 32), torch.ones(tokens, tokens).triu(1).bool()
+    with dt.route(net, entries):
+        found = net(x, mask)
+    for row, name in enumerate(entries):
+        dt.switch(net, name)
+        assert far(found[row : row + 1], [net(x[row : row + 1], mask)[0]]) < 1e-5

@@ -18,10 +18,9 @@ from deltatune.multi.together import company as company_module
 from deltatune.multi.together.company import Company
 from deltatune.multi.together.flat import Flat
 from deltatune.multi.together.job import Job
-from deltatune.multi.together.planner import ALONE, bins, sizes
 from deltatune.multi.together.portion import Call
+from deltatune.multi.together.sharing import ALONE, bins, sizes
 from deltatune.multi.together.shells import shell_of, unshare
-from deltatune.multi.together.tenant import Tenant
 from deltatune.multi.together.together import train_together
 from deltatune.tasks import TaskData
 from deltatune.training.result import Result
@@ -238,14 +237,22 @@ def test_where_sharing_loses_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) 
     model = tiny.backbone("bert")
     jobs = [job(LoRA(rank=2, dropout=0.1), max_steps=6), job(BitFit(), seed=1, max_steps=6)]
     shared: list[int] = []
-    whole = company_module.Host.run
+    in_probe: list[int] = []
+    whole, probing = company_module.Host.run, company_module.probe
+
+    def probed(*args: Any) -> int:
+        before = len(shared)
+        size = probing(*args)
+        in_probe.append(len(shared) - before)
+        return size
+
     monkeypatch.setattr(company_module.Host, "run", lambda self, *args: shared.append(1) or whole(self, *args))
+    monkeypatch.setattr(company_module, "probe", probed)
     monkeypatch.setattr(
-        "deltatune.multi.together.planner._clock", iter(range(1000)).__next__
+        "deltatune.multi.together.sharing._clock", iter(range(1000)).__next__
     )  # every try takes as long: the first one, alone, wins
     outcomes = together(model, jobs, tokens=None)
-    probed = len(shared)
-    assert probed
+    assert len(shared) == sum(in_probe) > 0
     for outcome, one in zip(outcomes, jobs, strict=True):
         assert far(result(outcome), alone(model, one)) < 1e-6
     shared.clear()
@@ -263,6 +270,8 @@ def test_batches_are_packed_by_tokens() -> None:
     assert sorted(bins(calls, 1)) == [[0], [1], [2], [3], [4]]
     assert bins(calls, 10_000) == [[0, 1, 2, 3, 4]]
     assert sizes(calls)[-1] >= 1000 > sizes(calls)[0]
+    crossed = [Call({"input_ids": torch.zeros(1, a), "labels": torch.zeros(1, 100 - a)}) for a in (90, 10)]
+    assert bins(crossed, 200) == [[0], [1]] and bins(crossed, 360) == [[0, 1]] and sizes(crossed)[-1] >= 360
     other = Call({"input_ids": torch.zeros(2, 10, dtype=torch.long), "use_cache": False})
     assert sorted(bins([*calls, other], 10_000)) == [[0, 1, 2, 3, 4], [5]]
 
@@ -280,6 +289,11 @@ def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
         together(model, [one, Job(two_labels(), LoRA(rank=2))])
     with pytest.raises(InvalidValue, match="no method"):
         Job("bbc-news", [])
+    with pytest.raises(InvalidValue, match=r"LoRA'> as its method.*LoRA\(rank=8\)"):
+        Job("bbc-news", LoRA)
+    for name in ("../elsewhere", "a/b", "..", "", "a\\b"):
+        with pytest.raises(InvalidValue, match="without slashes"):
+            job(LoRA(rank=2), name=name)
     with pytest.raises(InvalidValue, match="given a function"):
         job(LoRA(rank=2), where=lambda site: True)
     delta = dt.attach(model, LoRA(rank=2))
@@ -289,21 +303,29 @@ def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tenant_keeps_what_is_its_own() -> None:
-    """Whoever comes next in the same lanes begins with moments of its own."""
-    made: list[Tenant] = []
-    whole = Tenant.__init__
+def test_a_tenant_keeps_what_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes next in the same row begins with moments of its own."""
+    made: list[Flat] = []
+    begun, settled = Flat.__init__, Flat.settle
+    rows: dict[tuple[int, int], list[int]] = {}
 
-    def noted(self: Tenant, *args: Any) -> None:
-        whole(self, *args)
+    def noted(self: Flat, *args: Any) -> None:
         made.append(self)
+        begun(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tenant, "__init__", noted)
-        together(tiny.backbone("bert"), [job(LoRA(rank=2), max_steps=3), job(LoRA(rank=2), max_steps=2)], at_once=1)
-    steps = [{int(state["step"]) for state in tenant.optimizer.state.values()} for tenant in made]
-    assert steps == [{3}, {2}]
-    assert not {id(state) for state in made[0].optimizer.state.values()} & {id(state) for state in made[1].optimizer.state.values()}
+    def moved(self: Flat, row: int) -> None:
+        rows.setdefault((id(self.ground), row), []).append(made.index(self))
+        settled(self, row)
+
+    monkeypatch.setattr(Flat, "__init__", noted)
+    monkeypatch.setattr(Flat, "settle", moved)
+    model = tiny.backbone("bert")
+    jobs = [job(LoRA(rank=2), max_steps=2 + 4 * (seed == 1), seed=seed, lr=1e-2 * (1 + seed)) for seed in range(3)]
+    for outcome, one in zip(together(model, jobs, at_once=2), jobs, strict=True):
+        assert far(result(outcome), alone(model, one)) < EXACT
+    assert any(len(set(holders)) > 1 for holders in rows.values()), "a row was taken over"
+    assert len({ground for ground, _ in rows}) == 1
+    assert [{int(state["step"]) for state in flat.optimizer.state.values()} for flat in made] == [{2}, {6}, {2}]
 
 
 def names(found: list[Result]) -> list[str]:
@@ -371,6 +393,9 @@ def test_a_parameter_without_a_gradient_keeps_the_plain_optimiser() -> None:
     optimizer = torch.optim.AdamW([used, unused], weight_decay=0.5)
     used.grad = torch.ones(2)
     assert not Flat.fits(optimizer)
+    optimizer.step()
+    unused.grad = torch.ones(2)
+    assert not Flat.fits(optimizer), "one has taken a step more"
 
 
 def test_the_probe_comes_when_the_company_halves_and_leaves_accumulated_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,10 @@ class Affine(Form):
         x = x.to(y.dtype)
         z = choose(x, lanes, "W", lanes["W"].shape[-1]).matrix(x, lanes, "W") + lanes.rows("b", y.dtype)[:, None]
         width = max(y.shape[-1], z.shape[-1])
-        return _widened(z, width).where(lanes.picks.mask, _widened(y, width))
+        return widened(z, width).where(lanes.picks.mask, widened(y, width))
 
 
-def _widened(logits: Tensor, width: int) -> Tensor:
+def widened(logits: Tensor, width: int) -> Tensor:
+    """The logits with labels behind them that these rows do not have."""
     missing = width - logits.shape[-1]
     return F.pad(logits, (0, missing), value=ABSENT) if missing else logits

@@ -15,7 +15,7 @@ from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 if TYPE_CHECKING:
-    from deltatune.multi.ground import Stacked
+    from deltatune.multi.ground import Beside
 
 
 class Form(ABC):
@@ -64,7 +64,7 @@ class Form(ABC):
             (rows, tokens, out), of y's dtype.
         """
 
-    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Stacked], picks: Picks, table: Table) -> Tensor:
+    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Beside], picks: Picks, table: Table) -> Tensor:
         """The same for lanes that train where they lie, each with as many rows as the next."""
         return self.many(x, y, Lanes({name: stacked() for name, stacked in lanes.items()}, picks), table)
 

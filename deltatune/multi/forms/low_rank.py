@@ -14,7 +14,7 @@ from deltatune.multi.picks import Picks
 from deltatune.multi.table import Table
 
 if TYPE_CHECKING:
-    from deltatune.multi.ground import Stacked
+    from deltatune.multi.ground import Beside
 
 
 class LowRank(Form):
@@ -42,7 +42,7 @@ class LowRank(Form):
             x = dropped(x, table.key.settings[0], lanes.picks)
         return choose(x, lanes, "A", lanes["A"].shape[-1]).added(y, x, lanes, "A", "B", out)
 
-    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Stacked], picks: Picks, table: Table) -> Tensor:
+    def beside(self, x: Tensor, y: Tensor, lanes: Mapping[str, Beside], picks: Picks, table: Table) -> Tensor:
         """All products of forward and backward as one operation."""
         return EVEN.beside(y, dropped(x.to(y.dtype), table.key.settings[0], picks), lanes["A"], lanes["B"])
 

@@ -22,8 +22,8 @@ class Stacked(Form):
     whole: ClassVar[bool] = True
 
     def neutral(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Some delta's: rows without a lane keep what they had, and zeros may have no gradient."""
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        """Some delta's, but finite: rows without a lane keep what they had, zeros may have no gradient, and none times NaN is NaN."""
+        return {name: tensor.detach().nan_to_num(0.0, 0.0, 0.0) for name, tensor in tensors.items()}
 
     def one(self, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], table: Table) -> Tensor:
         """The patch itself."""

@@ -36,11 +36,11 @@ def choose(x: Tensor, lanes: Lanes, W: str, width: int) -> Operator:
     if lanes.picks.is_even:
         return EVEN
     distinct = len(lanes.picks.distinct)
-    if distinct == 1 or distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2):
+    if distinct == 1 or (distinct * width <= (FEW if x.shape[1] < TOKENS else FEW // 2) and lanes.mixes):
         return DENSE
-    if x.shape[1] >= TOKENS or not x.is_cpu or lanes[W].requires_grad:
-        return SEGMENT
-    return NATIVE if NATIVE.fits(x, lanes[W]) and NATIVE.is_available() and not _trains(x, lanes[W]) else GATHER
+    if x.shape[1] >= TOKENS or not x.is_cpu or _trains(x, lanes[W]):
+        return SEGMENT  # with gradients the others would keep the table for the backward, where lanes may have become others'
+    return NATIVE if NATIVE.fits(x, lanes[W]) and NATIVE.is_available() else GATHER
 
 
 def _trains(x: Tensor, W: Tensor) -> bool:

@@ -11,7 +11,7 @@ from deltatune.multi.lanes import Lanes
 from deltatune.multi.operators.operator import Operator
 
 if TYPE_CHECKING:
-    from deltatune.multi.ground import Stacked
+    from deltatune.multi.ground import Beside
 
 
 class Even(Operator):
@@ -22,7 +22,7 @@ class Even(Operator):
         return torch.bmm(_by_lanes(x, len(lanes[W])), lanes[W].to(x.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def beside(y: Tensor, x: Tensor, A: Stacked, B: Stacked) -> Tensor:
+    def beside(y: Tensor, x: Tensor, A: Beside, B: Beside) -> Tensor:
         """y + (x A) B, where A and B lie on a ground."""
         n = A.count
         z: Tensor = _Beside.apply(_by_lanes(y, n), _by_lanes(x, n), A.values, A, B)  # type: ignore[no-untyped-call]
@@ -40,7 +40,7 @@ class _Beside(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, trains: Tensor, A: Stacked, B: Stacked) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, trains: Tensor, A: Beside, B: Beside) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
             a, b, ctx.scale = A.look().to(y.dtype), B.look().to(y.dtype), A.scale * B.scale
             h = torch.bmm(a.mT, x.mT) * ctx.scale  # (n, r, t)

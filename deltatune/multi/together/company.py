@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deltatune.errors import DeltaError, Diverged, Unsupported
+from deltatune.errors import DeltaError, Diverged, Halt, Unsupported
 from deltatune.multi.together.host import Host, Task
-from deltatune.multi.together.planner import ALONE, bins, probe
 from deltatune.multi.together.portion import Call
+from deltatune.multi.together.sharing import ALONE, bins, probe
 from deltatune.multi.together.shells import Shells, unshare
 from deltatune.multi.together.tally import Tally
 from deltatune.multi.together.tenant import Batch, Tenant
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A job in a company.
 
@@ -70,6 +70,8 @@ class Company:
         self.members: list[Member] = []
         self.host: Host | None = None
         self._probed = 0
+        self._repeated = 0
+        self._doubt: Exception | None = None
         self._size = ALONE if tokens is None else tokens
 
     def train(self) -> None:
@@ -80,6 +82,8 @@ class Company:
                     self.join(self.waiting.pop(0))
                 if self.members:
                     self.round()
+            if self._repeated:
+                self.tally.say(f"{self._repeated} batches were computed a second time, alone: together they failed, or were not finite.")
         except BaseException as error:
             for member in self.members:
                 member.stack.__exit__(type(error), error, error.__traceback__)
@@ -95,18 +99,16 @@ class Company:
             wanted.outcome.apart = str(error)
             self.tally.say(f"{wanted.name} will be trained by itself: {error}")
             return
-        except DeltaError as error:
-            stack.__exit__(type(error), error, error.__traceback__)
-            wanted.outcome.error = error
-            self.tally.say(f"{wanted.name} cannot begin: {error}")
-            return
         except BaseException as error:
             stack.__exit__(type(error), error, error.__traceback__)
-            raise
+            if isinstance(error, Halt) or not isinstance(error, Exception):
+                raise
+            wanted.outcome.error = error
+            self.tally.say(f"{wanted.name} cannot begin: {_said(error)}")
+            return
         self.members.append(member)
         self.tally.begin(member.tenant)
-        with ExitStack() as own:
-            own.push(lambda kind, error, _: self._failed(member, error))
+        with self._by_itself(member):
             member.tenant.begin()
             if member.tenant.is_over:
                 self._leave(member)
@@ -136,38 +138,43 @@ class Company:
             place.open()
         return Member(wanted, tenant, stack, tenant.form)
 
-    def _failed(self, member: Member, error: BaseException | None) -> bool:
-        """A job that fails leaves alone; True if that is all."""
-        if not isinstance(error, DeltaError):
-            return False
-        if member in self.members:
-            self.members.remove(member)
-            self.tally.leave(member.tenant)
-        member.stack.__exit__(type(error), error, error.__traceback__)
-        member.wanted.outcome.error = error
-        self.tally.say(f"{member.wanted.name} stopped: {error}")
-        return True
+    @contextmanager
+    def _by_itself(self, member: Member) -> Iterator[None]:
+        """What one job does by itself; if it fails, it leaves, and the others go on."""
+        try:
+            yield
+        except Halt:
+            raise
+        except Exception as error:
+            if member in self.members:
+                self.members.remove(member)
+                self.tally.leave(member.tenant)
+            member.stack.__exit__(type(error), error, error.__traceback__)
+            member.wanted.outcome.error = error
+            self.tally.say(f"{member.wanted.name} stopped: {_said(error)}")
 
     def round(self) -> None:
         """One step of every job."""
         began = time.perf_counter()
-        taking = sorted(self.members, key=lambda member: member.tenant.row)  # as they lie side by side
         batches: dict[int, list[Batch]] = {}
-        for member in taking:
-            batches[id(member)] = member.tenant.next()
-            self._watch(member)
+        for member in sorted(self.members, key=lambda member: member.tenant.row):  # as they lie side by side
+            with self._by_itself(member):
+                batches[id(member)] = member.tenant.next()
+                self._watch(member)
+        taking = sorted(self.members, key=lambda member: member.tenant.row)
         held = {id(member): member.tenant.stream.held for member in taking}
         losses = self._computed(taking, batches)
+        taking = [member for member in taking if member in self.members]
         shares = {id(member): sum(batch["labels"].shape[0] for batch in batches[id(member)]) for member in taking}
         seconds = (time.perf_counter() - began) / max(sum(shares.values()), 1)
         for member in taking:
             member.tenant.seconds.append(seconds * shares[id(member)])
-            with ExitStack() as own:
-                own.push(lambda kind, error, _, member=member: self._failed(member, error))
+            with self._by_itself(member):
                 self._step(member, batches[id(member)], losses[id(member)], held[id(member)])
                 if member.tenant.is_over:
                     self._leave(member)
-        self.tally.step([member.tenant for member in taking])
+        if taking:
+            self.tally.step([member.tenant for member in taking])
 
     def _watch(self, member: Member) -> None:
         """A phase may have given its deltas another form."""
@@ -180,66 +187,106 @@ class Company:
         """Forwards and backwards of one step of each; the sum of each one's losses."""
         losses = {id(member): torch.zeros((), device=member.tenant.device) for member in taking}
         for turn in range(max(map(len, batches.values()), default=0)):
-            sharing = [member for member in taking if turn < len(batches[id(member)])]
-            tasks = [Task(member.tenant, batches[id(member)][turn]) for member in sharing]
-            for member, loss in zip(sharing, self._shared(tasks, probes=not turn), strict=True):
+            sharing = {
+                member: Task(member.tenant, batches[id(member)][turn])
+                for member in taking
+                if member in self.members and turn < len(batches[id(member)])
+            }
+            for member, loss in self._shared(sharing, probes=not turn).items():
                 losses[id(member)] += loss
         return losses
 
-    def _shared(self, tasks: Sequence[Task], *, probes: bool) -> list[Tensor]:
+    def _shared(self, sharing: Mapping[Member, Task], *, probes: bool) -> dict[Member, Tensor]:
         """One batch of each; the losses. A probe needs a moment without gradients."""
-        if len(tasks) == 1 or self.tokens == ALONE:
-            return [task.tenant.alone([task.batch]) for task in tasks]
+        if len(sharing) == 1 or self.tokens == ALONE:
+            return self._one_by_one(sharing)
         assert self.host is not None
-        calls = [self.host.call(task) for task in tasks]
+        asked: dict[Member, Call] = {}
+        for member, task in sharing.items():
+            with self._by_itself(member):
+                asked[member] = self.host.call(task)
+        members, tasks, calls = list(asked), [sharing[member] for member in asked], list(asked.values())
+        if len(asked) < 2:
+            return self._one_by_one(dict(zip(members, tasks, strict=True)))
         if probes and self.tokens is None and not self._probed // 2 < len(tasks) <= 2 * self._probed:
-            self._size, self._probed = self._probe(tasks, calls), len(tasks)
+            self._probe(tasks, calls)
         if self._size == ALONE:
-            return [task.tenant.alone([task.batch]) for task in tasks]
-        losses: list[Tensor] = [torch.empty(0)] * len(tasks)
+            return self._told_apart(dict(zip(members, tasks, strict=True)))
+        losses: dict[Member, Tensor] = {}
         for numbers in bins(calls, self._size):
-            found = self._run([tasks[k] for k in numbers], [calls[k] for k in numbers])
-            for k, loss in zip(numbers, found, strict=True):
-                losses[k] = loss
+            losses |= self._run({members[k]: tasks[k] for k in numbers}, [calls[k] for k in numbers])
         return losses
 
-    def _probe(self, tasks: Sequence[Task], calls: Sequence[Call]) -> int:
-        """How large a shared forward shall be from now on."""
-        assert self.host is not None
-        try:
-            return probe(self.host, tasks, calls)
-        except Unsupported as error:
-            self._give_up(error)
-            for task in tasks:
-                task.tenant.forget()
-            return ALONE
+    def _one_by_one(self, sharing: Mapping[Member, Task]) -> dict[Member, Tensor]:
+        """Each on its own shell; those that fail are left out."""
+        losses: dict[Member, Tensor] = {}
+        for member, task in sharing.items():
+            with self._by_itself(member):
+                losses[member] = task.tenant.alone([task.batch])
+        return losses
 
-    def _give_up(self, error: Unsupported) -> None:
-        """The backbone turns out to allow no sharing."""
-        self.tally.say(f"The jobs go on one by one: {error}")
-        self.tokens = ALONE
+    def _told_apart(self, sharing: Mapping[Member, Task]) -> dict[Member, Tensor]:
+        """Each on its own shell; where an error made that necessary and nobody has it there, nothing is shared from now on."""
+        losses, (doubt, self._doubt) = self._one_by_one(sharing), (self._doubt, None)
+        if doubt is not None and len(losses) == len(sharing):
+            self._give_up(doubt)
+        return losses
 
-    def _run(self, tasks: Sequence[Task], calls: Sequence[Call]) -> list[Tensor]:
-        """One forward; where it cannot be shared, everybody goes on alone."""
+    def _probe(self, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
+        """Find out how large a shared forward shall be from now on; where a job fails meanwhile, that is asked again without it."""
         assert self.host is not None
         held = [task.tenant.stream.held for task in tasks]
         try:
-            return self.host.run(tasks, calls)
-        except Unsupported as error:
+            self._size, self._probed = probe(self.host, tasks, calls), len(tasks)
+            return
+        except Exception as error:
+            self._note(error)
+        self._size = ALONE
+        for task, before in zip(tasks, held, strict=True):
+            task.tenant.forget()
+            task.tenant.stream.held = before
+
+    def _give_up(self, error: Exception) -> None:
+        """The backbone turns out to allow no sharing."""
+        self.tally.say(f"The jobs go on one by one: {_said(error)}")
+        self.tokens = ALONE
+
+    def _note(self, error: Exception) -> None:
+        """A shared forward failed; by whose fault turns out where each is computed alone. What is from outside, or half done, is all's."""
+        assert self.host is not None
+        if isinstance(error, Halt) or self.host.in_backward:
+            raise error
+        if isinstance(error, Unsupported):
             self._give_up(error)
-            for task, before in zip(tasks, held, strict=True):
-                task.tenant.stream.held = before
-            return [task.tenant.alone([task.batch]) for task in tasks]
+        else:
+            self._doubt = error
+
+    def _run(self, sharing: Mapping[Member, Task], calls: Sequence[Call]) -> dict[Member, Tensor]:
+        """One forward; where it cannot be shared, everybody goes on alone."""
+        assert self.host is not None
+        tasks = list(sharing.values())
+        held = [task.tenant.stream.held for task in tasks]
+        try:
+            return dict(zip(sharing, self.host.run(tasks, calls), strict=True))
+        except Exception as error:
+            self._note(error)
+        self._repeated += len(tasks)
+        for task, before in zip(tasks, held, strict=True):
+            task.tenant.stream.held = before
+        return self._told_apart(sharing)
 
     def _step(self, member: Member, batches: list[Batch], loss: Tensor, held: dict[str, object]) -> None:
         """Let one job take its step; numbers that are not finite are computed anew alone, to know whose fault they are."""
         tenant = member.tenant
         assert self.host is not None
-        self.host.settle(tenant)
+        self.host.check_reached(tenant)
+        if self.tokens != ALONE:  # a backbone that may skip layers leaves gradients out, which a row of a ground cannot
+            self.host.settle(tenant)
         norm = tenant.norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             tenant.forget()
             tenant.stream.held = held
+            self._repeated += len(batches)
             loss = tenant.alone(batches)
             norm = tenant.norm()
         tenant.step(loss, norm)
@@ -254,3 +301,7 @@ class Company:
         self.tally.leave(tenant)
         member.stack.close()
         wanted.outcome.result, wanted.outcome.numbers = result, result.to_json()
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, DeltaError) else f"{type(error).__name__}: {error}"

@@ -44,10 +44,11 @@ class Flat:
 
     @staticmethod
     def fits(optimizer: AdamW) -> bool:
-        """Every Parameter has a gradient, and all are of one kind: a vector cannot leave some of them out."""
+        """Every Parameter has a gradient and has taken as many steps, and all are of one kind: a vector cannot leave some of them out."""
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         plain = all(type(p.data) is Tensor and p.grad is not None and not p.grad.is_sparse for p in own)
-        return plain and len({(p.dtype, p.device) for p in own}) == 1
+        taken = {float(state["step"]) if (state := optimizer.state.get(p)) else 0.0 for p in own}
+        return plain and len(taken) == 1 and len({(p.dtype, p.device) for p in own}) == 1
 
     @staticmethod
     def new_ground(optimizer: AdamW) -> Ground:

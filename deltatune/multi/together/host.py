@@ -13,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import Unsupported
 from deltatune.injection.delta import Delta
+from deltatune.injection.entries import Entry
 from deltatune.injection.lending import lend, reclaim
 from deltatune.injection.prompt import PromptAct
 from deltatune.injection.rows import RowPrefixes, RowPrompts, RowTokens
 from deltatune.injection.slot import Term
+from deltatune.injection.watch import has_fired, idle
 from deltatune.methods.kinds import ConditionalPrefixPatch, Patch, PrefixPatch, PromptPatch
 from deltatune.methods.lanes import Laned
 from deltatune.multi.bank import Bank, bank
@@ -27,7 +29,7 @@ from deltatune.multi.streams import Block, Places, Streams
 from deltatune.multi.together.portion import Call, Joined, Portion
 from deltatune.multi.together.tenant import Batch, Tenant
 
-KEPT = 64
+PLANS = 64
 """So many plans are kept: jobs meet in the same company again."""
 
 
@@ -39,12 +41,16 @@ class Lodging:
         number: of the tenant; its twins' names begin with it.
         twins: its deltas here.
         draws: its patches drop entries.
+        unseen: patches of its twins of which is not known yet whether a forward reaches them.
+        has_run: a forward with its rows is through.
         hooks: that tell whose prefix is being made.
     """
 
     number: int
     twins: list[Delta]
     draws: bool
+    unseen: list[Entry] = field(default_factory=list)
+    has_run: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -68,6 +74,9 @@ class Host:
         tree: a shell in which nothing acts outside of routes.
         pad: the id that fills up shorter rows.
         bf16: forwards run in bfloat16 where that is safe.
+
+    Attributes:
+        in_backward: a backward has begun and has not ended: gradients are half there.
     """
 
     def __init__(self, tree: nn.Module, pad: int, *, bf16: bool = False) -> None:
@@ -77,10 +86,11 @@ class Host:
         self._plans: dict[tuple[tuple[int, int], ...], tuple[Plan, Streams]] = {}
         self._grounds: dict[Hashable, Ground] = {}
         self._numbers = 0
+        self.in_backward = False
         self._in_batch: list[Lodging] = []
         self._current: Streams | None = None
         self._bank: Bank | None = None
-        self._draws = any(isinstance(module, nn.Dropout) and module.p for module in tree.modules()) or _config_drops(tree)
+        self._draws = any(map(_drops, tree.modules()))
 
     def admit(self, tenant: Tenant) -> None:
         """Take in a tenant's deltas; its modules are those of the tree, and its frozen tensors the same.
@@ -94,10 +104,12 @@ class Host:
         try:
             for k, delta in enumerate(tenant.job.deltas):
                 lodging.twins.append(lend(delta, self.tree, f"job-{self._numbers}-{k}"))
+            self._check_rows(lodging)
         except BaseException:
             for twin in lodging.twins:
                 reclaim(twin)
             raise
+        lodging.unseen = [entry for twin in lodging.twins for entry in twin.entries if entry.act.listens]
         self._bank = bank(self.tree)
         self._lodgings[id(tenant)] = lodging
         patches = [patch for delta in tenant.job.deltas for patch in delta.patches if _makes_tokens(patch) and _share(patch)]
@@ -108,6 +120,28 @@ class Host:
             ]
         self.tree.train()
         self.refresh()
+
+    def _check_rows(self, lodging: Lodging) -> None:
+        """Nothing that the backbone computes once for all rows drops entries.
+
+        Raises:
+            Unsupported: something may.
+        """
+        if self._draws and any(not site.routable for site in lodging.twins[0].ledger.index(self.tree).sites):
+            raise Unsupported("The backbone drops entries of what it computes once for all rows, where no job is told apart.")
+
+    def check_reached(self, tenant: Tenant) -> None:
+        """The shared forwards so far called every module at which a tenant's patches sit.
+
+        Raises:
+            Idle: they did not.
+        """
+        lodging = self._lodgings[id(tenant)]
+        if lodging.unseen and lodging.has_run:
+            silent, lodging.unseen = [entry for entry in lodging.unseen if not has_fired(entry)], []
+            if silent:
+                own = next(delta for delta, twin in zip(tenant.job.deltas, lodging.twins, strict=True) if twin.name == silent[0].delta)
+                raise idle(own.name, [entry for entry in silent if entry.delta == silent[0].delta])
 
     def settle(self, tenant: Tenant) -> None:
         """Let what a tenant trains lie beside what others do, as soon as it can."""
@@ -183,6 +217,8 @@ class Host:
                 self._logits = self.tree(**joined.inputs()).logits
         finally:
             self._in_batch, self._current = [], None
+        for lodging in lodgings:
+            lodging.has_run = True
         self._leaf = self._logits.detach().requires_grad_()
         losses = []
         for task, part in zip(tasks, joined.parts(self._leaf, [_width(task.tenant) for task in tasks]), strict=True):
@@ -194,8 +230,10 @@ class Host:
 
     def _backward(self) -> None:
         """From each loss to its own logits, then through the backbone at once."""
+        self.in_backward = True
         torch.autograd.backward(self._losses)
         torch.autograd.backward(self._logits, self._leaf.grad)
+        self.in_backward = False
         self._losses = []
         del self._logits, self._leaf
 
@@ -213,10 +251,10 @@ class Host:
                 start += call.rows
             streams = Streams(blocks)
             programs = [self._lodgings[id(task.tenant)].program for task, call in zip(tasks, calls, strict=True) for _ in range(call.rows)]
-            if len(self._plans) >= KEPT:
+            if len(self._plans) >= PLANS:
                 plan, _ = self._plans.pop(next(iter(self._plans)))
                 self._bank.close(plan)
-            self._plans[key] = self._bank.training_plan(programs, streams, tuple(self._grounds.values())), streams
+            self._plans[key] = self._bank.planned(programs, streams, tuple(self._grounds.values()), own_only=True), streams
         return self._plans[key]
 
     def _joined(self, calls: Sequence[Call], plan: Plan) -> tuple[Joined, Places]:
@@ -313,11 +351,12 @@ def _share(patch: Patch) -> float:
     return max((share for share in found if isinstance(share, float)), default=0.0)
 
 
-def _config_drops(tree: nn.Module) -> bool:
-    """Some setting of a config that names dropout is above 0: attentions drop without a module for it."""
-    configs = {id(config): config for module in tree.modules() if (config := getattr(module, "config", None)) is not None}
-    values = (value for config in configs.values() for name, value in vars(config).items() if "drop" in name)
-    return any(isinstance(value, float) and value > 0 for value in values)
+def _drops(module: nn.Module) -> bool:
+    """The module, or its config, has a setting above 0 that names dropout: attentions drop without a module, and layers are left out."""
+    config = getattr(module, "config", None)
+    settings = {**vars(module), **({} if config is None else vars(config))}
+    named = any(isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name)
+    return named or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 def check_shared(tenant: Tenant) -> None:

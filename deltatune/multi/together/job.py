@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltatune.errors import DeltaError, InvalidValue
+from deltatune.errors import InvalidValue
 from deltatune.methods.kinds import Method, methods
 from deltatune.methods.making import make
 from deltatune.tasks import Task, TaskData
@@ -54,9 +54,11 @@ class Job:
         **settings: Any,
     ) -> None:
         self.task = task
-        self.methods = tuple(
-            make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method)
-        )
+        listed = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+        strange = next((one for one in listed if not isinstance(one, str | Method)), None)
+        if strange is not None:
+            raise InvalidValue(f"A job was given {strange!r} as its method. Give a name, or an instance such as LoRA(rank=8).")
+        self.methods = tuple(make(one) if isinstance(one, str) else one for one in listed)
         if not self.methods:
             raise InvalidValue("A job was given no method. Name one, such as `lora`.")
         if callable(where):
@@ -65,6 +67,8 @@ class Job:
         self.layers = layers
         self.out = None if out is None else Path(out).expanduser()
         self.settings = Settings.of(settings)
+        if name is not None and (Path(name).name != name or "\\" in name or name in ("", "..")):
+            raise InvalidValue(f"A job was given the name {name!r}, but its folder is called so. Give a name without slashes.")
         self.name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([_said(task), *map(_name, self.methods)])).strip("-.")
 
     def __repr__(self) -> str:
@@ -105,7 +109,7 @@ class Outcome:
         job: the job.
         name: by which it went.
         result: its numbers and objects; None where it failed, or was finished before.
-        error: why it failed; the others went on.
+        error: why it failed, whatever raised it; the others went on.
         apart: why it was trained by itself; None where it shared the forward.
         numbers: what its ``metrics.json`` says; empty where it failed.
     """
@@ -113,6 +117,6 @@ class Outcome:
     job: Job
     name: str
     result: Result | None = None
-    error: DeltaError | None = None
+    error: Exception | None = None
     apart: str | None = None
     numbers: dict[str, Any] = field(default_factory=dict)

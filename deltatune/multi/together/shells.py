@@ -89,12 +89,17 @@ class Shells:
         return self.backbone if isinstance(self.backbone, str) else copy.deepcopy(self.backbone)
 
     def load(self, name: str, **options: Any) -> nn.Module:
-        """``load_backbone`` with its tensors shared; what no fresh weights belong to is loaded twice at most, to see that."""
+        """``load_backbone``, on the accelerator if there is one, with its tensors shared.
+
+        What no fresh weights belong to is loaded twice at most, to see that.
+        """
         key, seed = tuple(sorted((option, repr(value)) for option, value in options.items())), torch.initial_seed()
         before = self._loaded.get(key)
         if before is not None and (before[0] == seed or key in self._seedless):
             return self._entered(before[1])
         module = load_backbone(name, **options)
+        if torch.accelerator.is_available():  # where a Trainer would move it
+            module.to(torch.accelerator.current_accelerator())
         if self._first is None:
             self._first = shell_of(module)
         share(module, self._first)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from deltatune.backbones import load_tokenizer
-from deltatune.errors import DeltaError, InvalidValue, Unsupported
+from deltatune.errors import Halt, InvalidValue, Unsupported
 from deltatune.injection.ledger import ledger_of
 from deltatune.multi.together.company import Company
 from deltatune.multi.together.job import Job, Outcome, named
@@ -41,12 +41,13 @@ def train_together(
 
     Jobs are independent: rows, order, loss, rate, clipping, dropout, steps, scores, early stopping and checkpoints are each
     job's own, and each ends with the delta, and the files, that ``dt.train`` would give it. A job whose numbers are no longer
-    finite stops alone. What cannot share a forward is trained by itself afterwards, and its outcome says why.
+    finite stops alone, and so does one that raises an error. What cannot share a forward is trained by itself afterwards, and
+    its outcome says why.
 
     Args:
         jobs: what to train; they may differ in task, method, head and every setting.
-        backbone: an alias, installed package, folder or hub id; or a transformers model, which stays as it is: each result
-            has a backbone of its own around the same frozen tensors.
+        backbone: an alias, installed package, folder or hub id; or a transformers model, which stays as it is and where it is: each result
+            has a backbone of its own, around the same frozen tensors where it shared forwards.
         tokenizer: of a model that was given; found by the model's name if left out.
         out: a folder with one run's folder a job, under the job's name; nothing is kept on disk if left out. Asked again, jobs
             that are finished there are left alone, and unfinished ones go on from their last checkpoints.
@@ -144,7 +145,9 @@ def _train_apart(one: Wanted, shells: Shells, tokenizer: PreTrainedTokenizerBase
             shells.whole(), job.task, job.methods, where=job.where, layers=job.layers, out=None if place is None else place.path,
             tokenizer=tokenizer, overwrite=overwrite, progress=progress, **job.settings.to_dict(),
         )  # fmt: skip
-    except DeltaError as error:
+    except Halt:
+        raise
+    except Exception as error:
         one.outcome.error = error
         return
     one.outcome.result, one.outcome.numbers = result, result.to_json()

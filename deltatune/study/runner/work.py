@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from deltatune.checkpoint.folder import locked
-from deltatune.errors import DeltaError
+from deltatune.errors import DeltaError, Halt
 from deltatune.multi.together.job import Job
 from deltatune.multi.together.together import train_together
 from deltatune.study.procedures import procedures
@@ -21,7 +21,7 @@ from deltatune.study.procedures.train import RUN, finished
 from deltatune.study.trial import Failure, Outcome, Trial
 
 
-class TimeLimit(Exception):
+class TimeLimit(Halt):
     """A trial took longer than its study allows."""
 
 

@@ -1,4 +1,4 @@
-"""The planner: which batches share a forward, and whether sharing pays at all."""
+"""Sharing: which batches share a forward, and whether that pays at all."""
 
 from __future__ import annotations
 
@@ -36,15 +36,12 @@ def bins(calls: Sequence[Call], tokens: int) -> list[list[int]]:
     [[1, 3], [0, 2]]
     """
     found: dict[Hashable, list[Bin]] = {}
-    lengths = list(map(_length, calls))
-    for number in sorted(range(len(calls)), key=lambda k: -lengths[k]):
-        rows, several = calls[number].rows, found.setdefault(calls[number].kind, [])
-        room = next((one for one in several if (one.rows + rows) * one.length <= tokens), None)
+    for number in sorted(range(len(calls)), key=lambda k: -_length(calls[k])):
+        several = found.setdefault(calls[number].kind, [])
+        room = next((one for one in several if one.tokens(calls[number]) <= tokens), None)
         if room is None:
-            room = Bin(lengths[number])
-            several.append(room)
-        room.numbers.append(number)
-        room.rows += rows
+            several.append(room := Bin())
+        room.add(number, calls[number])
     return [sorted(one.numbers) for several in found.values() for one in several]
 
 
@@ -53,14 +50,26 @@ class Bin:
     """Calls that share a forward.
 
     Attributes:
-        length: of the longest, which came first.
+        text: tokens of the longest text.
+        target: of what a decoder writes, the longest; it may be another call's.
         rows: of all.
         numbers: which they are.
     """
 
-    length: int
+    text: int = 0
+    target: int = 0
     rows: int = 0
     numbers: list[int] = field(default_factory=list)
+
+    def tokens(self, call: Call) -> int:
+        """Tokens of the forward, with one more call."""
+        return (self.rows + call.rows) * (max(self.text, call.length()) + max(self.target, call.length(target=True)))
+
+    def add(self, number: int, call: Call) -> None:
+        """Take in a call."""
+        self.text, self.target = max(self.text, call.length()), max(self.target, call.length(target=True))
+        self.rows += call.rows
+        self.numbers.append(number)
 
 
 def _length(call: Call) -> int:
@@ -68,7 +77,8 @@ def _length(call: Call) -> int:
 
 
 def _tokens(calls: Sequence[Call]) -> int:
-    return sum(call.rows for call in calls) * max(map(_length, calls))
+    longest = max(call.length() for call in calls) + max(call.length(target=True) for call in calls)
+    return sum(call.rows for call in calls) * longest
 
 
 def sizes(calls: Sequence[Call]) -> list[int]:
