@@ -50,7 +50,7 @@ def test_it_runs_where_it_fits() -> None:
     lanes, x = Lanes(tensors, Picks(many, torch.device("cpu"))), torch.zeros(32, 1, 16)
     assert choose(x, lanes, "A", 8) is NATIVE
     assert choose(x.double(), lanes, "A", 8) is GATHER
-    assert choose(x.requires_grad_(), lanes, "A", 8) is GATHER
+    assert choose(x.requires_grad_(), lanes, "A", 8) is SEGMENT
     mapped = torch.func.vmap(lambda part: torch.tensor(float(choose(part[None, None], lanes, "A", 8) is GATHER)))
     assert mapped(torch.zeros(2, 16)).all()
 
