@@ -9,7 +9,7 @@ Rows without a delta pick lane 0 everywhere, which changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,20 +21,15 @@ from deltatune.injection.lean import is_watched
 from deltatune.injection.outputs import first_output, put_rows, replace_output
 from deltatune.injection.slot import Act, Member, Term, first_input, replace_input, thread_key
 from deltatune.injection.tokens import token_ranks
-from deltatune.methods.kinds import SelectionPatch, TokenPatch
+from deltatune.methods.kinds import TokenPatch
 from deltatune.multi.apart import Kept, run_apart
-from deltatune.multi.forms import FORMS
-from deltatune.multi.forms.form import Form
 from deltatune.multi.plan import Use, Work
-from deltatune.multi.table import Key, LaneName, Table
+from deltatune.multi.tables import Tables
 from deltatune.structure.site import Site
 
 if TYPE_CHECKING:
     from deltatune.multi.bank import Bank
-    from deltatune.multi.reading import Source, Spot
-
-OWN = -1
-"""Number of the lane of a delta's own task head."""
+    from deltatune.multi.reading import Spot
 
 IDLE = Work()
 
@@ -44,12 +39,9 @@ class RouteAct(Act):
 
     Attributes:
         bank: of the backbone.
+        opened: its routes.
         number: by which plans know this act.
-        spots: the patches at this module, by the name of their lane.
-        tables: the tables of this module.
-        table_of: the table of each lane; None where the patch is no data.
-        loose: lanes whose patch is no data.
-        own: deltas with a head of their own here.
+        tables: of this module.
         given: what the sub-layer that ends here was given, where a patch reads that.
         begins: the same of sub-layers that begin here, where a delta at the end asks for it.
         reads_tokens: a patch asks where in its row each token stands.
@@ -57,22 +49,16 @@ class RouteAct(Act):
 
     listens = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, bank: Bank, number: int) -> None:
         super().__init__(module)
-        self.bank: Bank
-        self.number = -1
-        self.spots: dict[LaneName, Spot] = {}
-        self.tables: dict[Key, Table] = {}
-        self.table_of: dict[LaneName, Table | None] = {}
-        self.loose: set[LaneName] = set()
-        self.own: set[str] = set()
+        self.bank, self.opened, self.number = bank, bank.opened, number
+        self.tables = Tables(bank.opened)
         self.given: Given | None = None
         self.begins: tuple[Given, ...] = ()
         self.reads_tokens = False
         site = Site("", module)
         self._makes_output = type(module) is nn.Linear or (site.transposed and site.is_linear)
         self._begun: dict[Given, int] = {}
-        self._counts: dict[str, int] = {}
         self._kept: dict[int, Kept] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,15 +70,10 @@ class RouteAct(Act):
     def append(self, module: nn.Module, term: Term, mixers: nn.ModuleDict) -> None:
         """The same."""
 
-    def next_number(self, delta: str) -> int:
-        """Of the delta's next patch here."""
-        return self._counts.get(delta, 0)
-
     def place(self, spot: Spot) -> None:
         """Take in a patch; it has no lane yet."""
         self.add(spot.module, Member(spot.delta.name, spot.site, spot.patch, spot.parameter))
-        self.spots[spot.name] = spot
-        self._counts[spot.delta.name] = spot.number + 1
+        self.tables.place(spot)
         self.reads_tokens |= isinstance(spot.patch, TokenPatch)
 
     def begin(self, module: nn.Module, spot: Spot, end: RouteAct) -> None:
@@ -102,7 +83,7 @@ class RouteAct(Act):
         self.add(module, Member(spot.delta.name, spot.site, spot.patch, given=end.given))
         self._begun[end.given] = self._begun.get(end.given, 0) + 1
         self.begins = tuple(self._begun)
-        self.bank.keep(self)
+        self.opened.keep(self)
 
     def _end(self, members: Sequence[Member]) -> None:
         """These members are gone: what nobody asks for any more is kept no longer."""
@@ -111,7 +92,7 @@ class RouteAct(Act):
             if not self._begun[given]:
                 del self._begun[given]
         self.begins = tuple(self._begun)
-        self.bank.keep(self)
+        self.opened.keep(self)
 
     def remove(self, module: nn.Module, delta: str) -> None:
         """Forget the lanes of one delta."""
@@ -119,58 +100,7 @@ class RouteAct(Act):
         super().remove(module, delta)
         if any(member.given is not None for member in members):
             self._end(members)
-        self.own.discard(delta)
-        for name in [(delta, number) for number in (OWN, *range(self._counts.pop(delta, 0)))]:
-            self.forget(name)
-            self.spots.pop(name, None)
-
-    def _leave(self, name: LaneName) -> None:
-        table = self.table_of.get(name)
-        if table is not None:
-            table.leave(name, self.bank.newest)
-            if not len(table):
-                self.tables = {key: other for key, other in self.tables.items() if other is not table}
-
-    def forget(self, name: LaneName) -> None:
-        """A patch that is read together with another one has no lane."""
-        self._leave(name)
-        self.table_of.pop(name, None)
-        self.loose.discard(name)
-
-    @property
-    def is_plain(self) -> bool:
-        """A row with one delta reads one lane of each table here, and nothing else."""
-        stages = [table for table in self.tables.values() if table.key.stage == "module"]
-        return not (self.loose or self.own) and (len(stages) < 2 or not any(table.form.is_alone for table in stages))
-
-    def lanes_of(self, delta: str) -> list[LaneName]:
-        """The lanes of a delta, in the order in which its patches run; a head of its own stands in for what it selects there."""
-        own = [(delta, OWN)] if delta in self.own else []
-        numbers = range(self._counts.get(delta, 0))
-        return own + [name for number in numbers if (name := (delta, number)) in self.table_of and not (own and self._selects(name))]
-
-    def _selects(self, name: LaneName) -> bool:
-        return name in self.spots and isinstance(self.spots[name].patch, SelectionPatch)
-
-    def enter(self, name: LaneName, stage: str, source: Source | None, module: nn.Module, reads: str = "module") -> None:
-        """Give a lane its data; None where the patch is none and rows with it run apart."""
-        table: Table | None = None
-        if source is not None:
-            form = FORMS[source.lane.form]
-            fitted = {key: tensor.detach() for key, tensor in form.fitted(source.lane.tensors).items()}
-            table = self._table(Key.of(name, stage, reads, source, fitted), form, module, source, fitted)
-            table.enter(name, fitted, self.bank.oldest, self.bank.newest)
-        if self.table_of.get(name) is not table:
-            self._leave(name)
-        self.table_of[name] = table
-        (self.loose.add if table is None else self.loose.discard)(name)
-
-    def _table(self, key: Key, form: Form, module: nn.Module, source: Source, fitted: Mapping[str, Tensor]) -> Table:
-        table = self.tables.get(key)
-        if table is None:
-            table = Table(key, form, module, source, fitted)
-            self.tables = {**self.tables, key: table}
-        return table
+        self.tables.remove(delta)
 
     def leave(self, around: Any) -> None:
         """The bank forgets an act without deltas."""
@@ -178,17 +108,17 @@ class RouteAct(Act):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move the tables."""
-        for table in self.tables.values():
+        for table in self.tables:
             table.move(function)
 
     def work(self) -> Work:
         """What to do now."""
-        plan = self.bank.plan
+        plan = self.opened.plan
         return IDLE if plan is None else plan.works.get(self.number, IDLE)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Edit the input, and keep what is read behind the forward."""
-        if self.bank.plan is None:
+        if self.opened.plan is None:
             return args, kwargs
         for given in self.begins:
             given.keep(first_input(args, kwargs, self.names))
@@ -211,12 +141,12 @@ class RouteAct(Act):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Edit the output."""
-        if self.bank.plan is None:
+        if self.opened.plan is None:
             return output
         work = self.work()
         if not torch.compiler.is_compiling() and (use := work.only) is not None and isinstance(output, Tensor) and self.given is None:
             x = first_input(args, kwargs, self.names)
-            if output.ndim == 3 and output.size(0) == x.size(0) == self.bank.rows:
+            if output.ndim == 3 and output.size(0) == x.size(0) == self.opened.rows:
                 return use.apply(x, output, output if self._is_own(module, output) else None)
         kept = self._kept.pop(thread_key(), None) if self._kept else None
         if output is None or not (work.steps or work.module or work.aparts):
@@ -264,7 +194,7 @@ class RouteAct(Act):
         """One table: rows of the batch, tokens of a row, channels last, and back; y of its ``own`` may be overwritten."""
         if not torch.compiler.is_compiling() and use.is_idle:
             return y
-        table, rows = use.table, self.bank.rows
+        table, rows = use.table, self.opened.rows
         axis = table.site.channel_axis if use.table.key.stage != "input" else -1
         whole = y if axis == -1 else y.movedim(axis, -1)
         part = table.site.rows_of(whole, -1)

@@ -61,11 +61,11 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     """
     slot = slot_of(module)
     assert slot is not None
-    if plain.shape[0] == 1 < act.bank.rows:  # computed once for all rows, as positions are
-        kept = _spread(kept, act.bank.rows)
-        plain = plain.expand(act.bank.rows, *plain.shape[1:])
+    if plain.shape[0] == 1 < act.opened.rows:  # computed once for all rows, as positions are
+        kept = _spread(kept, act.opened.rows)
+        plain = plain.expand(act.opened.rows, *plain.shape[1:])
         y = plain if y.shape[0] == 1 else y
-    factor = plain.shape[0] // act.bank.rows
+    factor = plain.shape[0] // act.opened.rows
     rows = (apart.rows[:, None] * factor + torch.arange(factor, device=apart.rows.device)).flatten() if factor > 1 else apart.rows
     size = plain.shape[0]
     once = ONCE if type(module).__module__.startswith("torch.nn.") else {}
@@ -77,7 +77,7 @@ def run_apart(act: RouteAct, module: nn.Module, apart: Apart, kept: Kept, plain:
     kwargs = {name: own(name, value) for name, value in kept.kwargs.items()}
     with _told(slot, act, apart.program, kept, rows):
         z = _compute(module, slot, apart.program, args, kwargs, plain.index_select(0, rows), act.names)
-    if act.own and z.shape[-1] < y.shape[-1]:  # other rows have heads with more labels
+    if act.tables.own and z.shape[-1] < y.shape[-1]:  # other rows have heads with more labels
         z = widened(z, y.shape[-1])
     if z.shape[-1] != y.shape[-1]:
         raise Unsupported(f"Rows of a route were given outputs of other widths by {type(module).__name__}, and it cannot widen the others.")

@@ -7,9 +7,7 @@ replaced or extended where nobody reads, so one thread may add and remove deltas
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.checkpoint.heads import read_head
-from deltatune.errors import Busy, InvalidValue, Unsupported
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.around import Guest
 from deltatune.injection.attach import add_act
 from deltatune.injection.entries import Entry
@@ -28,6 +26,7 @@ from deltatune.multi.act import RouteAct
 from deltatune.multi.contexts import Context, context_at
 from deltatune.multi.heads import place_head, remove_head
 from deltatune.multi.lock import Lock
+from deltatune.multi.opened import Opened, busy
 from deltatune.multi.plan import Plan, Program, names_of
 from deltatune.multi.planning import Planner
 from deltatune.multi.reading import READERS, Spot, check_routable
@@ -46,11 +45,8 @@ class Bank(Guest):
         records: the deltas in it, by name.
         acts: by the numbers under which plans know them.
         contexts: the acts of virtual tokens and side networks, with where they compute.
-        plan: of the route that is open; None outside of routes.
-        rows: how many rows it has.
+        opened: its routes.
         heads: the acts of the heads that deltas have of their own.
-        newest: number of the newest route.
-        open: numbers of the routes that are open, and of those of which a backward may yet compute parts anew.
         layers: the modules that gradient checkpointing may compute anew.
     """
 
@@ -60,16 +56,11 @@ class Bank(Guest):
         self.acts: dict[int, RouteAct] = {}
         self.contexts: dict[int, Context] = {}
         self._numbers = 0
-        self.plan: Plan | None = None
-        self.rows = 1
-        self.newest = 0
-        self.open: list[int] = []
         self.heads: dict[str, list[tuple[RouteAct, nn.Module]]] = {}
         self.lock = Lock()
+        self.opened = Opened(self.ledger.around, self.lock)
         self.layers = checkpointing(backbone)
-        self._owner = 0
         self._detached = 0
-        self._keeping: dict[int, RouteAct] = {}
 
     @property
     def ledger(self) -> Ledger:
@@ -124,7 +115,7 @@ class Bank(Guest):
             self.records.pop(delta, None)
             remove_head(delta, self.heads.pop(delta, []))
             self.contexts = {number: own for number, own in self.contexts.items() if own.act.members.keys() - {delta}}
-            self._detached = self.newest
+            self._detached = self.opened.newest
 
     def refresh(self) -> None:
         """Tensors were written in ways that no counter tells: every lane is read anew before it is used."""
@@ -151,11 +142,6 @@ class Bank(Guest):
             self.add(name)
             self.heads[name] = place_head(self, name, found)
 
-    @property
-    def oldest(self) -> int:
-        """Number of the oldest route that is open, or of the next one."""
-        return min(self.open, default=self.newest + 1)
-
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward of the root begins: its batch must be a multiple of the route's rows.
 
@@ -164,32 +150,24 @@ class Bank(Guest):
             InvalidValue: it is not.
             Unsupported: a delta of the route was detached.
         """
-        if self.plan is None:
+        plan = self.opened.plan
+        if plan is None:
             return
-        if self._owner != threading.get_ident():
-            raise _busy()
-        if self.plan.number <= self._detached:
-            self.check(self.plan)
+        if not self.opened.is_own:
+            raise busy()
+        if plan.number <= self._detached:
+            self.check(plan)
         values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
-        batch = next((value.shape[0] for value in values), self.plan.rows)
-        if batch % self.plan.rows:
+        batch = next((value.shape[0] for value in values), plan.rows)
+        if batch % plan.rows:
             raise InvalidValue(
-                f"A route of {self.plan.rows} rows was open while the backbone was given a batch of {batch}. Give dt.route one entry per "
+                f"A route of {plan.rows} rows was open while the backbone was given a batch of {batch}. Give dt.route one entry per "
                 "row (generate may repeat each row, as for beams)."
             )
-        if not torch.is_grad_enabled() or self.plan.training != self.backbone.training:
-            self.plan = self._renewed(self.plan)
+        if not torch.is_grad_enabled() or plan.training != self.backbone.training:
+            self.opened.plan = plan = self._renewed(plan)
         if self.backbone.training:
-            self.ledger.around.draws.take(self.plan.deltas)
-
-    def check_owner(self) -> None:
-        """No other thread has a route open; what a backward computes anew belongs to whoever waits for it.
-
-        Raises:
-            Busy: one has.
-        """
-        if self.plan is not None and self._owner != threading.get_ident() and torch._C._current_graph_task_id() == -1:
-            raise _busy()
+            self.ledger.around.draws.take(plan.deltas)
 
     def check(self, plan: Plan) -> None:
         """Every delta of a plan is still there.
@@ -222,15 +200,10 @@ class Bank(Guest):
             for name in names_of(programs):
                 if not own_only or name not in self.records:
                     self._add(name)
-            self.newest += 1
-            plan = self._plan(self.newest, programs, streams, grounds)
-            self.open.append(plan.number)
+            self.opened.newest += 1
+            plan = self._plan(self.opened.newest, programs, streams, grounds)
+            self.opened.numbers.append(plan.number)
             return plan
-
-    def close(self, plan: Plan) -> None:
-        """A route is over."""
-        with self.lock:
-            self.open.remove(plan.number)
 
     def _plan(self, number: int, programs: Sequence[Program], streams: Streams | None = None, grounds: Sequence[Ground] = ()) -> Plan:
         training = frozenset(name for name in names_of(programs) if self.ledger.deltas[name].wants_gradients)
@@ -248,30 +221,7 @@ class Bank(Guest):
 
     def rows_of(self, number: int) -> Any:
         """What the rows do at a context act."""
-        return None if self.plan is None else self.plan.contexts.get(number)
-
-    @contextmanager
-    def entered(self, plan: Plan | None) -> Iterator[None]:
-        """This plan for a moment: while its route is open, and where a backward computes a part of its forward anew.
-
-        Raises:
-            Busy: another thread has a route open.
-        """
-        switch = self.ledger.around.switch if plan is not None and plan.has_prefixes else None
-        with self.lock:
-            self.check_owner()
-            before, rows, owner = self.plan, self.rows, self._owner
-            self.plan, self.rows, self._owner = plan, 1 if plan is None else plan.rows, threading.get_ident()
-        if switch is not None:
-            switch.count(1)
-        try:
-            yield
-        finally:
-            self.plan, self.rows, self._owner = before, rows, owner
-            for act in self._keeping.values():  # an error may have kept a sub-layer from its end
-                act.drop()
-            if switch is not None:
-                switch.count(-1)
+        return None if self.opened.plan is None else self.opened.plan.contexts.get(number)
 
     def _place(self, record: Record) -> None:
         """Put an act at every module the delta touches."""
@@ -282,18 +232,13 @@ class Bank(Guest):
                 continue
             for module, parameter in self._hosts(entry):
                 act = self.act_of(module)
-                spot = Spot(delta, entry, module, parameter, act.next_number(delta.name))
+                spot = Spot(delta, entry, module, parameter, act.tables.next_number(delta.name))
                 record.spots.append((act, spot))
                 act.place(spot)
                 if isinstance(entry.patch, BranchPatch | BranchInputPatch):
                     first = index.beginning(entry.site).module
                     record.begins.append((self.act_of(first), first))
                     record.begins[-1][0].begin(first, spot, act)
-
-    def keep(self, act: RouteAct) -> None:
-        """An act keeps what sub-layers were given, or ceases to."""
-        rest = {number: other for number, other in self._keeping.items() if other is not act}
-        self._keeping = {**rest, act.number: act} if act.begins else rest
 
     def _tell(self, entry: Entry) -> None:
         """A context act is told by this bank what its rows do."""
@@ -317,19 +262,11 @@ class Bank(Guest):
         act = slot.acts.get(RouteAct)
         if isinstance(act, RouteAct):
             return act
-        act = add_act(slot, RouteAct(module))
-        act.bank, act.number = self, self._numbers
+        act = add_act(slot, RouteAct(module, self, self._numbers))
         self._numbers += 1
         self.acts = {**self.acts, act.number: act}
         slot.listen(module)
         return act
-
-
-def _busy() -> Busy:
-    return Busy(
-        "A second thread used this backbone while the first had a route open. Run one forward at a time, open the route in the thread that "
-        "computes, or give each thread its own copy.deepcopy(backbone)."
-    )
 
 
 def bank(backbone: nn.Module) -> Bank:

@@ -19,9 +19,10 @@ from deltatune.injection.entries import heads_of
 from deltatune.injection.slot import Member, close_slot, slot_of
 from deltatune.methods.kinds import SelectionPatch
 from deltatune.methods.lanes import Lane
-from deltatune.multi.act import OWN, RouteAct
+from deltatune.multi.act import RouteAct
 from deltatune.multi.forms.affine import ABSENT
 from deltatune.multi.reading import Source
+from deltatune.multi.tables import OWN
 from deltatune.structure.site import Site, modules_of
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def place_head(bank: Bank, name: str, tensors: Mapping[str, Tensor]) -> list[tup
         if name not in act.members:
             act.add(module, Member(name, site, SelectionPatch("weight", by_value=True)))
         W = weight if site.transposed else weight.T
-        act.enter((name, OWN), "module", Source(Lane("affine", {"W": W.detach(), "b": bias.detach()}), site), module)
-        act.own.add(name)
+        act.tables.enter((name, OWN), "module", Source(Lane("affine", {"W": W.detach(), "b": bias.detach()}), site), module)
+        act.tables.own.add(name)
         placed.append((act, module))
     return placed
 

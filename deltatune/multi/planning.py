@@ -68,8 +68,8 @@ class Planner:
 
     def _work(self, act: RouteAct) -> Work:
         """What one module does."""
-        if self.single is not None and act.is_plain:
-            return self._joined(act, {(0, table): self._lanes(table, self.single) for table in act.tables.values()}, ())
+        if self.single is not None and act.tables.is_plain:
+            return self._joined(act, {(0, table): self._lanes(table, self.single) for table in act.tables}, ())
         lanes: dict[tuple[int, Table], dict[int, LaneName]] = {}
         aparts: list[Apart] = []
         for program in self.programs:
@@ -102,8 +102,8 @@ class Planner:
             return None
         found: list[tuple[int, LaneName, Table]] = []
         for k, delta in enumerate(members):
-            for name in act.lanes_of(delta):
-                table = act.table_of[name]
+            for name in act.tables.lanes_of(delta):
+                table = act.tables.table_of[name]
                 if table is None:
                     return None
                 found.append((k, name, table))
@@ -112,7 +112,7 @@ class Planner:
 
     def _joined(self, act: RouteAct, lanes: Mapping[tuple[int, Table], Mapping[int, LaneName]], aparts: tuple[Apart, ...]) -> Work:
         """Every table of the module at every place, used or not: compiled code sees the same for all routes."""
-        tables = sorted(act.tables.values(), key=lambda table: table.key.number)
+        tables = sorted(act.tables, key=lambda table: table.key.number)
         uses = {(k, table): self._use(act, table, lanes.get((k, table), {})) for k in range(self.depth) for table in tables}
         steps, module = [], []
         for k in range(self.depth):
@@ -127,13 +127,13 @@ class Planner:
     def _use(self, act: RouteAct, table: Table, rows: Mapping[int, LaneName]) -> Use:
         numbers = tuple(table.lanes[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
         picks = self._picked(numbers, table)
-        trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.spots)
+        trained = dict.fromkeys(name for name in rows.values() if name[0] in self.training and name in act.tables.spots)
         lanes = Lanes(table.tensors, picks, lasts=True, whole=table.is_whole)
         if not trained:
             return Use(table, lanes)
         numbers_of = {name: k + 1 for k, name in enumerate(dict.fromkeys(rows.values()))}
         compact = tuple(numbers_of[rows[row]] if row in rows else 0 for row in range(len(self.entries)))
-        own = Own(table.form, [partial(_own, act.spots[name]) for name in numbers_of], self.grounds, zero=0 in compact)
+        own = Own(table.form, [partial(_own, act.tables.spots[name]) for name in numbers_of], self.grounds, zero=0 in compact)
         return Use(table, lanes, own, self._picked(compact, table, first=0 if own.zero else 1))
 
     def _picked(self, numbers: tuple[int, ...], table: Table, first: int = 0) -> Picks:
@@ -152,5 +152,5 @@ def _own(spot: Spot) -> Lane:
 
 
 def _device(act: RouteAct) -> torch.device:
-    spot = next(iter(act.spots.values()))
+    spot = next(iter(act.tables.spots.values()))
     return spot.site.device

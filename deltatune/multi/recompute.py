@@ -26,18 +26,18 @@ class Captured:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint ``function``, to be computed anew under this plan."""
-        bank, plan = self.bank, self.bank.plan
+        bank, plan = self.bank, self.bank.opened.plan
         assert plan is not None
 
         def planned(*args: Any, **kwargs: Any) -> Any:
-            if bank.plan is plan:
+            if bank.opened.plan is plan:
                 return function(*args, **kwargs)
             bank.check(plan)
-            with disabled(bank.backbone), bank.entered(plan):
+            with disabled(bank.backbone), bank.opened.entered(plan):
                 return function(*args, **kwargs)
 
-        bank.open.append(plan.number)  # its lanes stay as they are while this may be called
-        weakref.finalize(planned, bank.open.remove, plan.number).atexit = False
+        bank.opened.numbers.append(plan.number)  # its lanes stay as they are while this may be called
+        weakref.finalize(planned, bank.opened.numbers.remove, plan.number).atexit = False
         return self.checkpoint(planned, *args, **kwargs)
 
 

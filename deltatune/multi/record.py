@@ -114,9 +114,9 @@ class Record:
             for act, spot in self.spots:
                 source = read(spot)
                 if source is NOTHING:
-                    act.forget(spot.name)
+                    act.tables.forget(spot.name)
                 else:
-                    act.enter(spot.name, spot.stage, source, spot.module, spot.reads)
+                    act.tables.enter(spot.name, spot.stage, source, spot.module, spot.reads)
         self.entered, self._stamp = now, now.stamp
         return True
 

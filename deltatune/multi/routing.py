@@ -64,7 +64,7 @@ def route(backbone: nn.Module, entries: Sequence[Entry]) -> Iterator[Plan]:
             yield Plan(0, ((),) * len(entries))
         return
     own = bank(backbone)
-    own.check_owner()
+    own.opened.check_owner()
     programs = [_program(own.ledger, entry) for entry in entries]
     with disabled(backbone), _entered(own, programs) as plan:
         yield plan
@@ -81,10 +81,10 @@ def _entered(own: Bank, programs: Sequence[Program]) -> Iterator[Plan]:
             refresh_gradients(ledger.deltas[name])  # what it selects in place rests
     plan = own.planned(programs)
     try:
-        with own.entered(plan), captured(own.layers, own):
+        with own.opened.entered(plan), captured(own.layers, own):
             yield plan
     finally:
-        own.close(plan)
+        own.opened.close(plan)
 
 
 def _program(ledger: Ledger, entry: Entry) -> Program:

@@ -100,7 +100,7 @@ def test_the_definition_of_every_form_is_what_its_patch_computes() -> None:
         act = slot.acts.get(RouteAct) if slot is not None else None
         for name in methods if isinstance(act, RouteAct) else ():
             assert act is not None
-            placed = [(table, table.lanes[lane]) for lane in act.lanes_of(name) if (table := act.table_of[lane]) is not None]
+            placed = [(table, table.lanes[lane]) for lane in act.tables.lanes_of(name) if (table := act.tables.table_of[lane]) is not None]
             tables = [(table, {letter: tensor[lane] for letter, tensor in table.tensors.items()}) for table, lane in placed]
             if not tables:
                 continue
@@ -152,7 +152,7 @@ def test_a_table_grows_and_uses_lanes_again() -> None:
     bank = dt.bank(backbone)
     for k in range(FIRST + 1):
         bank.add(f"d{k}")
-    [table] = bank.acts[0].tables.values()
+    [table] = bank.acts[0].tables
     assert table.tensors["A"].shape[0] == 2 * FIRST
     assert sorted(table.lanes.values()) == list(range(1, FIRST + 2))
     before = table.tensors

@@ -80,7 +80,7 @@ def test_what_is_computed_anew_reads_the_lanes_of_its_forward(reentrant: bool) -
         gradients.append([parameter.grad for delta in dt.deltas(backbone) if delta.name == "bottle" for parameter in delta.parameters()])
         del loss
         gc.collect()
-        assert bank.open == []
+        assert bank.opened.numbers == []
     for one, other in zip(*gradients, strict=True):
         assert one is not None and other is not None and torch.equal(one, other)
 

@@ -171,7 +171,7 @@ class Host:
         """Deltas have come or gone: plans are made anew."""
         for plan, _ in self._plans.values():
             assert self._bank is not None
-            self._bank.close(plan)
+            self._bank.opened.close(plan)
         self._plans.clear()
 
     def _own(self, lodging: Lodging | None) -> None:
@@ -213,7 +213,7 @@ class Host:
         self._in_batch, self._current = lodgings, streams
         try:
             own = nullcontext() if places is None else streams.running(places)
-            with self._bank.entered(plan), torch.autocast(self._device, torch.bfloat16, enabled=self.bf16), own:
+            with self._bank.opened.entered(plan), torch.autocast(self._device, torch.bfloat16, enabled=self.bf16), own:
                 self._logits = self.tree(**joined.inputs()).logits
         finally:
             self._in_batch, self._current = [], None
@@ -253,7 +253,7 @@ class Host:
             programs = [self._lodgings[id(task.tenant)].program for task, call in zip(tasks, calls, strict=True) for _ in range(call.rows)]
             if len(self._plans) >= PLANS:
                 plan, _ = self._plans.pop(next(iter(self._plans)))
-                self._bank.close(plan)
+                self._bank.opened.close(plan)
             self._plans[key] = self._bank.planned(programs, streams, tuple(self._grounds.values()), own_only=True), streams
         return self._plans[key]
 
