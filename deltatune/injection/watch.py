@@ -87,7 +87,7 @@ class Watch:
             for entry in self._unseen
             if entry.delta in acting
             and not (backbone.training and entry.site.role is not None and entry.site.role in self._reached)
-            and "experts" not in (entry.site.role or "")
+            and not entry.site.is_expert
         ]
         if silent:
             raise idle(silent[0].delta, [entry for entry in silent if entry.delta == silent[0].delta])

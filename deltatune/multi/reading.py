@@ -27,7 +27,6 @@ from deltatune.methods.kinds import (
     WeightPatch,
 )
 from deltatune.methods.lanes import Lane, Laned, LanedWeight
-from deltatune.multi.forms.norm import is_norm
 from deltatune.multi.forms.stacked import Whole
 from deltatune.multi.table import LaneName
 from deltatune.structure.site import Site
@@ -127,7 +126,7 @@ def _obstacle(entry: Entry) -> str:
         return entry.patch.unroutable
     if not entry.site.routable:
         return "the module's rows are no multiple of the batch's (its inputs are shared by all rows)"
-    if "experts" in (entry.site.role or ""):
+    if entry.site.is_expert:
         return "rows are regrouped by expert before they get there"
     if isinstance(entry.patch, SelectionPatch) and not entry.head and entry.parameter.ndim > 1:
         return f"the whole weight {tuple(entry.parameter.shape)} is another one, and a batch reads a weight once for all rows"
@@ -189,9 +188,9 @@ def _read_selection(spot: Spot) -> Source | None:
     name, module, value = spot.parameter, spot.module, Selected(spot)
     own = value.original()
     site = Site(spot.site.path, module)
-    if name == "bias" and own.ndim == 1 and (_is_linear_map(module) or is_norm(module)) and not spot.entry.head:
+    if name == "bias" and own.ndim == 1 and (_is_linear_map(module) or site.is_norm) and not spot.entry.head:
         return Source(Lane("shift", {"b": value() - own}), site)
-    if name == "weight" and is_norm(module):
+    if name == "weight" and site.is_norm:
         return Source(Lane("norm", {"gamma": value() - own}), site)
     if name == "weight" and spot.entry.head and site.is_linear:
         return _affine(spot, value, site)

@@ -112,6 +112,23 @@ def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same and one["python"] == other["python"] and repr(one["numpy"][2:]) == repr(other["numpy"][2:])
 
 
+@contextmanager
+def drawing_nothing(device: torch.device) -> Iterator[None]:
+    """A forward for several jobs, in which nobody takes the random numbers of all.
+
+    Raises:
+        Unsupported: somebody did; the generators stand where they stood.
+    """
+    before = states(device)
+    yield
+    if not _are_equal(before, states(device)):
+        restore(before, device)
+        raise Unsupported(
+            "The backbone draws random numbers for all rows of a batch at once (layers that are skipped at random, or an attention "
+            "of PyTorch that drops), which cannot be told apart by jobs. Train its jobs apart (`tokens=0`)."
+        )
+
+
 @dataclass(frozen=True)
 class Block:
     """The rows of one job in a batch: ``start`` to ``stop``."""
@@ -134,7 +151,6 @@ class Streams:
         self.places = Places()
         self._generators: dict[int, torch.Generator] = {}
         self._owner: int | None = None
-        self._is_known = False
 
     @property
     def rows(self) -> int:
@@ -146,21 +162,12 @@ class Streams:
         """A forward with tokens at these places: dropout within takes the streams.
 
         Raises:
-            Unsupported: the forward drew random numbers for all rows at once; the first one is watched for that.
+            Unsupported: the forward drew random numbers for all rows at once.
         """
         self.places = places
         self._generators = {number: block.stream.generator() for number, block in enumerate(self.blocks)}
-        device = self.blocks[0].stream.device
-        before = None if self._is_known else states(device)
-        with OwnDropout(self):
+        with drawing_nothing(self.blocks[0].stream.device), OwnDropout(self):
             yield
-        if before is not None and not _are_equal(before, states(device)):
-            restore(before, device)
-            raise Unsupported(
-                "The backbone draws random numbers for all rows of a batch at once (layers that are skipped at random, or an attention "
-                "of PyTorch that drops), which cannot be told apart by jobs. Train its jobs apart (`tokens=0`)."
-            )
-        self._is_known = True
         for number, generator in self._generators.items():
             self.blocks[number].stream.take(generator)
 

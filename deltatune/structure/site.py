@@ -123,6 +123,19 @@ class Site:
         return any(isinstance(getattr(self.module, a, None), int) and isinstance(getattr(self.module, b, None), int) for a, b in widths)
 
     @property
+    def is_norm(self) -> bool:
+        """The module normalises over its last axis, and is linear in a gain (width,) called ``weight``."""
+        weight = self.module._parameters.get("weight")
+        if weight is None or weight.ndim != 1 or isinstance(self.module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+            return False
+        return isinstance(self.module, nn.LayerNorm | nn.RMSNorm) or type(self.module).__name__.endswith("Norm")
+
+    @property
+    def is_expert(self) -> bool:
+        """A router chooses what gets there: rows are no longer in the batch's order, and a forward may pass it by."""
+        return "experts" in (self.role or "").split(".")
+
+    @property
     def has_matrix(self) -> bool:
         """The site has a weight of at least two axes: a linear map, a convolution, an embedding, raw experts."""
         tensor = self.weight if self.parameter is not None else getattr(self.module, "weight", None)

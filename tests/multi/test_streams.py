@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy
@@ -17,7 +18,7 @@ from deltatune.methods import IA3, LoRA, PromptTuning
 from deltatune.multi.streams import Block, Places, Stream, Streams
 from deltatune.multi.together.tenant import Tenant
 from tests.models import MODELS
-from tests.multi.alone import alone, far, job, together
+from tests.multi.alone import alone, far, job, still, together
 from tests.training import tiny
 
 CPU = torch.device("cpu")
@@ -120,6 +121,20 @@ def test_layers_that_are_skipped_at_random_are_not_shared() -> None:
     model = dropping("bart", layerdrop=0.3, encoder_layerdrop=0.3, decoder_layerdrop=0.3)
     found, _ = differing(model, [job(LoRA(rank=2), max_steps=4, seed=seed, evaluations=0) for seed in range(2)])
     assert found < 1e-5
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_what_is_drawn_only_now_and_then_is_seen(drops: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the third step, by a hook of somebody's; the jobs share the first two, and go on alone."""
+    model, calls = dropping("bert") if drops else still("bert"), count()
+
+    def now_and_then(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y * (0.5 + torch.rand([])) if module.training and next(calls) == 2 else y
+
+    model.bert.embeddings.word_embeddings.register_forward_hook(now_and_then)
+    jobs = [job(LoRA(rank=2), max_steps=4, seed=seed) for seed in range(2)]
+    assert [outcome.error for outcome in together(model, jobs, progress="lines")] == [None, None]
+    assert "go on one by one" in capsys.readouterr().err
 
 
 def test_rows_with_more_hidden_tokens_than_others_stay_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import Diverged, Halt, Idle
 from deltatune.methods import BitFit, LoRA
-from deltatune.multi.together import tenant as tenants
+from deltatune.multi.together import logbook
+from deltatune.multi.together.logbook import Logbook
 from deltatune.multi.together.sharing import ALONE
 from deltatune.multi.together.tenant import Tenant
 from tests.multi.alone import alone, far, job, result, still, together
@@ -32,18 +33,20 @@ def test_a_job_where_no_forward_comes_by_is_idle_alone(tokens: int | None) -> No
 
 def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """The jobs with seed 1 raise an error that is none of ours: in their second loss, the reading of rows, or their scores."""
-    whole = getattr(Tenant, where)
+    owner = Logbook if where == "score" else Tenant
+    whole = getattr(owner, where)
 
-    def fails(self: Tenant, *args: Any) -> Any:
-        if self.settings.seed == 1 and self.state.global_step == (0 if where == "begin" else 1):
+    def fails(self: Any, *args: Any) -> Any:
+        book = self if where == "score" else self.logbook
+        if book.settings.seed == 1 and book.state.global_step == (0 if where == "begin" else 1):
             raise ValueError("something of my own broke")
         return whole(self, *args)
 
-    monkeypatch.setattr(Tenant, where, fails)
+    monkeypatch.setattr(owner, where, fails)
 
 
 @pytest.mark.parametrize("tokens", [100_000, ALONE, None])
-@pytest.mark.parametrize("where", ["begin", "next", "loss", "_look"])
+@pytest.mark.parametrize("where", ["begin", "next", "loss", "score"])
 def test_an_error_of_one_job_is_its_own(where: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.backbone("bert")
     jobs = [job(LoRA(rank=2, dropout=0.1), max_steps=3), job(LoRA(rank=2), seed=1, max_steps=3), job(BitFit(), max_steps=2)]
@@ -59,7 +62,7 @@ def test_what_comes_from_outside_ends_all(monkeypatch: pytest.MonkeyPatch) -> No
     def late(*_: Any) -> Any:
         raise Halt
 
-    monkeypatch.setattr(tenants, "score_rows", late)
+    monkeypatch.setattr(logbook, "score_rows", late)
     for tokens in (100_000, ALONE):
         with pytest.raises(Halt):
             together(tiny.backbone("bert"), [job(LoRA(rank=2), max_steps=1, evaluations=1), job(BitFit(), max_steps=1)], tokens=tokens)
@@ -74,7 +77,7 @@ def test_gradients_that_are_not_finite_are_computed_anew_alone(lasting: bool, mo
 
     def loss(self: Tenant, *args: Any) -> Tensor:
         found = whole(self, *args)
-        if self.settings.seed == 1 and self.state.global_step == 1 and found.requires_grad and (lasting or not own):
+        if self.settings.seed == 1 and self.logbook.state.global_step == 1 and found.requires_grad and (lasting or not own):
             found.register_hook(lambda gradient: gradient * torch.inf)
         return found
 

@@ -29,14 +29,6 @@ class Norm(Form):
         return y + normed(table.module, x) * lanes.rows("gamma", y.dtype)[:, None]
 
 
-def is_norm(module: nn.Module) -> bool:
-    """The module is linear in a gain (width,) called ``weight``, and normalises over its last axis."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1 or isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
-        return False
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("Norm")
-
-
 def normed(module: nn.Module, x: Tensor) -> Tensor:
     """norm(x), what the gain multiplies."""
     if isinstance(module, nn.LayerNorm):

@@ -20,7 +20,8 @@ from deltatune.multi.together.portion import Call
 from deltatune.multi.together.sharing import ALONE, bins, probe
 from deltatune.multi.together.shells import Shells, unshare
 from deltatune.multi.together.tally import Tally
-from deltatune.multi.together.tenant import Batch, Tenant
+from deltatune.multi.together.tenant import Tenant
+from deltatune.multi.together.updates import Batch
 from deltatune.multi.together.wanted import Wanted
 from deltatune.training.arguments import Schedule, training_arguments
 from deltatune.training.borrowed import left_alone
@@ -110,7 +111,7 @@ class Company:
         self.tally.begin(member.tenant)
         with self._by_itself(member):
             member.tenant.begin()
-            if member.tenant.is_over:
+            if member.tenant.logbook.is_over:
                 self._leave(member)
 
     def _made(self, wanted: Wanted, stack: ExitStack) -> Member:
@@ -171,7 +172,7 @@ class Company:
             member.tenant.seconds.append(seconds * shares[id(member)])
             with self._by_itself(member):
                 self._step(member, batches[id(member)], losses[id(member)], held[id(member)])
-                if member.tenant.is_over:
+                if member.tenant.logbook.is_over:
                     self._leave(member)
         if taking:
             self.tally.step([member.tenant for member in taking])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -25,9 +24,10 @@ from deltatune.multi.bank import Bank, bank
 from deltatune.multi.ground import Ground
 from deltatune.multi.plan import Plan, Program
 from deltatune.multi.reading import check_routable
-from deltatune.multi.streams import Block, Places, Streams
+from deltatune.multi.streams import Block, Places, Streams, drawing_nothing
 from deltatune.multi.together.portion import Call, Joined, Portion
-from deltatune.multi.together.tenant import Batch, Tenant
+from deltatune.multi.together.tenant import Tenant
+from deltatune.multi.together.updates import Batch
 
 PLANS = 64
 """So many plans are kept: jobs meet in the same company again."""
@@ -212,7 +212,7 @@ class Host:
             task.tenant.draw()
         self._in_batch, self._current = lodgings, streams
         try:
-            own = nullcontext() if places is None else streams.running(places)
+            own = drawing_nothing(torch.device(self._device)) if places is None else streams.running(places)
             with self._bank.opened.entered(plan), torch.autocast(self._device, torch.bfloat16, enabled=self.bf16), own:
                 self._logits = self.tree(**joined.inputs()).logits
         finally:

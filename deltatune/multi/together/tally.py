@@ -50,12 +50,12 @@ class Tally:
 
     def begin(self, tenant: Tenant) -> None:
         """A job begins; what a checkpoint holds of it is not counted."""
-        self.total += tenant.args.max_steps - tenant.state.global_step
+        self.total += tenant.args.max_steps - tenant.logbook.state.global_step
 
     def leave(self, tenant: Tenant) -> None:
         """A job is over, perhaps ahead of its last step."""
         self.over += 1
-        self.total -= tenant.args.max_steps - tenant.state.global_step
+        self.total -= tenant.args.max_steps - tenant.logbook.state.global_step
 
     def step(self, tenants: Sequence[Tenant]) -> None:
         """These jobs took a step."""
@@ -68,7 +68,7 @@ class Tally:
             print(f"{self.jobs} jobs {self.done}/{self.total}: {self._text(tenants)}", file=self.file, flush=True)
 
     def _text(self, tenants: Sequence[Tenant]) -> str:
-        losses = [loss for tenant in tenants if (loss := tenant.last_loss) is not None]
+        losses = [loss for tenant in tenants if (loss := tenant.logbook.last_loss) is not None]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
         pace = speed(self.done, max(self.total - self.done, 0), time.monotonic() - self._began, max(1, round(self._rows / self.done)))
         return f"{len(tenants)} train, {self.over} over, {mean}{pace}"
