@@ -40,6 +40,7 @@ class PrefixTuning(Method):
     kind: ClassVar[Kind] = "context"
     where: ClassVar[tuple[str, ...]] = ("attention",)
     identity: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-4
     source: ClassVar[str] = "arXiv:2101.00190"
 
     num_virtual_tokens: int = 20

@@ -39,7 +39,7 @@ class DID(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("attention.*", "feed_forward.*?", "experts.*?", "norm?")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = "arXiv:1804.08838"
 
     dimension: int = 20_000

@@ -42,7 +42,7 @@ class SAID(Method):
     family: ClassVar[Family] = "reparameterization"
     kind: ClassVar[Kind] = "weight"
     where: ClassVar[tuple[str, ...]] = ("attention.*", "feed_forward.*?", "experts.*?", "norm?")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = "arXiv:2012.13255"
 
     dimension: int = 20_000
