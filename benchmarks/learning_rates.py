@@ -108,7 +108,8 @@ def rates(name: str, found: dict[float, float]) -> Iterable[float]:
     best = min(found, key=lambda rate: found[rate])
     beside = [rate_at(best, k) for k in (-1, 1)]
     limits = rate_at(middle, -1 - REACH), rate_at(middle, 1 + REACH)
-    return [rate for rate in beside if rate not in found and limits[0] * 0.99 <= rate <= limits[1] * 1.01]
+    new = [rate for rate in beside if not any(math.isclose(rate, tried, rel_tol=0.05) for tried in found)]
+    return [rate for rate in new if limits[0] * 0.99 <= rate <= limits[1] * 1.01]
 
 
 def rate_at(middle: float, k: int) -> float:
