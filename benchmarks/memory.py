@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from paired import report
-from step import BACKBONES, TOKENS, floor, full, ours, quiet, theirs
+from step import BACKBONES, TOKENS, floor, full, lora, ours, quiet, theirs
 from torch import Tensor, nn
 
 DROPOUTS = {"minilm": (0.0, 0.1), "smollm2-135m": (0.0,), "opt": (0.0,)}
@@ -45,7 +45,7 @@ def measure(name: str, dropout: float) -> dict[str, Any]:
     makes: dict[str, Callable[[nn.Module], Any]] = {
         "floor": floor,
         "ours": ours,
-        "peft": lambda backbone: theirs(name, backbone),
+        "peft": lambda backbone: theirs(backbone, lora(name)),
         "full": full,
     }
     build, rows = BACKBONES[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +27,7 @@ from deltatune.backbones import load_backbone
 from deltatune.compiled.library import compile_library
 from deltatune.injection import fused
 from deltatune.methods import LoRA
+from deltatune.methods.kinds import Method
 from deltatune.training.freed import keeping_freed
 
 LINEARS = ["attention.*", "feed_forward.*"]
@@ -62,7 +63,11 @@ def quiet(backbone: nn.Module) -> nn.Module:
     return backbone.train()
 
 
-def floor(backbone: nn.Module) -> list[nn.Parameter]:
+Made = tuple[nn.Module, list[nn.Parameter]]
+"""What is called in a step, and what it trains."""
+
+
+def floor(backbone: nn.Module) -> Made:
     """One bias at the bottom: that of the first norm, in the embeddings or the first layer."""
     backbone.requires_grad_(False)
     for name, module in backbone.named_modules():
@@ -71,40 +76,52 @@ def floor(backbone: nn.Module) -> list[nn.Parameter]:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.LayerNorm) or (weight is not None and type(module).__name__.endswith("RMSNorm")):
             parameter = module.bias if getattr(module, "bias", None) is not None else weight
-            return [parameter.requires_grad_()]
+            return backbone, [parameter.requires_grad_()]
     raise SystemExit("no norm at the bottom")
 
 
-def ours(backbone: nn.Module) -> list[nn.Parameter]:
-    return list(dt.attach(backbone, LoRA(rank=RANK), LINEARS, head=False).parameters())
+def ours(backbone: nn.Module, method: Method | None = None, where: Sequence[str] | None = LINEARS) -> Made:
+    delta = dt.attach(backbone, method or LoRA(rank=RANK), where, head=False)
+    return backbone, list(delta.parameters())
 
 
-def theirs(name: str, backbone: nn.Module) -> list[nn.Parameter]:
-    config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS[name])
-    return [parameter for parameter in peft.get_peft_model(backbone, config).parameters() if parameter.requires_grad]  # type: ignore[arg-type]
+def theirs(backbone: nn.Module, config: peft.PeftConfig) -> Made:
+    model = peft.get_peft_model(backbone, config)  # type: ignore[arg-type]
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def full(backbone: nn.Module) -> list[nn.Parameter]:
-    return list(backbone.requires_grad_().parameters())
+def lora(name: str) -> peft.LoraConfig:
+    """The same as ours, in PEFT."""
+    return peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS[name])
 
 
-def stepper(name: str, made: Callable[[nn.Module], list[nn.Parameter]]) -> Callable[[], float]:
-    """Seconds of one step."""
+def full(backbone: nn.Module) -> Made:
+    return backbone, list(backbone.requires_grad_().parameters())
+
+
+def stepper(name: str, made: Callable[[nn.Module], Made], tokens: int = TOKENS) -> Callable[[], float]:
+    """Seconds of one step of batches with so many tokens a row."""
     build, rows = BACKBONES[name]
     backbone = quiet(build())
-    parameters = made(backbone)
+    model, parameters = made(backbone)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    ids = torch.randint(5, 5000, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 5000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids if "CausalLM" in type(backbone).__name__ else torch.arange(rows) % 2
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def step() -> None:
-        backbone(**batch).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    return lambda: timed(step)
+
+    def warm() -> float:
+        """A step behind another competitor finds caches and heap as that one left them; a training's steps follow their own."""
+        step()
+        return timed(step)
+
+    return warm
 
 
 def uncompiled(work: Callable[[], float]) -> Callable[[], float]:
@@ -124,7 +141,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "floor": stepper(name, floor),
         "ours": own,
         "ours, not compiled": uncompiled(own),
-        "peft": stepper(name, lambda backbone: theirs(name, backbone)),
+        "peft": stepper(name, lambda backbone: theirs(backbone, lora(name))),
         "full": stepper(name, full),
     }
     seconds = interleave(competitors, rounds)
