@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch.optim import AdamW
 from transformers import TrainingArguments
 
 from deltatune.injection.compose import optimizer_groups
+from deltatune.training.flat import FlatAdamW
 from deltatune.training.life import Trained
 
 
-def optimizer_of(deltas: Sequence[Trained], args: TrainingArguments) -> AdamW:
+def optimizer_of(deltas: Sequence[Trained], args: TrainingArguments) -> FlatAdamW:
     """AdamW with the arguments' rate, moments and decoupled weight decay.
 
     Args:
@@ -20,4 +20,4 @@ def optimizer_of(deltas: Sequence[Trained], args: TrainingArguments) -> AdamW:
     """
     betas = (args.adam_beta1, args.adam_beta2)
     groups = optimizer_groups(deltas, args.learning_rate)
-    return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    return FlatAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)

@@ -21,6 +21,7 @@ from deltatune.training.batches import LengthGrouped, Streamed
 from deltatune.training.callback import DeltaCallback
 from deltatune.training.evaluation import score_rows
 from deltatune.training.files import discard, is_complete, mark_complete, writing
+from deltatune.training.flat import FlatAdamW
 from deltatune.training.kept import ROW, KeptRows
 from deltatune.training.life import Life, Trained, deltas_of, phase_starts
 from deltatune.training.objective import Objective
@@ -88,6 +89,7 @@ class DeltaTrainer(Trainer):
         self.keep_best = keep_best
         self.patience = patience
         self.kept = kept
+        self._flat: FlatAdamW | None = None
         batches = None if kept is None else kept.plain_batches(args.per_device_train_batch_size)
         own: list[TrainerCallback] = [DeltaCallback(self.deltas, batches, saves=False)]
         if patience is not None:
@@ -113,14 +115,22 @@ class DeltaTrainer(Trainer):
                 if not is_complete(path):
                     discard(path)
         if last is None:
-            self.train()
+            self._train(None)
             return
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         stopped = self.patience is not None and is_exhausted(self.deltas, state, self.patience)
         if stopped or state.global_step >= self.args.max_steps:
             self._conclude(last, state)
         else:
-            self.train(resume_from_checkpoint=str(last))
+            self._train(str(last))
+
+    def _train(self, folder: str | None) -> None:
+        """Train, from a checkpoint on where one is given; then every Parameter has memory of its own again."""
+        try:
+            self.train(resume_from_checkpoint=folder)
+        finally:
+            if self._flat is not None:
+                self._flat.release()
 
     def _conclude(self, folder: Path, state: TrainerState) -> None:
         """Finish a run that was killed behind its last step: the Trainer would take one step more."""
@@ -139,7 +149,7 @@ class DeltaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the deltas' own groups of parameters."""
         if self.optimizer is None:
-            self.optimizer = optimizer_of(self.deltas, self.args)
+            self.optimizer = self._flat = optimizer_of(self.deltas, self.args)
         return self.optimizer
 
     def compute_loss(

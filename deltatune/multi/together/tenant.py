@@ -150,6 +150,7 @@ class Tenant:
 
     def settle(self, grounds: dict[Hashable, Ground]) -> None:
         """Lie flat from now on, on the ground of its shape."""
+        self.optimizer.release()
         shape = Flat.shape(self.optimizer)
         if shape not in grounds:
             grounds[shape] = Flat.new_ground(self.optimizer)
@@ -189,7 +190,7 @@ class Tenant:
         self.forget()
         self.logbook.note(loss, norm, rate, self._epoch)
         if self.logbook.score():
-            optimizer = (self._flat or self.optimizer).state_dict()
+            optimizer = self.optimizer.state_dict() if self._flat is None else self._flat.state_dict()
             self.logbook.save({"optimizer.pt": optimizer, "scheduler.pt": self.schedule.state_dict(), "rng_state.pth": self.stream.held})
 
     def conclude(self) -> Course:
