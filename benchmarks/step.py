@@ -4,6 +4,7 @@ The floor is the frozen backbone's forward plus the backward of its activations,
 bottom. Beside ours stand PEFT and full fine-tuning: MiniLM (16 x 128), SmolLM2-135M (4 x 128) and an OPT of width 512 with 8 layers
 and random weights (4 x 128), fp32. A step is forward, backward and the optimiser; competitors take turns, medians of paired ratios.
 Freed memory stays with the process, as it does in ``dt.train``: for all competitors alike. ``--as-is`` leaves that to the C library.
+The optimiser of ours is that of ``dt.train`` (``training/flat.py``), of the others ``torch.optim.AdamW``.
 Ours runs the loops that ``deltatune operators compile`` compiles; what it takes without them stands beside it.
 """
 
@@ -28,6 +29,7 @@ from deltatune.compiled.library import compile_library
 from deltatune.injection import fused
 from deltatune.methods import LoRA
 from deltatune.methods.kinds import Method
+from deltatune.training.flat import FlatAdamW
 from deltatune.training.freed import keeping_freed
 
 LINEARS = ["attention.*", "feed_forward.*"]
@@ -99,12 +101,14 @@ def full(backbone: nn.Module) -> Made:
     return backbone, list(backbone.requires_grad_().parameters())
 
 
-def stepper(name: str, made: Callable[[nn.Module], Made], tokens: int = TOKENS) -> Callable[[], float]:
+def stepper(
+    name: str, made: Callable[[nn.Module], Made], tokens: int = TOKENS, optimizer_of: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> Callable[[], float]:
     """Seconds of one step of batches with so many tokens a row."""
     build, rows = BACKBONES[name]
     backbone = quiet(build())
     model, parameters = made(backbone)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = optimizer_of(parameters, lr=1e-5)
     ids = torch.randint(5, 5000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids if "CausalLM" in type(backbone).__name__ else torch.arange(rows) % 2
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -136,7 +140,7 @@ def uncompiled(work: Callable[[], float]) -> Callable[[], float]:
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    own = stepper(name, ours)
+    own = stepper(name, ours, optimizer_of=FlatAdamW)
     competitors = {
         "floor": stepper(name, floor),
         "ours": own,

@@ -23,6 +23,7 @@ from step import BACKBONES, LINEARS, RANK, TARGETS, TOKENS, floor, ours, stepper
 from deltatune.compiled.library import compile_library
 from deltatune.methods import IA3, Adapter, BitFit, DoRA, PrefixTuning, PromptTuning, VeRA
 from deltatune.methods.kinds import Method
+from deltatune.training.flat import FlatAdamW
 from deltatune.training.freed import keeping_freed
 
 VIRTUAL, VERA_RANK = 20, 256
@@ -90,7 +91,7 @@ def measure(name: str, row: Row, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     competitors = {
         "floor": stepper(name, floor, TOKENS + row.longer),
-        "ours": stepper(name, lambda backbone: ours(backbone, row.method, row.where)),
+        "ours": stepper(name, lambda backbone: ours(backbone, row.method, row.where), optimizer_of=FlatAdamW),
     }
     found: dict[str, Any] = {}
     if row.peer is not None:
