@@ -89,7 +89,9 @@ def recompute(backbone: nn.Module, on: bool = True) -> None:
     """
     ledger = ledger_of(backbone)
     if ledger is None:
-        raise InvalidValue("recompute was asked of a backbone without deltas: there are no inputs of adapted modules. Attach or load first.")
+        raise InvalidValue(
+            "recompute was asked of a backbone without deltas: there are no inputs of adapted modules. Attach or load first."
+        )
     ledger.around.recomputing.is_on = on
 
 
