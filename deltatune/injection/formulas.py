@@ -92,7 +92,7 @@ def _is_open(saved: Any) -> bool:
 
 
 def _read(node: Any, name: str) -> Tensor:
-    return getattr(node, f"_saved_{name}").detach()  # type: ignore[no-any-return]
+    return getattr(node, f"_saved_{name}")  # type: ignore[no-any-return]
 
 
 def _function(make: Callable[[Any, Tensor], Tensor]) -> Rule:

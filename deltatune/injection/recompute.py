@@ -97,7 +97,7 @@ def is_alone(module: nn.Module) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None:
         return False
-    return torch._C._autograd._saved_tensors_hooks_is_enabled() and _top() is None
+    return torch._C._autograd._saved_tensors_hooks_is_enabled() and _top() is None  # type: ignore[attr-defined]
 
 
 def _top() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,9 @@ import deltatune as dt
 from deltatune.errors import InvalidValue
 from deltatune.injection.formulas import Kept
 from deltatune.injection.recompute import Anew, Keeper
-from deltatune.methods import IA3, DiffPruning, DoRA, LoRA, Method, ParallelAdapter, VeRA
+from deltatune.methods import IA3, DiffPruning, DoRA, LoRA, Method, ParallelAdapter
 from deltatune.training.live import live_tensors
-from tests.models import MODELS, output
+from tests.models import FEED_FORWARD, HIDDEN, MODELS, output
 
 LINEARS = ["attention.*", "feed_forward.*"]
 
@@ -53,16 +52,12 @@ def shaken(module: nn.Module, method: Method, where: Any = None) -> nn.Module:
     return module
 
 
-def step(backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], int]:
-    """Loss and gradients, and the bytes that lived between forward and backward."""
+def step(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Loss and gradients."""
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     torch.manual_seed(2)
-    with live_tensors() as live:
-        before = live.bytes
-        loss = output(backbone, inputs).float().square().mean()
-        gc.collect()
-        kept = live.bytes - before
-    return [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)], kept
+    loss = output(backbone, inputs).float().square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> None:
@@ -71,19 +66,46 @@ def same(one: list[Tensor], other: list[Tensor]) -> None:
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-def both(backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple[list[Tensor], int], tuple[list[Tensor], int]]:
-    """A step that keeps, and one that makes anew; the first one of each also checks, and is not counted."""
-    found = []
-    for on in (False, True):
-        dt.recompute(backbone, on)
-        step(backbone, inputs)
-        found.append(step(backbone, inputs))
-    return found[0], found[1]
+def both(backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """A step that keeps, and one that makes anew."""
+    plain = step(backbone, inputs)
+    dt.recompute(backbone)
+    return plain, step(backbone, inputs)
+
+
+def test_what_is_made_anew_does_not_live_from_forward_to_backward() -> None:
+    backbone, inputs = MODELS["bert"]()
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    shaken(backbone.train(), LoRA(rank=2), LINEARS)
+
+    def lived() -> int:
+        with live_tensors() as live:
+            before = live.bytes
+            loss = output(backbone, inputs).sum()
+            return live.bytes - before + 0 * loss.numel()
+
+    kept = lived()
+    dt.recompute(backbone)
+    lived()  # the first time it also compares
+    # what the activation of each layer gives, and what the norms give to the maps: not the embeddings' one, nor the last
+    assert kept - lived() == 4 * inputs["input_ids"].numel() * (2 * FEED_FORWARD + 3 * HIDDEN)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["bert", "opt", "t5", "llama", "gpt2", "gemma3"])
-def test_whole_models_to_the_bit(name: str, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [
+        ("bert", {"NativeLayerNorm", "Gelu"}),
+        ("opt", {"NativeLayerNorm"}),
+        ("t5", {"Mul"}),
+        ("llama", {"Mul"}),
+        ("gpt2", {"NativeLayerNorm", "Mul"}),
+        ("gemma3", {"Mul"}),
+    ],
+)
+def test_whole_models_to_the_bit(name: str, functions: set[str], dropout: float, packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     backbone, inputs = MODELS[name]()
     for module in backbone.train().modules():
         if isinstance(module, nn.Dropout):
@@ -91,20 +113,18 @@ def test_whole_models_to_the_bit(name: str, dropout: float) -> None:
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = dropout  # type: ignore[assignment]
     shaken(backbone, LoRA(rank=2), LINEARS)
-    (plain, kept), (found, kept_anew) = both(backbone, inputs)
+    plain, found = both(backbone, inputs)
     same(found, plain)
-    assert kept_anew < 0.9 * kept
+    assert functions <= {saved.formula.names.partition("Backward")[0] for saved in anew(packed)}
 
 
-@pytest.mark.parametrize(
-    "method", [IA3(), VeRA(rank=2), LoRA(rank=2, dropout=0.2), ParallelAdapter(bottleneck_dim=2), DoRA(rank=2), DiffPruning()]
-)
+@pytest.mark.parametrize("method", [IA3(), LoRA(rank=2, dropout=0.2), ParallelAdapter(bottleneck_dim=2), DoRA(rank=2), DiffPruning()])
 def test_every_way_of_reading_x_gains(method: Method, packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     backbone, inputs = MODELS["bert"]()
     shaken(backbone.train(), method, "feed_forward.down" if not isinstance(method, ParallelAdapter) else None)
-    (plain, kept), (found, kept_anew) = both(backbone, inputs)
+    plain, found = both(backbone, inputs)
     same(found, plain)
-    assert anew(packed) and kept_anew < kept
+    assert anew(packed)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -158,10 +178,10 @@ def between(function: Callable[[Tensor], Tensor], where: str = "*") -> tuple[Bet
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_each_function(name: str, packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     module, inputs = between(ACTIVATIONS[name])
-    (plain, _), (found, _) = both(module, inputs)
+    plain, found = both(module, inputs)
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert len(anew(packed)) == 2
+    assert len(anew(packed)) == 1
 
 
 @pytest.mark.parametrize(
@@ -171,7 +191,7 @@ def test_each_function(name: str, packed: list[tuple[Tensor, Kept | Anew]]) -> N
 )
 def test_what_is_kept_anyway_or_not_listed_stays(function: Callable[[Tensor], Tensor], packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     module, inputs = between(function)
-    (plain, _), (found, _) = both(module, inputs)
+    plain, found = both(module, inputs)
     same(found, plain)
     assert packed and not anew(packed)
 
@@ -192,7 +212,7 @@ def written_over_unseen(u: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [written_over, written_over_unseen, lambda u: F.silu(u, inplace=True), lambda u: F.gelu(u).mul_(2.0)])
 def test_what_was_changed_in_place_is_kept(function: Callable[[Tensor], Tensor], packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     module, inputs = between(function)
-    (plain, _), (found, _) = both(module, inputs)
+    plain, found = both(module, inputs)
     same(found, plain)
     assert packed and not anew(packed)
 
@@ -201,7 +221,7 @@ def test_what_was_changed_in_place_is_kept(function: Callable[[Tensor], Tensor],
 def test_a_change_before_the_backward_is_an_error_or_harmless(change: str) -> None:
     made: list[Tensor] = []
     module, inputs = between(lambda u: made.append(F.gelu(u)) or made[-1])  # type: ignore[func-returns-value]
-    plain, _ = step(module, inputs)
+    plain = step(module, inputs)
     dt.recompute(module)
     torch.manual_seed(2)
     loss = output(module, inputs).float().square().mean()
@@ -211,7 +231,8 @@ def test_a_change_before_the_backward_is_an_error_or_harmless(change: str) -> No
         same([loss.detach(), *torch.autograd.grad(loss, trained)], plain)
     else:
         with torch.no_grad():
-            trained[-1].add_(1.0)
+            for parameter in trained:
+                parameter.add_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -302,12 +323,12 @@ def test_transforms_and_forwards_without_gradients(packed: list[tuple[Tensor, Ke
     assert not packed
     x = inputs["x"].requires_grad_()
     [whole] = torch.autograd.grad(module(x).square().sum(), x)
-    torch.testing.assert_close(each, whole)
+    torch.testing.assert_close(each, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled() -> None:
     module, inputs = between(F.gelu)
-    plain, _ = step(module, inputs)
+    plain = step(module, inputs)
     dt.recompute(module)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.manual_seed(2)
@@ -322,9 +343,9 @@ def test_autocast(packed: list[tuple[Tensor, Kept | Anew]]) -> None:
     backbone, inputs = MODELS["bert"]()
     shaken(backbone.train(), LoRA(rank=2), LINEARS)
     with torch.autocast("cpu", torch.bfloat16):
-        (plain, kept), (found, kept_anew) = both(backbone, inputs)
+        plain, found = both(backbone, inputs)
     same(found, plain)
-    assert anew(packed) and kept_anew < kept
+    assert anew(packed)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -332,9 +353,9 @@ def test_half_precision(name: str, packed: list[tuple[Tensor, Kept | Anew]]) -> 
     """Activations and products run again, to the bit; a layer norm whose moments were rounded is kept."""
     backbone, inputs = MODELS[name]()
     shaken(backbone.train().bfloat16(), LoRA(rank=2), LINEARS)
-    (plain, kept), (found, kept_anew) = both(backbone, inputs)
+    plain, found = both(backbone, inputs)
     same(found, plain)
-    assert anew(packed) and kept_anew < kept
+    assert anew(packed)
     assert not any("LayerNorm" in saved.formula.names for saved in anew(packed))
 
 
