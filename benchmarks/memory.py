@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,22 +50,19 @@ def kept_bytes(backbone: nn.Module, loss: Tensor) -> int:
             continue
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
-        for tensor in filter(None.__ne__, map(_tensor, _saved(node))):
-            storage = tensor.untyped_storage()
+        for storage in _storages(node):
             if storage.data_ptr() not in known:
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 
 
-def _saved(node: Any) -> list[Any]:
-    found = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
-    return [saved for entry in found for saved in (entry if isinstance(entry, list | tuple) else [entry])]
-
-
-def _tensor(saved: Any) -> Tensor | None:
-    """What lies behind a saved tensor; behind our hooks, a tensor that is kept, or a formula."""
-    data = getattr(saved.data, "tensor", saved.data)
-    return data if isinstance(data, Tensor) else None
+def _storages(node: Any) -> Iterator[Any]:
+    """Of what a function keeps; behind our hooks lie tensors that are kept, and formulas, which have none."""
+    fields = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
+    for saved in (one for field in fields for one in (field if isinstance(field, list | tuple) else [field])):
+        tensor = getattr(saved.data, "tensor", saved.data)
+        if isinstance(tensor, Tensor):
+            yield tensor.untyped_storage()
 
 
 def made(name: str, dropout: float, make: Callable[[nn.Module], Any]) -> Callable[[], tuple[nn.Module, Tensor]]:

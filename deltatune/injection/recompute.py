@@ -33,14 +33,16 @@ class Anew:
     Attributes:
         formula: how to make it.
         stride: how it lay in memory.
+        device: the type of its device.
     """
 
     formula: Formula
     stride: tuple[int, ...]
+    device: str
 
     def read(self) -> Tensor:
         """The tensor, made anew: as it lay, and in the types of the forward whatever the backward runs under."""
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
             x = self.formula.make()
         return x if x.stride() == self.stride else torch.empty_strided(x.shape, self.stride, dtype=x.dtype, device=x.device).copy_(x)
 
@@ -72,7 +74,7 @@ class Keeper:
         formula = formula_of(x)
         if formula is None:
             return Kept(x)
-        anew = Anew(formula, x.stride())
+        anew = Anew(formula, x.stride(), x.device.type)
         key = f"{formula.names} {x.dtype} {x.device}"
         if key not in self._holds:
             self._holds[key] = agrees(anew.read(), x)
