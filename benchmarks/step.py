@@ -76,7 +76,7 @@ def floor(backbone: nn.Module) -> Made:
         if "final" in name:  # OPT makes it before its layers
             continue
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.LayerNorm) or (weight is not None and type(module).__name__.endswith("RMSNorm")):
+        if isinstance(module, nn.LayerNorm) or (weight is not None and type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))):
             parameter = module.bias if getattr(module, "bias", None) is not None else weight
             return backbone, [parameter.requires_grad_()]
     raise SystemExit("no norm at the bottom")

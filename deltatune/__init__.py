@@ -22,7 +22,7 @@ from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Budget, Delta
 from deltatune.injection.fresh import reset
 from deltatune.injection.merge import merge, unmerge
-from deltatune.injection.switching import deltas, disabled, refresh, switch
+from deltatune.injection.switching import deltas, disabled, recompute, refresh, switch
 from deltatune.structure.where import find_sites
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ __all__ = [
     "load",
     "merge",
     "open",
+    "recompute",
     "refresh",
     "reset",
     "route",

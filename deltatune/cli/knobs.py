@@ -19,7 +19,7 @@ from deltatune.training.settings import Settings
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Scoring and stopping": ("early_stopping", "evaluations", "eval_rows", "eval_batch_size", "test_rows", "save_steps"),
-    "Memory and speed": ("bf16", "gradient_checkpointing", "keep_frozen", "quantize", "max_length", "streaming"),
+    "Memory and speed": ("bf16", "gradient_checkpointing", "recompute", "keep_frozen", "quantize", "max_length", "streaming"),
     "How the task is put": (
         "framing",
         "template",

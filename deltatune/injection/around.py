@@ -12,6 +12,7 @@ from torch import nn
 from deltatune.injection.branches import Sweep
 from deltatune.injection.draws import Draws
 from deltatune.injection.guard import Guard
+from deltatune.injection.recompute import Recomputing
 from deltatune.injection.variants import Switch
 from deltatune.structure.index import Index
 
@@ -45,11 +46,13 @@ class Around:
         guard: shared by all hosts of weight patches.
         switch: of attention implementations; None while no prefix is attached.
         sweep: of what branches keep; None while there are none.
+        recomputing: whether inputs of adapted modules are made anew in the backward.
         guest: the bank of routed deltas (``multi``); None while nothing was routed.
     """
 
     draws: Draws = field(default_factory=Draws)
     guard: Guard = field(default_factory=Guard)
+    recomputing: Recomputing = field(default_factory=Recomputing)
     switch: Switch | None = None
     sweep: Sweep | None = None
     guest: Guest | None = None

@@ -15,6 +15,7 @@ from deltatune.injection.compose import Composition, compose
 from deltatune.injection.delta import Delta
 from deltatune.injection.entries import Entry, build_entries, check_hits, head_entries, heads_of, order_of
 from deltatune.injection.ledger import Ledger, check_free, close_ledger, ledger_of, open_ledger
+from deltatune.injection.recompute import Keeper
 from deltatune.injection.refusals import check_alone, check_backbone, check_kind, check_names
 from deltatune.injection.slot import Act, Member, Slot, close_slot, open_slot, slot_of
 from deltatune.injection.switching import unchanged
@@ -225,6 +226,8 @@ def install(backbone: nn.Module, ledger: Ledger, entry: Entry) -> None:
         slot = open_slot(module)
         act = slot.acts.get(kind)
         fresh = act is None
+        if slot.keeper is None:
+            slot.keeper = Keeper(ledger.around.recomputing)
         if act is None:
             act = add_act(slot, kind(module))
         if k == 0:

@@ -63,11 +63,11 @@ class Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if learns_A else None, h, *(tensor for one in maps for tensor in (one.W, one.A, one.B)))
         if ctx.looped:
-            return tuple(torch.ops.deltatune.low_rank_forward(x, *_columns(maps), folded))
+            return tuple(_owned(y) for y in torch.ops.deltatune.low_rank_forward(x, *_columns(maps), folded))
         if folded:
-            return tuple(F.linear(x, _merged(one.W, one.A, one.B), one.b) for one in maps)
+            return tuple(_linear(x, _merged(one.W, one.A, one.B), one.b) for one in maps)
         assert h is not None
-        outputs = [F.linear(x, one.W, one.b) for one in maps]
+        outputs = [_linear(x, one.W, one.b) for one in maps]
         for y, part, one in zip(outputs, torch.split(h, [one.A.shape[1] for one in maps]), maps, strict=True):
             _rows(y).addmm_(part.T, one.B)
         return tuple(outputs)
@@ -186,6 +186,16 @@ def _merged(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """(..., width) -> (tokens, width)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x W^T + b."""
+    return _owned(F.linear(x, W, b))
+
+
+def _owned(y: Tensor) -> Tensor:
+    """y, and no view to autograd: a view that was made within a function of ours could not be changed in place behind it."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
 
 
 def _blocks(count: int, size: int) -> list[slice]:

@@ -28,6 +28,7 @@ from deltatune.structure.site import Site
 if TYPE_CHECKING:
     from deltatune.injection.around import Around
     from deltatune.injection.branches import Given
+    from deltatune.injection.recompute import Keeper
 
 How = Literal["sequential", "parallel", "weighted", "gated", "fusion"]
 CHILD = "deltatune"
@@ -143,6 +144,7 @@ class Slot(nn.Module):
         mixers: what compositions train here to weigh their members, under the composition's name.
         acts: one act per way of acting in use, in the order they run before the forward.
         has_fired: the module has run since the slot is there; ``injection.watch`` asks.
+        keeper: decides what the forward keeps for its backward; None in a slot without a ledger.
     """
 
     def __init__(self) -> None:
@@ -151,6 +153,7 @@ class Slot(nn.Module):
         self.mixers = nn.ModuleDict()
         self.acts: dict[type[Act], Act] = {}
         self.has_fired = False
+        self.keeper: Keeper | None = None
         self._handles: list[RemovableHandle] = []
 
     def forward(self, x: Any) -> Any:
@@ -185,13 +188,19 @@ class Slot(nn.Module):
                     "nn.DataParallel was asked to run a backbone with deltas: its replicas share hooks, so all would use the patches of "
                     "the first. Use DistributedDataParallel, with one process a device."
                 )
+            if self.keeper is not None:
+                self.keeper.begin(module)
         for act in self.acts.values():
             args, kwargs = act.before(module, args, kwargs)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook: the acts in reverse order; each one cleans up even where the forward, or another act, raised."""
-        return _unwind(list(self.acts.values()), module, args, kwargs, output)
+        try:
+            return _unwind(list(self.acts.values()), module, args, kwargs, output)
+        finally:
+            if self.keeper is not None and not torch.compiler.is_compiling():
+                self.keeper.end()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from torch import nn
 
 from deltatune.backbones.quiet import quiet
 from deltatune.errors import InvalidValue, missing_extra
+from deltatune.injection.ledger import ledger_of
 from deltatune.injection.switching import deltas as attached
 from deltatune.training.life import Trained
 
@@ -109,6 +110,19 @@ def recomputing(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         getattr(backbone, f"{verb}_checkpointing_disable")()
+
+
+@contextmanager
+def recomputing_inputs(backbone: nn.Module) -> Iterator[None]:
+    """The inputs of adapted modules are made anew in the backward, for the time of a training."""
+    ledger = ledger_of(backbone)
+    assert ledger is not None
+    choice, before = ledger.around.recomputing, ledger.around.recomputing.is_on
+    choice.is_on = True
+    try:
+        yield
+    finally:
+        choice.is_on = before
 
 
 def give_back(trainer: DeltaTrainer) -> None:

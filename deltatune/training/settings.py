@@ -35,6 +35,8 @@ class Settings:
         max_length: most tokens of one input.
         bf16: run forward and backward in bfloat16 where that is safe; parameters stay as they are.
         gradient_checkpointing: compute activations anew in the backward instead of keeping them.
+        recompute: compute the inputs of adapted modules anew in the backward where a norm, an activation or dropout made them, as
+            ``dt.recompute`` does: less memory for the same numbers.
         keep_frozen: compute what the frozen layers below the delta give for a training row once and keep it, in ``memory`` or on ``disk``;
             dropout is off there.
         early_stopping: stop after so many evaluations without a better validation score; None never stops.
@@ -72,6 +74,7 @@ class Settings:
     max_length: int = 128
     bf16: bool = False
     gradient_checkpointing: bool = False
+    recompute: bool = False
     keep_frozen: Place | None = None
     early_stopping: int | None = None
     evaluations: int = 5

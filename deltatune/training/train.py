@@ -28,7 +28,7 @@ from deltatune.tasks.metrics import Measured
 from deltatune.tasks.sampling import k_shot, subset
 from deltatune.tasks.tensors import Features, tokens_of
 from deltatune.training.batches import Streamed
-from deltatune.training.borrowed import give_back, left_alone, recomputing, trainer_modules
+from deltatune.training.borrowed import give_back, left_alone, recomputing, recomputing_inputs, trainer_modules
 from deltatune.training.curve import curve_of, draw_curve
 from deltatune.training.evaluation import measure_rows
 from deltatune.training.freed import keeping_freed
@@ -247,6 +247,8 @@ def _course(job: Job, settings: Settings, place: RunFolder | None, show: Show, s
     watched = shown(show, label_of(job), job.metric, rows_a_step)
     if settings.gradient_checkpointing:
         stack.enter_context(recomputing(job.backbone))
+    if settings.recompute:
+        stack.enter_context(recomputing_inputs(job.backbone))
     kept = kept_rows(job, settings, material) if settings.keep_frozen else None
     trainer = DeltaTrainer(
         job.backbone,

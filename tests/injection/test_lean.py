@@ -105,6 +105,16 @@ def test_an_input_without_gradient_asks_for_none_of_the_weight() -> None:
     assert all(parameter.grad is not None for parameter in delta.parameters()) and module[0].weight.grad is None
 
 
+def test_an_activation_may_work_in_place_behind_it(count: list[int], plainly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.SiLU(inplace=True))
+    shaken(module, LoRA(rank=2), ["0", "2"])
+    module.double()
+    for tokens in (1, 9):  # not folded, and folded
+        x = torch.randn(2, tokens, 4, dtype=torch.float64, requires_grad=True)
+        equal(gradients(module, x), plainly(lambda x=x: gradients(module, x)))
+    assert len(count) == 4
+
+
 def test_what_another_hook_keeps_stays_as_it_was() -> None:
     module = nn.Sequential(nn.Linear(4, 3))
     kept: list[Tensor] = []

@@ -141,11 +141,11 @@ def test_what_cannot_share_a_forward_is_trained_by_itself_and_says_why() -> None
     before = copy.deepcopy(model.state_dict())
     jobs = [job(LoRA(rank=2), max_steps=3), job(FullFineTuning(), max_steps=3), job(MiSS(rank=2, dropout=0.1), max_steps=3)]
     jobs += [job(LoRA(rank=2), max_steps=3, gradient_checkpointing=True), job("frozen", max_steps=3)]
+    jobs += [job(LoRA(rank=2), max_steps=3, recompute=True)]
     outcomes = together(model, jobs)
     assert outcomes[0].apart is None
-    for outcome, words in zip(
-        outcomes[1:], ("cannot be routed", "no job is told apart", "gradient_checkpointing", "only scored"), strict=True
-    ):
+    reasons = ("cannot be routed", "no job is told apart", "gradient_checkpointing", "only scored", "recompute")
+    for outcome, words in zip(outcomes[1:], reasons, strict=True):
         assert outcome.apart is not None and words in outcome.apart
     for outcome, one in zip(outcomes, jobs, strict=True):
         assert outcome.result is not None

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 import deltatune as dt
 from deltatune.errors import CheckpointError, Diverged, InvalidValue, NoSite, OutputError, UnknownName, Unsupported
+from deltatune.injection.recompute import Anew
 from deltatune.methods import IA3, BitFit, DiffPruning, LoRA, Masking, Method, PrefixTuning
 from deltatune.training import files
 from deltatune.training.predict import Predictor, evaluate, predict
@@ -47,7 +48,9 @@ def test_it_learns(name: str) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=["plain", "bf16", "checkpointing"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"recompute": True}], ids=lambda options: " ".join(options) or "plain"
+)
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_the_backbone_is_given_back_as_it_was(name: str, options: dict[str, Any]) -> None:
     model = tiny.backbone(name)
@@ -60,10 +63,23 @@ def test_the_backbone_is_given_back_as_it_was(name: str, options: dict[str, Any]
     assert tiny.same(tensors, dict(model.state_dict()))
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
-    plain, recomputed = quick(lr=1e-2), quick(lr=1e-2, gradient_checkpointing=True)
+@pytest.mark.parametrize("way", ["gradient_checkpointing", "recompute"])
+def test_what_is_made_anew_changes_nothing_but_memory(way: str) -> None:
+    plain, recomputed = quick(lr=1e-2), quick(lr=1e-2, **{way: True})
     assert plain.history == recomputed.history
     assert tiny.same(plain.deltas[0].state_dict(), recomputed.deltas[0].state_dict())
+
+
+def test_inputs_are_made_anew_within_a_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    own = Anew.read
+    monkeypatch.setattr(Anew, "read", lambda self: made.append(self.formula.names) or own(self))
+    model = tiny.backbone("bert")
+    result = train(model, tiny.data(), LoRA(rank=2), tokenizer=tiny.tokenizer(), max_steps=2, batch_size=8, progress="none", recompute=True)
+    assert "NativeLayerNormBackward0" in made
+    made.clear()
+    train(model, tiny.data(), result.deltas[0], tokenizer=tiny.tokenizer(), max_steps=2, batch_size=8, progress="none")
+    assert not made
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch() -> None:

@@ -77,6 +77,8 @@ def _obstacle(job: Job) -> str | None:
     """A setting that shares no forward."""
     if job.settings.gradient_checkpointing:
         return "`gradient_checkpointing` computes parts of a forward anew, and each job's random numbers with them"
+    if job.settings.recompute:
+        return "`recompute` decides for a whole forward what it keeps"
     if job.settings.streaming:
         return "`streaming` reads rows while it trains, and the jobs of a company look ahead"
     if job.settings.keep_frozen is not None:
