@@ -1,0 +1,209 @@
+"""Does the estimate before a run tell what its steps need?
+
+Each configuration is a backbone, a method, rows and tokens, in processes of its own, forked behind the imports. What is found: the
+process's peak in three steps beyond its size when the backbone was loaded; the high-water mark of live tensors by torch's profiler, which
+counts every allocation, those within operations too; seconds of a step, the median of five. What is predicted: ``training.forecast``,
+which has seen no step of that many rows where rows were few enough to be continued on a line. The steps here are written out anew and
+share nothing with those of the forecast. One thread; time is in processor seconds, since other work shares the cores, and by the clock.
+A configuration that is there already is not measured again; ``--again`` measures all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+import deltatune as dt
+from deltatune.backbones import load_backbone
+from deltatune.methods.making import make
+from deltatune.training import trainer  # noqa: F401 - what a run has imported by then
+from deltatune.training.forecast import forecast
+from deltatune.training.freed import keeping_freed
+from deltatune.training.live import held_bytes
+from deltatune.training.measure import most_memory, peak_memory, resident
+from deltatune.training.settings import Settings
+from deltatune.training.steps import Steps
+
+RESULTS = Path(__file__).parent / "results" / "estimates.json"
+BAR = 0.15
+STEPS = 5
+
+
+def minilm() -> nn.Module:
+    return load_backbone("minilm", auto_class="AutoModelForSequenceClassification", num_labels=2)
+
+
+def smollm2() -> nn.Module:
+    return load_backbone("smollm2-135m", auto_class="AutoModelForCausalLM")
+
+
+def opt() -> nn.Module:
+    shape = dict(hidden_size=512, ffn_dim=2048, num_hidden_layers=8, num_attention_heads=8, word_embed_proj_dim=512)
+    return OPTForCausalLM(OPTConfig(vocab_size=8000, max_position_embeddings=256, **shape))
+
+
+def t5() -> nn.Module:
+    shape = dict(d_model=512, d_ff=2048, d_kv=64, num_layers=4, num_decoder_layers=4, num_heads=8)
+    return T5ForConditionalGeneration(T5Config(vocab_size=8000, decoder_start_token_id=0, **shape))
+
+
+BACKBONES: dict[str, Callable[[], nn.Module]] = {"minilm": minilm, "smollm2-135m": smollm2, "opt": opt, "t5": t5}
+CONFIGURATIONS = (
+    ("minilm", "lora", 16, 64),
+    ("minilm", "full", 8, 64),
+    ("minilm", "bitfit", 8, 128),
+    ("minilm", "prefix-tuning", 8, 64),
+    ("minilm", "adapter", 16, 32),
+    ("opt", "lora", 4, 128),
+    ("opt", "full", 4, 64),
+    ("opt", "ia3", 8, 64),
+    ("t5", "lora", 8, 64),
+    ("t5", "adapter", 4, 64),
+    ("t5", "full", 4, 32),
+    ("smollm2-135m", "lora", 2, 64),
+    ("smollm2-135m", "bitfit", 1, 128),
+    ("minilm", "lora", 32, 64),
+)
+
+
+def batch_of(backbone: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
+    ids = torch.randint(5, 5000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    encoder = "SequenceClassification" in type(backbone).__name__
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2 if encoder else ids}
+
+
+def stepper(backbone: nn.Module, delta: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """One optimiser step, written out."""
+    optimizer = torch.optim.AdamW(delta.parameter_groups(1e-6))
+    parameters = list(delta.parameters())
+
+    def step() -> None:
+        backbone(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def attached(backbone: nn.Module, method: str) -> Any:
+    torch.manual_seed(0)
+    return dt.attach(backbone.train(), make(method, {}), head=False)
+
+
+def found_memory(backbone: nn.Module, method: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Peaks of the process and of live tensors."""
+    batch, before = batch_of(backbone, rows, tokens), resident()
+    assert before is not None
+    with keeping_freed(), peak_memory() as peak:
+        delta = attached(backbone, method)
+        step = stepper(backbone, delta, batch)
+        for _ in range(3):
+            step()
+        process = most_memory() - before
+    del step, peak
+    dt.detach(delta)
+    del delta
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step = stepper(backbone, attached(backbone, method), batch)
+        step()
+        step()
+    return {"resident_bytes": process, "live_bytes": high_water(seen)}
+
+
+def high_water(seen: Any) -> int:
+    """The most that lived at once of what was allocated while the profiler looked."""
+    live = most = 0
+    for event in sorted((one for one in seen.profiler.kineto_results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def predicted(backbone: nn.Module, method: str, rows: int, tokens: int) -> dict[str, Any]:
+    """The forecast, how long it took, and right behind it what a step takes."""
+    held = held_bytes()
+    delta = attached(backbone, method)
+    began = time.process_time()
+    steps = Steps(backbone, [delta], lambda model, batch: model(**batch).loss, Settings())
+    told = forecast(steps, lambda count: batch_of(backbone, count, tokens), rows, delta_bytes=held_bytes() - held)
+    took = time.process_time() - began
+    step = stepper(backbone, delta, batch_of(backbone, rows, tokens))
+    clock, processor = [], []
+    with keeping_freed():
+        step()
+        for _ in range(STEPS):
+            start = time.perf_counter(), time.process_time()
+            step()
+            clock.append(time.perf_counter() - start[0])
+            processor.append(time.process_time() - start[1])
+    seconds = {"seconds": statistics.median(clock), "processor_seconds": statistics.median(processor)}
+    return {"predicted": told.to_json(), "took_processor_seconds": round(took, 2), "found": {k: round(v, 5) for k, v in seconds.items()}}
+
+
+def forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the work gives in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with os.fdopen(writer, "w") as out:
+                json.dump(work(), out)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        text = told.read()
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a measurement failed; its error stands above")
+    return dict(json.loads(text))
+
+
+def measure(name: str, method: str, rows: int, tokens: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    backbone = BACKBONES[name]()
+    memory = forked(lambda: found_memory(backbone, method, rows, tokens))
+    line = forked(lambda: predicted(backbone, method, rows, tokens))
+    line["found"] |= memory
+    line["predicted / found"] = {what: round(line["predicted"][what] / value, 3) for what, value in line["found"].items()}
+    return line
+
+
+def said(name: str, method: str, rows: int, tokens: int) -> str:
+    return f"{name}, {method}, {rows} x {tokens}"
+
+
+def main(again: bool) -> None:
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["configurations"] if RESULTS.exists() and not again else {}
+    lines: dict[str, Any] = {}
+    for one in CONFIGURATIONS:
+        lines[said(*one)] = before.get(said(*one)) or forked(lambda one=one: measure(*one))  # type: ignore[misc]
+        print(said(*one), lines[said(*one)]["predicted / found"], file=sys.stderr, flush=True)
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        report = {"question": "memory and time of a step, predicted / found", "bar": BAR, "configurations": lines, "machine": machine}
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)  # so that nothing has threads when it forks
+    main(asked.again)
