@@ -1,8 +1,8 @@
 """Does the estimate before a run tell what its steps need?
 
 Each configuration is a backbone, a method, rows and tokens, in processes of its own, forked behind the imports. What is found: the
-process's peak in three steps beyond its size when the backbone was loaded; the high-water mark of live tensors by torch's profiler, which
-counts every allocation, those within operations too; seconds of a step, the median of five. What is predicted: ``training.forecast``,
+process's peak in two steps beyond its size when the backbone was loaded; the high-water mark of live tensors by torch's profiler, which
+counts every allocation, those within operations too; seconds of a step, the median of three. What is predicted: ``training.forecast``,
 which has seen no step of that many rows where rows were few enough to be continued on a line. The steps here are written out anew and
 share nothing with those of the forecast. One thread; time is in processor seconds, since other work shares the cores, and by the clock.
 A configuration that is there already is not measured again; ``--again`` measures all.
@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paired import machine
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
@@ -31,7 +31,7 @@ import deltatune as dt
 from deltatune.backbones import load_backbone
 from deltatune.methods.making import make
 from deltatune.training import trainer  # noqa: F401 - what a run has imported by then
-from deltatune.training.forecast import forecast
+from deltatune.training.forecast import SECONDS, forecast
 from deltatune.training.freed import keeping_freed
 from deltatune.training.live import held_bytes
 from deltatune.training.measure import most_memory, peak_memory, resident
@@ -40,7 +40,7 @@ from deltatune.training.steps import Steps
 
 RESULTS = Path(__file__).parent / "results" / "estimates.json"
 BAR = 0.15
-STEPS = 5
+STEPS = 3
 
 
 def minilm() -> nn.Module:
@@ -63,21 +63,22 @@ def t5() -> nn.Module:
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {"minilm": minilm, "smollm2-135m": smollm2, "opt": opt, "t5": t5}
 CONFIGURATIONS = (
-    ("minilm", "lora", 16, 64),
-    ("minilm", "full", 8, 64),
-    ("minilm", "bitfit", 8, 128),
-    ("minilm", "prefix-tuning", 8, 64),
-    ("minilm", "adapter", 16, 32),
-    ("opt", "lora", 4, 128),
-    ("opt", "full", 4, 64),
-    ("opt", "ia3", 8, 64),
-    ("t5", "lora", 8, 64),
-    ("t5", "adapter", 4, 64),
+    ("minilm", "lora", 8, 64),
+    ("minilm", "full", 8, 32),
+    ("minilm", "bitfit", 4, 128),
+    ("minilm", "prefix-tuning", 8, 32),
+    ("opt", "lora", 4, 64),
+    ("opt", "full", 2, 64),
+    ("t5", "lora", 4, 64),
+    ("t5", "adapter", 8, 32),
+    ("opt", "ia3", 4, 96),
     ("t5", "full", 4, 32),
-    ("smollm2-135m", "lora", 2, 64),
-    ("smollm2-135m", "bitfit", 1, 128),
-    ("minilm", "lora", 32, 64),
+    ("minilm", "adapter", 16, 32),
+    ("smollm2-135m", "lora", 1, 64),
+    ("smollm2-135m", "bitfit", 2, 32),
 )
+CONTINUED = {"minilm, adapter, 16 x 32": 0.3, "t5, adapter, 8 x 32": 0.25}
+"""Configuration -> seconds that a step of its trial may take, so few that fewer rows are continued on a line."""
 
 
 def batch_of(backbone: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def found_memory(backbone: nn.Module, method: str, rows: int, tokens: int) -> di
     with keeping_freed(), peak_memory() as peak:
         delta = attached(backbone, method)
         step = stepper(backbone, delta, batch)
-        for _ in range(3):
+        for _ in range(2):
             step()
         process = most_memory() - before
     del step, peak
@@ -135,13 +136,13 @@ def high_water(seen: Any) -> int:
     return most
 
 
-def predicted(backbone: nn.Module, method: str, rows: int, tokens: int) -> dict[str, Any]:
+def predicted(backbone: nn.Module, method: str, rows: int, tokens: int, seconds: float) -> dict[str, Any]:
     """The forecast, how long it took, and right behind it what a step takes."""
     held = held_bytes()
     delta = attached(backbone, method)
     began = time.process_time()
     steps = Steps(backbone, [delta], lambda model, batch: model(**batch).loss, Settings())
-    told = forecast(steps, lambda count: batch_of(backbone, count, tokens), rows, delta_bytes=held_bytes() - held)
+    told = forecast(steps, lambda count: batch_of(backbone, count, tokens), rows, delta_bytes=held_bytes() - held, seconds=seconds)
     took = time.process_time() - began
     step = stepper(backbone, delta, batch_of(backbone, rows, tokens))
     clock, processor = [], []
@@ -152,8 +153,8 @@ def predicted(backbone: nn.Module, method: str, rows: int, tokens: int) -> dict[
             step()
             clock.append(time.perf_counter() - start[0])
             processor.append(time.process_time() - start[1])
-    seconds = {"seconds": statistics.median(clock), "processor_seconds": statistics.median(processor)}
-    return {"predicted": told.to_json(), "took_processor_seconds": round(took, 2), "found": {k: round(v, 5) for k, v in seconds.items()}}
+    found = {"seconds": round(statistics.median(clock), 5), "processor_seconds": round(statistics.median(processor), 5)}
+    return {"predicted": told.to_json(), "took_processor_seconds": round(took, 2), "found": found}
 
 
 def forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -180,7 +181,8 @@ def measure(name: str, method: str, rows: int, tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
     backbone = BACKBONES[name]()
     memory = forked(lambda: found_memory(backbone, method, rows, tokens))
-    line = forked(lambda: predicted(backbone, method, rows, tokens))
+    seconds = CONTINUED.get(said(name, method, rows, tokens), SECONDS)
+    line = forked(lambda: predicted(backbone, method, rows, tokens, seconds))
     line["found"] |= memory
     line["predicted / found"] = {what: round(line["predicted"][what] / value, 3) for what, value in line["found"].items()}
     return line
@@ -196,8 +198,7 @@ def main(again: bool) -> None:
     for one in CONFIGURATIONS:
         lines[said(*one)] = before.get(said(*one)) or forked(lambda one=one: measure(*one))  # type: ignore[misc]
         print(said(*one), lines[said(*one)]["predicted / found"], file=sys.stderr, flush=True)
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        report = {"question": "memory and time of a step, predicted / found", "bar": BAR, "configurations": lines, "machine": machine}
+        report = {"question": "memory and time of a step, predicted / found", "bar": BAR, "configurations": lines, "machine": machine()}
         RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

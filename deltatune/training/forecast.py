@@ -31,7 +31,8 @@ from deltatune.training.shadow import shadow_of
 from deltatune.training.steps import Batch, Steps
 
 SECONDS = 2.0
-"""That one of the steps may take which are taken to learn the time of a step."""
+"""That one of the steps may take which are taken to learn the time of a step, by the clock or of the processor, whichever is less: beside
+other work the clock tells what the others take."""
 TURNS = 3
 """Steps whose median counts."""
 
@@ -128,11 +129,7 @@ def _first(steps: Steps, batch: Batch) -> tuple[int | None, float]:
             step(batch)
     heap = grown(_since(live, start), KEEPING)
     kernels = None if before is None or heap is None else max(0, peak.bytes - before - heap)
-    with steps.taking() as step:
-        began = time.perf_counter()
-        step(batch)
-        wait()
-    return kernels, time.perf_counter() - began
+    return kernels, min(_timed(steps, batch, turns=1))
 
 
 def _memory(steps: Steps, batch_of: Callable[[int], Batch], rows: int) -> Memory:
@@ -186,11 +183,12 @@ def _trial(steps: Steps, batch_of: Callable[[int], Batch], rows: int, few: tuple
     return _line(few[0], found[0][0], found[1][0], rows), _line(few[0], found[0][1], found[1][1], rows)
 
 
-def _timed(steps: Steps, batch: Batch) -> tuple[float, float]:
+def _timed(steps: Steps, batch: Batch, turns: int = TURNS) -> tuple[float, float]:
+    """Median seconds of a step by the clock and of the processor, behind one that is not counted."""
     clock, processor = [], []
     with steps.taking() as step:
         step(batch)
-        for _ in range(TURNS):
+        for _ in range(turns):
             wait()
             began = time.perf_counter(), time.process_time()
             step(batch)
