@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from bench_figures import FROZEN, KERNEL, MANY, SAVED, STEP, TOGETHER, Figure, Read, result
-from bench_plots import pictures
+from bench_plots import pictures, said
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -48,7 +49,7 @@ PARTS: tuple[tuple[str, str, str, tuple[Figure, ...]], ...] = (
     ),
     (
         "Many deltas in one batch",
-        "Each row of a batch with its own delta, inference. S is a Llama of width 512 with 16 layers, M one of width 1024 with 24, random "
+        "Each row of a batch with its own delta, inference. S is a Llama of width 512 with 8 layers, M one of width 1024 with 12, random "
         "weights; 32 rows, 32 LoRAs.",
         "routed",
         MANY,
@@ -84,14 +85,14 @@ def page(read: Read = result) -> str:
         if not rows:
             continue
         shown = f"![{title}](benchmarks/{picture}.svg)\n\n" if picture else ""
-        parts.append(f"## {title}\n\n{words}\n\n{shown}| | found | bar | band |\n|---|--:|--:|--:|\n" + "".join(rows) + "\n")
+        parts.append(f"## {title}\n\n{fill(words, 140)}\n\n{shown}| | found | bar | band |\n|---|--:|--:|--:|\n" + "".join(rows) + "\n")
     parts += [_milliseconds(read), _estimates(read)]
     return "".join(parts).rstrip() + "\n"
 
 
 def _row(figure: Figure, value: float) -> str:
     holds = figure.holds(value)
-    found = f"**{value:.3g}**" if holds else f"{value:.3g}"
+    found = f"**{said(value)}**" if holds else said(value)
     sign = "" if figure.bar is None else f"{'>=' if figure.more else '<='} {figure.bar:g}"
     return f"| {figure.says} | {found} | {sign} | {figure.band:.0%} |\n"
 
@@ -103,11 +104,11 @@ def _machine(read: Read) -> str:
     for name in [*names, "estimates"]:
         found = read(name)
         if found is not None:
-            kinds.setdefault(_said(found.get("machine", {})), []).append(f"`{name}`")
-    return "\n".join(f"- {', '.join(files)}: {said}" for said, files in kinds.items())
+            kinds.setdefault(_described(found.get("machine", {})), []).append(f"`{name}`")
+    return "\n".join(f"- {', '.join(files)}: {words}" for words, files in kinds.items())
 
 
-def _said(machine: Mapping[str, Any]) -> str:
+def _described(machine: Mapping[str, Any]) -> str:
     known = {"torch": "torch {}", "python": "Python {}", "transformers": "transformers {}", "peft": "PEFT {}", "threads": "{} threads"}
     versions = [text.format(machine[name]) for name, text in known.items() if name in machine]
     if "peft" not in machine:

@@ -45,7 +45,7 @@ def steps(read: Read) -> Bars:
 def routed(read: Read) -> Bars:
     """What PEFT takes for the batch that ours takes one unit for."""
     found = read("many") or {}
-    sizes = {"S": "S: width 512, 16 layers", "M": "M: width 1024, 24 layers"}
+    sizes = {"S": "S: width 512, 8 layers", "M": "M: width 1024, 12 layers"}
     keys = {"S": ("S1", "S3", "S7"), "M": ("S2", "S3", "S7")}
     words = ("mixed batch, decoding", "delta by delta, decoding", "mixed batch, prefill")
     series = {sizes[size]: tuple(found.get(size, {}).get(key) for key in keys[size]) for size in sizes}
@@ -83,23 +83,44 @@ def draw_bars(bars: Bars) -> str:
         shown = [(place, value) for place, value in zip(places, bars.series[name], strict=True) if value is not None]
         axes.barh([place for place, _ in shown], [value for _, value in shown], height=0.92 * thick, color=colour, label=name)
         for place, value in shown:
-            axes.text(value, place, f" {value:.3g}", va="center", fontsize=8, color=INK)
+            axes.text(value, place, f" {said(value)}", va="center", fontsize=8, color=INK)
     axes.axvline(bars.line[0], color=INK, linewidth=1, label=bars.line[1])
     axes.set_yticks(range(len(bars.groups)), bars.groups)
     axes.invert_yaxis()
     if bars.log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _round_numbers(axes)
     axes.set_xlabel(bars.label)
     axes.margins(x=0.1)
+    axes.set_xlim(left=bars.line[0] if bars.log else 0.0)
     axes.grid(axis="x", color=FAINT, alpha=0.5)
     axes.set_axisbelow(True)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(bars.series) + 1, frameon=False, fontsize=8)
     return svg(figure)
 
 
+def _round_numbers(axes: Any) -> None:
+    """A logarithmic axis on which numbers can be read."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def said(value: float) -> str:
+    """A figure with the digits that mean something.
+
+    >>> said(1.1964), said(58.04)
+    ('1.20', '58.0')
+    """
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
 def draw_points(points: Points) -> str:
     """The picture, SVG: one line is where both are the same, the band is the bar."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = sheet(5.2, 4.6)
     values = [value for kind in points.kinds.values() for pair in kind for value in pair]
     ends = [min(values) / 1.3, max(values) * 1.3]
@@ -113,9 +134,9 @@ def draw_points(points: Points) -> str:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=7, colors=INK)
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     return svg(figure)
 

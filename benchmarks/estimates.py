@@ -1,7 +1,7 @@
 """Does the estimate before a run tell what its steps need?
 
 Each configuration is a backbone, a method, rows and tokens, in processes of its own, forked behind the imports. What is found: the
-process's peak in two steps beyond its size when the backbone was loaded; the high-water mark of live tensors by torch's profiler, which
+process's peak in two steps beyond its size when the backbone was loaded and read once; the high-water mark of live tensors by torch's profiler, which
 counts every allocation, those within operations too; seconds of a step, the median of three. What is predicted: ``training.forecast``,
 which has seen no step of that many rows where rows were few enough to be continued on a line. The steps here are written out anew and
 share nothing with those of the forecast. One thread; time is in processor seconds, since other work shares the cores, and by the clock.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def attached(backbone: nn.Module, method: str) -> Any:
 
 def found_memory(backbone: nn.Module, method: str, rows: int, tokens: int) -> dict[str, Any]:
     """Peaks of the process and of live tensors."""
-    batch, before = batch_of(backbone, rows, tokens), resident()
+    batch = batch_of(backbone, rows, tokens)
+    for parameter in backbone.parameters():  # weights in mapped files are in memory once they are read
+        parameter.sum()
+    before = resident()
     assert before is not None
     with keeping_freed(), peak_memory() as peak:
         delta = attached(backbone, method)
@@ -192,19 +196,30 @@ def said(name: str, method: str, rows: int, tokens: int) -> str:
     return f"{name}, {method}, {rows} x {tokens}"
 
 
-def main(again: bool) -> None:
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["configurations"] if RESULTS.exists() and not again else {}
-    lines: dict[str, Any] = {}
-    for one in CONFIGURATIONS:
-        lines[said(*one)] = before.get(said(*one)) or forked(lambda one=one: measure(*one))  # type: ignore[misc]
-        print(said(*one), lines[said(*one)]["predicted / found"], file=sys.stderr, flush=True)
-        report = {"question": "memory and time of a step, predicted / found", "bar": BAR, "configurations": lines, "machine": machine()}
+def lines() -> dict[str, Any]:
+    """What was measured so far."""
+    return dict(json.loads(RESULTS.read_text(encoding="utf-8"))["configurations"]) if RESULTS.exists() else {}
+
+
+def main(words: Sequence[str], again: bool) -> None:
+    """Measure the configurations that hold one of the words, or all, and write each as it is done."""
+    importlib.import_module("torch._dynamo")  # behind the fork, each configuration would import it anew
+    names = {said(*one): one for one in CONFIGURATIONS}
+    for name, one in names.items():
+        if (words and not any(word in name for word in words)) or (name in lines() and not again):
+            continue
+        found = {**lines(), name: forked(lambda one=one: measure(*one))}  # type: ignore[misc]
+        found = {**found, **{other: line for other, line in lines().items() if other != name}}
+        print(name, found[name]["predicted / found"], file=sys.stderr, flush=True)
+        ordered = {name: found[name] for name in names if name in found}
+        report = {"question": "memory and time of a step, predicted / found", "bar": BAR, "configurations": ordered, "machine": machine()}
         RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of the configurations that are wanted; all if left out")
     parser.add_argument("--again", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # so that nothing has threads when it forks
-    main(asked.again)
+    main(asked.words, asked.again)
