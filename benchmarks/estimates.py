@@ -1,10 +1,11 @@
 """Does the estimate before a run tell what its steps need?
 
 Each configuration is a backbone, a method, rows and tokens, in processes of its own, forked behind the imports. What is found: the
-process's peak in two steps beyond its size when the backbone was loaded and read once; the high-water mark of live tensors by torch's profiler, which
-counts every allocation, those within operations too; seconds of a step, the median of three. What is predicted: ``training.forecast``,
-which has seen no step of that many rows where rows were few enough to be continued on a line. The steps here are written out anew and
-share nothing with those of the forecast. One thread; time is in processor seconds, since other work shares the cores, and by the clock.
+process's peak in two steps beyond its size when the backbone was loaded and read once; the high-water mark of live tensors by torch's
+profiler, which counts every allocation, those within operations too; seconds of a step, the median of three. What is predicted:
+``training.forecast``, which has seen no step of that many rows where rows were few enough to be continued on a line. The steps here are
+written out anew and share nothing with those of the forecast. One thread; time is in processor seconds, since other work shares the
+cores, and by the clock.
 A configuration that is there already is not measured again; ``--again`` measures all.
 """
 
