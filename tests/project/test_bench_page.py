@@ -116,7 +116,7 @@ def test_the_pictures_are_what_the_committed_results_give() -> None:
 def test_estimates_lie_within_their_bar() -> None:
     found = json.loads((BENCHMARKS / "results" / "estimates.json").read_text())
     lines = found["configurations"]
-    assert len(lines) >= 10
+    assert lines
     far = {
         name: line["predicted / found"] for name, line in lines.items() if abs(line["predicted / found"]["live_bytes"] - 1) > found["bar"]
     }
