@@ -67,8 +67,8 @@ ESTIMATES = """## Estimates before a run
 
 `deltatune tune --dry-run` and `dt.estimate` tell memory and time of a step before it is trained; predicted / found, each configuration in
 a fresh process on one thread. *Live* is the high-water mark of live tensors, found by torch's profiler; *process* is the peak of resident
-memory beyond the loaded backbone. Time is in processor seconds, since other work shared the cores. A line beneath *timed rows* means that
-the forecast saw no step of the whole batch. **Bold**: within {bar:.0%}.
+memory beyond the loaded backbone. Time is in processor seconds, since other work shared the cores. Two numbers of *timed rows*: the
+forecast tried so few and went on along a line. **Bold**: within {bar:.0%}.
 
 ![Predicted against found memory](benchmarks/estimates.svg)
 
