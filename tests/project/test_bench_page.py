@@ -52,7 +52,7 @@ def test_what_the_page_says_of_made_up_results() -> None:
     text = module("bench_page").page(made_up(1.05, 3.0))
     assert "| MiniLM: ours / floor | **1.05** | <= 1.1 | 12% |" in text
     assert "| S, 32 deltas decoding: PEFT's mixed batch / ours | 3.00 | >= 4 | 25% |" in text, "below its bar, so not bold"
-    assert "- `step`: two cores of a shared machine; PEFT" in text and "as pinned" in text
+    assert "- `step`: two cores of a shared machine; 2 threads, PEFT" in text and "as pinned" in text
     assert "- `many`: 2 cores of P, 8 GB; PEFT 1.2, 2 threads" in text
     assert "| minilm | 100 | 105 | 130 |" in text
     assert "## Estimates before a run" not in text and "Many jobs trained together" not in text
