@@ -44,7 +44,7 @@ class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = None
         if any(isinstance(leaf, Tensor) and leaf.numel() > SMALL for leaf in tree_leaves(made)):
             return made
-        with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+        with unset_fake_temporarily():
             return func(*args, **kwargs)
 
 
@@ -55,7 +55,7 @@ def shadow_of(things: T) -> Iterator[T]:
     The things stay as they are. Within the block nothing real is computed but what is small and depends on whole numbers alone.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+        with unset_fake_temporarily():
             shapes = {id(tensor): mode.from_tensor(tensor) for tensor in known_tensors() if _is_weight(tensor)}
             shadow = copy.deepcopy(things, shapes)
         with _Known():  # type: ignore[no-untyped-call]
