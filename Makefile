@@ -51,8 +51,8 @@ dist: $(STAMP) ## build the wheel and the sdist into dist/, and try the wheel in
 	cd build/clean && bin/deltatune methods
 	rm -rf build/clean
 
-bench: $(STAMP) ## run every benchmark of benchmarks/; each gives JSON
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP) ## measure what is fast again, in 20 minutes, and rewrite docs/benchmarks.md; fails where a figure became worse
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -37,7 +41,29 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 def report(question: str, **findings: Any) -> None:
     """One JSON object: the question, what was found, and on what."""
+    print(json.dumps({"question": question, **findings, "machine": machine()}, indent=2))
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on and with: processor, cores, memory, and the versions that decide numbers, peers' included."""
     import torch
 
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({"question": question, **findings, "machine": machine}, indent=2))
+    versions = {name: version(name) for name in ("transformers", "peft") if find_spec(name) is not None}
+    device = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": _told("/proc/cpuinfo", "model name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(int((_told("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 1e6),
+        **device,
+        **versions,
+    }
+
+
+def _told(file: str, name: str) -> str | None:
+    """What Linux tells under a name."""
+    place = Path(file)
+    lines = place.read_text().splitlines() if place.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from deltatune.multi.together.job import Job
     from deltatune.multi.together.together import train_together
     from deltatune.structure.tree import tree
+    from deltatune.training.estimate import estimate
     from deltatune.training.opening import open
     from deltatune.training.train import train
 
@@ -52,6 +53,7 @@ __all__ = [
     "deltas",
     "detach",
     "disabled",
+    "estimate",
     "find_sites",
     "load",
     "merge",
@@ -73,6 +75,7 @@ _LATER = {
     "backbone_state": "deltatune.injection.state",
     "bank": "deltatune.multi.bank",
     "combine": "deltatune.checkpoint.combine",
+    "estimate": "deltatune.training.estimate",
     "load": "deltatune.checkpoint.format",
     "open": "deltatune.training.opening",
     "route": "deltatune.multi.routing",

@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from deltatune.cli.commands import commands
+from deltatune.cli.dry import dry
 from deltatune.cli.jobs import tune_together
 from deltatune.cli.knobs import with_settings
 from deltatune.cli.places import Layers, Where, layers_of, where_of
@@ -41,6 +42,12 @@ LabelType = Annotated[
         metavar="TYPE",
         help="What the label is: classification, regression, generation, ...; left out, it is seen from the columns.",
         rich_help_panel=DATA,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the memory and the time that a step would take; train and write nothing.", rich_help_panel=OUTPUT
     ),
 ]
 
@@ -78,6 +85,7 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder. Left out: a new one in runs/.", rich_help_panel=OUTPUT)
     ] = None,
+    dry_run: DryRun = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.", rich_help_panel=OUTPUT)] = False,
     json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.", rich_help_panel=OUTPUT)] = False,
     settings: dict[str, Any],
@@ -91,6 +99,7 @@ def tune(
     deltatune tune --backbone smollm2-135m --task tweet-sentiment --method ia3
     deltatune tune --backbone minilm --method bitfit --data mail.csv --label box
     deltatune tune --config runs/bbc/run.yaml --seed 1 --out runs/bbc-seed-1
+    deltatune tune --backbone smollm2-135m --task tweet-sentiment --method lora --batch-size 64 --dry-run
     deltatune tune --jobs jobs.yaml --out runs/sweep
     """
     if jobs is not None:
@@ -102,6 +111,7 @@ def tune(
             "--data": data,
             "--where": where,
             "--layers": layers,
+            "--dry-run": dry_run,
         }
         tune_together(jobs, backbone, out, settings, overwrite=overwrite, json=json, other=single)
         return
@@ -112,6 +122,9 @@ def tune(
     own = _own_data(data, task, text, label, type_)
     run = _run(read_run(config) if config else None, backbone, own or task, method, pairs(set_ or []), settings)
     run = _placed(run, where, layers)
+    if dry_run:
+        dry(run, json=json)
+        return
     folder = out or free_folder(run)
     if is_main():
         note(f"Loading `{run.backbone}` and `{_task(run)}`, to train {_said(run)} into `{folder}`.")

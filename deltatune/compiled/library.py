@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deltatune.compiled.cache import cache_folder
 from deltatune.errors import OutputError, Unsupported
@@ -30,7 +31,23 @@ def is_compiled() -> bool:
     file = library_file()
     if file.exists():
         torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+        _tell_shapes()
     return file.exists()
+
+
+def _tell_shapes() -> None:
+    """What the loops for training give, for tensors without numbers."""
+
+    def forward(x: Tensor, W: list[Tensor], b: list[Tensor | None], A: list[Tensor], B: list[Tensor], folded: bool) -> list[Tensor]:
+        return [x.new_empty(*x.shape[:-1], one.shape[0]) for one in W]
+
+    def backward(
+        x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], gradient: list[Tensor | None], folded: bool, needs_x: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return x.new_empty(x.shape if needs_x else (0,)), [one.new_empty(one.shape) for one in A], [one.new_empty(one.shape) for one in B]
+
+    torch.library.register_fake("deltatune::low_rank_forward", forward)
+    torch.library.register_fake("deltatune::low_rank_backward", backward)
 
 
 def library_file() -> Path:

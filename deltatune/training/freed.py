@@ -15,6 +15,9 @@ from contextlib import contextmanager
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """glibc's numbers of what ``mallopt`` sets: see its manual page."""
 
+KEEPING = ((TRIM_THRESHOLD, -1), (MMAP_MAX, 0))
+"""Nothing is given back, and nothing is taken from the system beside the heap."""
+
 MIB = 2**20
 
 _users: list[object] = []
@@ -29,8 +32,8 @@ def keeping_freed() -> Iterator[None]:
         return
     user = object()
     _users.append(user)
-    libc.mallopt(TRIM_THRESHOLD, -1)  # never
-    libc.mallopt(MMAP_MAX, 0)
+    for option in KEEPING:
+        libc.mallopt(*option)
     try:
         yield
     finally:

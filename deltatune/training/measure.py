@@ -55,11 +55,27 @@ def _forget_peak() -> None:
             return
 
 
+def resident() -> int | None:
+    """Bytes of this process that lie in memory now; None where the system does not tell."""
+    return _told("VmRSS:")
+
+
+def available() -> int | None:
+    """Bytes that are free where training happens: on the GPU, else of the machine; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return _told("MemAvailable:", Path("/proc/meminfo"))
+
+
+def _told(name: str, file: Path = _STATUS) -> int | None:
+    """What Linux tells under a name, in bytes."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
 def _process_peak() -> int:
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak := _told("VmHWM:")) is not None:
+        return peak
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,16 +96,16 @@ class StepTimer(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
-        _wait()
+        wait()
         self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop it."""
-        _wait()
+        wait()
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def _wait() -> None:
-    """A GPU works on behind the clock's back."""
+def wait() -> None:
+    """Until a GPU is done, which works on behind the clock's back."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
