@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from deltatune.checkpoint.format import load
 from deltatune.injection.attach import attach
+from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Method, methods
 from deltatune.study.procedures.procedure import procedures
@@ -71,7 +73,7 @@ def stage(
         place: the stage's folder.
         backbone: with what acts already.
         fresh: attaches the delta that is to be trained, or gives the one that trains on.
-        data: the task's rows.
+        data: the task's rows, sampled already.
         settings: all knobs.
         tokenizer: of the backbone.
     """
@@ -82,11 +84,26 @@ def stage(
     torch.manual_seed(settings.seed)  # as if it were the only one
     delta = fresh()
     place.mkdir(parents=True, exist_ok=True)
-    result = dt_train(backbone, data, delta, tokenizer=tokenizer, out=place / DELTA, overwrite=True, progress="none", **settings.to_dict())
+    return delta, trained_on(delta, data, settings, tokenizer, place / NUMBERS, out=place / DELTA, overwrite=True)
+
+
+def trained_on(trained: Delta | Composition, data: TaskData, settings: Settings, tokenizer: Any, kept: Path, **wanted: Any) -> Numbers:
+    """What comes of training what is attached, with the history; written to ``kept`` too.
+
+    Args:
+        trained: a delta, or a composition whose mixers train.
+        data: the task's rows, sampled already.
+        settings: all knobs.
+        tokenizer: of the backbone.
+        kept: a file for the numbers.
+        wanted: what ``dt.train`` is told besides.
+    """
+    chosen = replace(settings, shots=None).to_dict()  # a sample of the sample would be too small
+    result = dt_train(trained.backbone, data, trained, tokenizer=tokenizer, progress="none", **wanted, **chosen)
     numbers = {**result.to_json(), "history": result.history}
     del numbers["out"]
-    write_text(place / NUMBERS, json.dumps(numbers) + "\n")
-    return delta, numbers
+    write_text(kept, json.dumps(numbers) + "\n")
+    return numbers
 
 
 def brief(numbers: Mapping[str, Any]) -> Numbers:

@@ -80,7 +80,7 @@ def stream(trial: Trial, folder: Path) -> Outcome:
         data = [sampled(load_data(name, run.settings), run.settings) for name in names]
         backbone, tokenizer, _ = load_framed(run.backbone, data[0].task, run.settings)
         course = _Course(run, folder, own, backbone, tokenizer)
-        told, matrix = course.conduct([_item(one, backbone, tokenizer, run) for one in data])
+        told, matrix = course.conduct([item_of(one, backbone, tokenizer, run) for one in data])
     seconds = round(time.perf_counter() - began, 3)
     numbers, history = joined(told, summed=SUMMED if own else ())
     numbers |= {"score": fmean(matrix[-1]), "metric": MEAN, "metrics": {MEAN: fmean(matrix[-1])}, "intervals": {}, "degenerate": False}
@@ -135,7 +135,8 @@ def digest(backbone: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _item(data: TaskData, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Item:
+def item_of(data: TaskData, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Item:
+    """A task as the run puts it to its backbone, with the test rows on which it is scored."""
     framing = choose_framing(data.task, kind_of(backbone), run.settings, tokenizer)
     most = run.settings.test_rows
     return Item(data, framing, subset(data.task, data.test, most) if most else data.test)
