@@ -38,7 +38,9 @@ def test_every_task_has_its_scores(deltas: str, trainings: int, tmp_path: Path) 
     told = [numbers["metrics"][f"{name}.accuracy"] for name in NAMES]
     assert numbers["metric"] == "mean" and numbers["score"] == pytest.approx(sum(told) / 3) == numbers["metrics"]["mean"]
     assert numbers["steps"] == 4 * trainings
-    assert all(low <= value <= high for value, (low, high) in zip(told, (numbers["intervals"][f"{name}.accuracy"] for name in NAMES), strict=True))
+    assert all(
+        low <= value <= high for value, (low, high) in zip(told, (numbers["intervals"][f"{name}.accuracy"] for name in NAMES), strict=True)
+    )
     assert [entry["step"] for entry in outcome.history if "eval_score" in entry] == [4 * number for number in range(1, trainings + 1)]
 
 

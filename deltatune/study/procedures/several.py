@@ -26,7 +26,6 @@ from deltatune.tasks import TaskData
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.mixture import mixed
 from deltatune.training.borrowed import trainer_modules
-from deltatune.training.evaluation import measure_rows
 from deltatune.training.job import choose_framing, kind_of, load_framed, spelled
 from deltatune.training.place import DELTA
 from deltatune.training.run import Run, load_data
@@ -89,8 +88,8 @@ def shared(bench: Bench) -> tuple[list[Numbers], list[Numbers]]:
     """One delta on the rows of all tasks; each is scored by itself."""
     run, data = bench.run, mixed([item.data for item in bench.items], bench.run.settings.temperature)
     framing = choose_framing(data.task, kind_of(bench.backbone), run.settings, bench.tokenizer)
-    delta, numbers = _trained(bench, ALL, data, framing)
-    return [numbers], [_measured(bench, item) for item in bench.items]
+    _, numbers = _trained(bench, ALL, data, framing)
+    return [numbers], [item.measured(bench.backbone, run.settings.eval_batch_size) for item in bench.items]
 
 
 def own(bench: Bench) -> tuple[list[Numbers], list[Numbers]]:
@@ -112,11 +111,12 @@ def fused(bench: Bench) -> tuple[list[Numbers], list[Numbers]]:
     return [*alone, *together], together
 
 
-WAYS: Mapping[str, Callable[[Bench], tuple[list[Numbers], list[Numbers]]]] = {"shared": shared, "own": own, "fused": fused}
+Way = Callable[[Bench], tuple[list[Numbers], list[Numbers]]]
+WAYS: Mapping[str, Way] = {"shared": shared, "own": own, "fused": fused}
 """Each gives the numbers of its trainings, and of the tasks."""
 
 
-def asked(trial: Trial) -> tuple[list[str], Callable[[Bench], tuple[list[Numbers], list[Numbers]]]]:
+def asked(trial: Trial) -> tuple[list[str], Way]:
     """The tasks, and the way they are trained.
 
     Raises:
@@ -125,8 +125,8 @@ def asked(trial: Trial) -> tuple[list[str], Callable[[Bench], tuple[list[Numbers
     names, way = parts_of(trial.task), trial.options.get("deltas")
     if len(names) < 2 or way not in WAYS or len(trial.run.methods) > 1:
         raise InvalidValue(
-            f"The procedure `several` of `{trial.said}` was given {len(names)} tasks, `deltas: {way}` and {len(trial.run.methods)} methods. "
-            f"It wants two tasks or more with commas between, one of {', '.join(WAYS)}, and one method."
+            f"The procedure `several` of `{trial.said}` was given {len(names)} tasks, `deltas: {way}` and "
+            f"{len(trial.run.methods)} methods. It wants two tasks or more with commas between, one of {', '.join(WAYS)}, and one method."
         )
     return names, WAYS[way]
 
@@ -161,17 +161,6 @@ def _fusion(bench: Bench, item: Item, members: Sequence[Delta]) -> Numbers:
     numbers = trained_on(fusion, item.data, bench.run.settings, bench.tokenizer, kept)
     fusion.dissolve()
     return numbers
-
-
-def _measured(bench: Bench, item: Item) -> Numbers:
-    """What of a stage's numbers is about the test rows."""
-    found = measure_rows(item.framing, bench.backbone, item.test, bench.run.settings.eval_batch_size)
-    return {
-        "score": found[item.framing.task.metric].value,
-        "metrics": {name: one.value for name, one in found.items()},
-        "intervals": {name: [one.low, one.high] for name, one in found.items()},
-        "degenerate": found[item.framing.task.metric].degenerate,
-    }
 
 
 def _mean_of(names: Sequence[str], tasks: Sequence[Numbers]) -> Numbers:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ NUMBERS = "numbers.json"
 """Written last: with it, a stage is finished."""
 
 Numbers = dict[str, Any]
+T = TypeVar("T", bound=Delta | Composition)
 SUMMED = ("trainable_parameters", "delta_bytes")
 """Of all stages together, where each has a delta of its own; of a delta that trains on, the last one's."""
 
@@ -65,9 +66,9 @@ def stages(trial: Trial, folder: Path) -> Outcome:
 
 
 def stage(
-    place: Path, backbone: nn.Module, fresh: Callable[[], Delta], data: TaskData, settings: Settings, tokenizer: Any
-) -> tuple[Delta, Numbers]:
-    """A delta trained on a task, and what came of it, with the history; of a stage that is finished, from its folder.
+    place: Path, backbone: nn.Module, fresh: Callable[[], T], data: TaskData, settings: Settings, tokenizer: Any
+) -> tuple[T, Numbers]:
+    """A delta, or several at once, trained on a task, and what came of it, with the history; of a stage that is finished, from its folder.
 
     Args:
         place: the stage's folder.
@@ -78,9 +79,8 @@ def stage(
         tokenizer: of the backbone.
     """
     if (place / NUMBERS).exists():
-        loaded = load(backbone, place / DELTA)
-        assert isinstance(loaded, Delta)
-        return loaded, json.loads((place / NUMBERS).read_text(encoding="utf-8"))
+        loaded = load(backbone, place / DELTA)  # of the kind that `fresh` gives: that is what was saved
+        return cast("T", loaded), json.loads((place / NUMBERS).read_text(encoding="utf-8"))
     torch.manual_seed(settings.seed)  # as if it were the only one
     delta = fresh()
     place.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from deltatune.tasks import Rows, TaskData, get_task
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.sampling import subset
 from deltatune.training.borrowed import trainer_modules
-from deltatune.training.evaluation import score_rows
+from deltatune.training.evaluation import measure_rows, score_rows
 from deltatune.training.files import write_text
 from deltatune.training.job import choose_framing, kind_of, load_framed, spelled
 from deltatune.training.place import DELTA
@@ -54,6 +54,18 @@ class Item:
     data: TaskData
     framing: Framing
     test: Rows
+
+    def measured(self, backbone: nn.Module, batch_size: int) -> Numbers:
+        """What the numbers of a run say of the test rows, of the backbone as it is now."""
+        found = measure_rows(self.framing, backbone, self.test, batch_size)
+        metric = self.framing.task.metric
+        return {
+            "score": found[metric].value,
+            "metric": metric,
+            "metrics": {name: one.value for name, one in found.items()},
+            "intervals": {name: [one.low, one.high] for name, one in found.items()},
+            "degenerate": found[metric].degenerate,
+        }
 
 
 @procedures.register("stream")
