@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from deltatune.errors import InvalidValue
+from deltatune.study.experiments import experiments
+from deltatune.study.experiments.experiment import Evidence
+from deltatune.study.experiments.multi_task import AP, FT, FUSED, LR, OWN, SHARED, TASKS
 from deltatune.study.procedures import procedures, several, stages
 from deltatune.study.trial import Trial
-from deltatune.tasks import TaskData
+from deltatune.tasks import TaskData, get_task
 from deltatune.training.run import Run, method_from_dict
 from deltatune.training.settings import Settings
+from tests.study.made_up_numbers import evidence, record
 from tests.study.test_stream import NAMES, task
 from tests.training import tiny
 
@@ -78,3 +82,28 @@ def test_what_cannot_be_several(tmp_path: Path) -> None:
     for asked in (trial(tmp_path, "none"), trial(tmp_path, "own", tasks="bbc-news")):
         with pytest.raises(InvalidValue, match="It wants two tasks or more with commas between, one of shared, own, fused, and one method"):
             procedures["several"](asked, tmp_path / "t")
+
+
+FULL = experiments["multi-task"].study("full")
+
+
+def together(worth: dict[str, float], tasks: int = 8) -> Evidence:
+    """One seed; a method has its worth on every task, and a little more the later the task comes."""
+    found = []
+    for method, value in worth.items():
+        metrics = {f"{name}.{get_task(name).metric}": value + 0.01 * place for place, name in enumerate(TASKS[:tasks])}
+        found.append(record(method, ",".join(TASKS), value, numbers={"metrics": metrics}))
+    return evidence(FULL, found)
+
+
+def test_several_tasks_are_judged() -> None:
+    def verdicts(**changed: float) -> list[str]:
+        worth = {FT + SHARED: 0.8, LR + SHARED: 0.79, AP + SHARED: 0.79, LR + OWN: 0.79, AP + OWN: 0.78, AP + FUSED: 0.8}
+        found = together({**worth, **{method.replace("_", ", "): value for method, value in changed.items()}})
+        return [claim.judge(found).verdict for claim in experiments["multi-task"].claims]
+
+    assert verdicts() == ["holds", "holds", "holds"]
+    assert verdicts(lora_shared=0.5) == ["does not hold", "does not hold", "holds"]
+    assert verdicts(adapter_fused=0.6) == ["holds", "holds", "does not hold"]
+    few = together({FT + SHARED: 0.8, LR + SHARED: 0.8, AP + SHARED: 0.8, LR + OWN: 0.8, AP + OWN: 0.8, AP + FUSED: 0.9}, tasks=4)
+    assert [claim.judge(few).verdict for claim in experiments["multi-task"].claims] == ["undecided"] * 3

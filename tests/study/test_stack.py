@@ -9,10 +9,13 @@ import pytest
 
 import deltatune as dt
 from deltatune.errors import InvalidValue, UnknownName
+from deltatune.study.experiments import experiments, languages
+from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.procedures import procedures, stack, stages
 from deltatune.study.trial import Trial
 from deltatune.training.run import Run, method_from_dict
 from deltatune.training.settings import Settings
+from tests.study.made_up_numbers import evidence, record
 from tests.study.test_stream import task
 from tests.training import tiny
 
@@ -79,3 +82,28 @@ def test_what_cannot_be_stacked(tmp_path: Path) -> None:
         procedures["stack"](trial(tmp_path, language={"task": "no-such", "column": "text"}), tmp_path / "t")
     with pytest.raises(InvalidValue, match="`subj` has no column `de`"):
         procedures["stack"](trial(tmp_path, language={"task": "subj", "column": "de"}), tmp_path / "t")
+
+
+FULL = experiments["languages"].study("full")
+
+
+def stacks(seeds: int = 3, **worth: float) -> Evidence:
+    """Scores of the stacks by their names, each a little better with each seed."""
+    named = {getattr(languages, name): value for name, value in worth.items()}
+    found = [
+        record(method, name, value + 0.01 * seed, seed=seed)
+        for method, value in named.items()
+        for name in languages.SOURCES
+        for seed in range(seeds)
+    ]
+    return evidence(FULL, found)
+
+
+def test_languages_are_judged() -> None:
+    def verdicts(found: Evidence) -> list[str]:
+        return [claim.judge(found).verdict for claim in experiments["languages"].claims]
+
+    assert verdicts(stacks(ON_GERMAN=0.8, ALONE=0.7, ON_ENGLISH=0.75, KEPT=0.4, CHANGED=0.5)) == ["holds"] * 3
+    assert verdicts(stacks(ON_GERMAN=0.7, ALONE=0.8, ON_ENGLISH=0.75, KEPT=0.5, CHANGED=0.4)) == ["does not hold"] * 3
+    assert verdicts(stacks(ON_GERMAN=0.7, ALONE=0.7, ON_ENGLISH=0.7, KEPT=0.5, CHANGED=0.5)) == ["undecided"] * 3
+    assert verdicts(stacks(seeds=2, ON_GERMAN=0.8, ALONE=0.7, ON_ENGLISH=0.75, KEPT=0.4, CHANGED=0.5)) == ["undecided"] * 3
