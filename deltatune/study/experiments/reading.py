@@ -47,14 +47,17 @@ def design(profile: Profile) -> Study:
     )
 
 
-def witnesses(evidence: Evidence) -> Scores:
-    """What counts as one -> method -> score: sets where there are enough of them, else sets with seeds."""
-    scores = evidence.scores()
-    return scores if len(scores) >= FEWEST else by_pair(evidence)
-
-
 def _judged(judge: Callable[[Scores], Judgement]) -> Callable[[Evidence], Judgement]:
-    return lambda evidence: judge(witnesses(evidence))
+    """The judge of scores by set, where there are enough of them; else of scores by set and seed, and it says so."""
+
+    def judged(evidence: Evidence) -> Judgement:
+        scores = evidence.scores()
+        if len(scores) >= FEWEST:
+            return judge(scores)
+        told = judge(by_pair(evidence))
+        return Judgement(told.verdict, f"A set with a seed counts as one. {told.because}")
+
+    return judged
 
 
 CLAIMS = (
