@@ -112,7 +112,7 @@ def sections(evidence: Evidence) -> list[Section]:
     if not shared:
         return []
     cells = grouped(evidence.done, lambda record: (record.task, record.method))
-    tasks = [task for task in evidence.study.tasks if any((task, method) in cells for method in methods)]
+    tasks = list(dict.fromkeys(task for task, _ in cells))
     rows = []
     for method in methods:
         means = [mean_of([record.score or 0.0 for record in cells[task, method]]) if (task, method) in cells else "-" for task in tasks]
@@ -124,7 +124,7 @@ def sections(evidence: Evidence) -> list[Section]:
     picture = Picture(
         "stacks", draw_method_scores(method_scores(shared, methods), methods), "Mean over tasks and seeds; each grey stroke is one of them."
     )
-    found = [Section("German tasks", "", (Table(("way", "mean", *map(str, tasks)), rows, note=note), picture))]
+    found = [Section("German tasks", "", (Table(("way", "mean", *tasks), rows, note=note), picture))]
     learnt = [(name, f"{before:.1f}", f"{after:.1f}") for name, (before, after) in perplexities(evidence).items()]
     if learnt:
         found.append(Section("What was learnt of the languages", "", (Table(("texts", "perplexity before", "after"), learnt),)))

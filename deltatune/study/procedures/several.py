@@ -122,7 +122,7 @@ def asked(trial: Trial) -> tuple[list[str], Way]:
     Raises:
         InvalidValue: options that cannot be, several methods, or a single task.
     """
-    names, way = parts_of(trial.task), trial.options.get("deltas")
+    names, way = parts_of(trial.task), str(trial.options.get("deltas"))
     if len(names) < 2 or way not in WAYS or len(trial.run.methods) > 1:
         raise InvalidValue(
             f"The procedure `several` of `{trial.said}` was given {len(names)} tasks, `deltas: {way}` and "
