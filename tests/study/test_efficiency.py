@@ -86,7 +86,8 @@ def test_training_time() -> None:
 
 def test_tables_say_what_is_saved() -> None:
     found: list[Section] = own.sections(evidence(*memories(LR, 8, 0.25), *timed(LR, backward=0.5)))
-    assert [one.title for one in found] == ["Memory, minilm", "Time, minilm", f"Memory, {own.PAPER}", f"Time, {own.PAPER}"]
+    titles = ["Memory, minilm", "Time, minilm", f"Memory, {own.PAPER}", f"Time, {own.PAPER}", "What fits"]
+    assert [one.title for one in found] == titles
     table = next(block for block in found[0].blocks if isinstance(block, Table))
     assert [row for row in table.rows if row[0] == LR] == [[LR, "0.00", "75%", "0.00"]]
 
