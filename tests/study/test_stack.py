@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import deltatune as dt
-from deltatune.errors import InvalidValue, UnknownName
+from deltatune.errors import InvalidValue, UnknownName, Unsupported
 from deltatune.study.experiments import experiments, languages
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.procedures import procedures, stack, stages
@@ -71,6 +72,20 @@ def test_a_killed_stack_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     again = procedures["stack"](asked, tmp_path / "t")
     assert calls == ["language", "task", "then", "then"]
     assert again.numbers["metrics"] == whole.numbers["metrics"] and again.numbers["languages"] == whole.numbers["languages"]
+
+
+def test_a_task_in_words_on_top_of_plain_text(tmp_path: Path) -> None:
+    """The framing of the task is not that of the texts; a head takes no language below it."""
+    asked = trial(tmp_path, language=ONE)
+
+    def framed(name: str) -> Trial:
+        return dataclasses.replace(
+            asked, run=dataclasses.replace(asked.run, settings=dataclasses.replace(asked.run.settings, framing=name))
+        )
+
+    assert procedures["stack"](framed("text2text"), tmp_path / "t").numbers["metric"] == "accuracy"
+    with pytest.raises(Unsupported, match="a language is learnt by the next token"):
+        procedures["stack"](framed("head"), tmp_path / "head")
 
 
 def test_what_cannot_be_stacked(tmp_path: Path) -> None:

@@ -44,15 +44,12 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
 }
 """Label -> what the procedure is told. The last three learn an English task, and are scored on the German one."""
 
+WORDS = {"framing": "text2text"}
+"""A language is learnt by the next token, so that the tasks on top have to be answered in words."""
+
 SETTINGS = {
-    "max_steps": 200,
-    "batch_size": 4,
-    "max_length": 320,
-    "evaluations": 2,
-    "eval_rows": 64,
-    "test_rows": 200,
-    "eval_batch_size": 16,
-}
+    "max_steps": 200, "batch_size": 4, "max_length": 320, "evaluations": 2, "eval_rows": 64, "test_rows": 200, "eval_batch_size": 16,
+}  # fmt: skip
 
 
 def design(profile: Profile) -> Study:
@@ -72,7 +69,7 @@ def design(profile: Profile) -> Study:
         backbones=(DECODER,),
         tasks=tuple(SOURCES) if full else ("stsb-de",),
         methods=tuple(methods),
-        settings=SETTINGS if full else {**base.settings, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32},
+        settings=WORDS | (SETTINGS if full else {**base.settings, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32}),
         seeds=(0, 1, 2) if full else (0,),
     )
 

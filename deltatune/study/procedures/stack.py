@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltatune.checkpoint.format import load
-from deltatune.errors import InvalidValue
+from deltatune.errors import InvalidValue, Unsupported
 from deltatune.injection.attach import attach, detach
 from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LANGUAGE, THEN, TASK = "language", "then", "task"
+WRITES = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,19 @@ def stack(trial: Trial, folder: Path) -> Outcome:
 
     Raises:
         InvalidValue: options that cannot be, or one method where a language is to be learnt.
+        Unsupported: a backbone that does not write, or a task that it answers by a head.
         UnknownName: a task nobody knows.
     """
     began, run, wanted = time.perf_counter(), trial.run, asked(trial)
     with trainer_modules():
         torch.manual_seed(run.settings.seed)
         target = sampled(load_data(run.task, run.settings), run.settings)
-        backbone, tokenizer, _ = load_framed(run.backbone, target.task, run.settings)
+        backbone, tokenizer, framing = load_framed(run.backbone, target.task, run.settings)
+        if framing.auto_class != WRITES:
+            raise Unsupported(
+                f"`{trial.said}` has no words for its answers, but a language is learnt by the next token. Take a decoder and "
+                "`framing: text2text`."
+            )
         course = _Course(run, folder, wanted, backbone, tokenizer)
         trainings = course.conduct()
         scores = item_of(target, backbone, tokenizer, run).measured(backbone, run.settings.eval_batch_size)
@@ -163,8 +170,10 @@ class _Course:
     def _language(self, name: str, texts: Texts) -> tuple[Delta | Composition, Numbers]:
         """Deltas that learnt a language, frozen."""
         data = texts.load()
-        settings = replace(self.run.settings, max_steps=self.wanted.steps or self.run.settings.max_steps)
-        before = item_of(data, self.backbone, self.tokenizer, self.run).measured(self.backbone, settings.eval_batch_size)
+        steps = self.wanted.steps or self.run.settings.max_steps
+        settings = replace(self.run.settings, max_steps=steps, framing="plain", template=0, manual_template=True)
+        item = item_of(data, self.backbone, self.tokenizer, replace(self.run, settings=settings))
+        before = item.measured(self.backbone, settings.eval_batch_size)
 
         def fresh() -> Delta | Composition:
             return attach(self.backbone, list(self.run.methods[:-1]), name=name)
