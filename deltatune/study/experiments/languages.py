@@ -69,7 +69,7 @@ def design(profile: Profile) -> Study:
         backbones=(DECODER,),
         tasks=tuple(SOURCES) if full else ("stsb-de",),
         methods=tuple(methods),
-        settings=WORDS | (SETTINGS if full else {**base.settings, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32}),
+        settings=WORDS | (SETTINGS if full else {**SETTINGS, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32}),
         seeds=(0, 1, 2) if full else (0,),
     )
 

@@ -53,7 +53,7 @@ def design(profile: Profile) -> Study:
         backbones=(DECODER,),
         tasks=GLUE if full else ("glue-sst2",),
         methods=(*with_, *bare),
-        settings=WORDS | (SETTINGS if full else {**base.settings, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32}),
+        settings=WORDS | (SETTINGS if full else {**SETTINGS, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32}),
         points=POINTS if full else POINTS[:1],
     )
 

@@ -38,7 +38,7 @@ def design(profile: Profile) -> Study:
     base = performance(profile)
     chosen = [entry for entry in base.methods if entry.label != PROBE and (full or entry.label in (LR, BF))]
     methods = [replace(entry, settings={"max_steps": 600} if full and entry.label in LONG else {}) for entry in chosen]
-    short = {**base.settings, "framing": "text2text", "max_steps": 3, "evaluations": 1, "eval_rows": 8, "test_rows": 16}
+    short = {**SETTINGS, "max_steps": 3, "evaluations": 1, "early_stopping": None, "eval_rows": 8, "test_rows": 16}
     return replace(
         base,
         name=f"text-to-text-{profile}",
