@@ -10,6 +10,7 @@ from deltatune.study.design import Study
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.record import Record
 from deltatune.study.trial import Trial
+from deltatune.tasks import get_task
 
 
 def elsewhere(trial: Trial, score: float) -> dict[str, Any]:
@@ -44,7 +45,21 @@ def write(trial: Trial, score: float) -> dict[str, Any]:
     return {"written": {"distinct-1": varied - 0.3, "distinct-2": varied, "self-bleu": 1 - varied, "texts": 8, "shown": ["a text"]}}
 
 
-EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {"elsewhere": elsewhere, "stages": stages, "stream": stream, "write": write}
+def several(trial: Trial, score: float) -> dict[str, Any]:
+    """A little more for every task of the mixture than for the one before."""
+    names = trial.task.split(",")
+    return {"metric": "mean", "metrics": {f"{name}.{get_task(name).metric}": score + 0.01 * place for place, name in enumerate(names)}}
+
+
+def stack(trial: Trial, score: float) -> dict[str, Any]:
+    """Perplexities that fall by half."""
+    texts = [trial.options[name] for name in ("language", "then") if name in trial.options]
+    return {"languages": {f"{one['task']}.{one['column']}": {"before": 40.0, "after": 20.0} for one in texts}}
+
+
+EXTRAS: dict[str, Callable[[Trial, float], dict[str, Any]]] = {
+    "elsewhere": elsewhere, "stages": stages, "stream": stream, "write": write, "several": several, "stack": stack,
+}  # fmt: skip
 """What the outcomes of a procedure hold besides."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from deltatune.study.experiments import efficiency as own
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.performance import AP, BF, DIFF, FT, LR, PT
+from deltatune.study.procedures import apart
 from deltatune.study.record import Record
 from deltatune.study.report.parts import Section, Table
 
@@ -84,6 +86,22 @@ def test_training_time() -> None:
 
 def test_tables_say_what_is_saved() -> None:
     found: list[Section] = own.sections(evidence(*memories(LR, 8, 0.25), *timed(LR, backward=0.5)))
-    assert [one.title for one in found] == ["Memory, minilm", "Time, minilm", f"Memory, {own.PAPER}", f"Time, {own.PAPER}"]
+    titles = ["Memory, minilm", "Time, minilm", f"Memory, {own.PAPER}", f"Time, {own.PAPER}", "What fits"]
+    assert [one.title for one in found] == titles
     table = next(block for block in found[0].blocks if isinstance(block, Table))
     assert [row for row in table.rows if row[0] == LR] == [[LR, "0.00", "75%", "0.00"]]
+
+
+def test_what_does_not_fit_is_said() -> None:
+    """One line a backbone and batch: gigabytes, that it does not fit, or a dash."""
+    whole, delta = record(FT, own.PAPER, 32, own.LENGTH, 0.0), record(LR, own.PAPER, 32, own.LENGTH, 9.1e9)
+    failed = dataclasses.replace(whole, state="failed", numbers={}, error=f"Unsupported: This needs {own.LACKING} here.")
+    other = dataclasses.replace(record(AP, own.PAPER, 32, own.LENGTH, 0.0), state="failed", numbers={}, error="Ended: killed")
+    table = own.sections(evidence(delta, failed, other))[-1].blocks[0]
+    assert isinstance(table, Table) and len(table.rows) == 1
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (cells["backbone"], cells["batch"], cells[LR], cells[FT], cells[AP]) == (own.PAPER, "32", "9.10", "does not fit", "-")
+
+
+def test_the_error_of_lacking_memory_is_known() -> None:
+    assert own.LACKING in str(apart.told(MemoryError()))

@@ -10,7 +10,7 @@ import pytest
 
 from deltatune.study.design import Study, study_from_dict
 from deltatune.study.experiments import experiments
-from deltatune.study.experiments.combination import SUBSETS, effects, label_of
+from deltatune.study.experiments.combination import PARTS, SUBSETS, effects, label_of
 from deltatune.study.experiments.convergence import arrivals, speeds
 from deltatune.study.experiments.experiment import judged
 from deltatune.study.plots.canvas import svg
@@ -26,14 +26,15 @@ NAMES = list(experiments)
 def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
-    tasks = full.tasks if name == "transfer" else TASKS[: min(7, len(full.tasks))]
+    tasks = full.tasks if name in ("transfer", "multi-task") else TASKS[: min(7, len(full.tasks))]
     return dataclasses.replace(full, name="small", backbones=full.backbones[:2], tasks=tasks, seeds=full.seeds[:2])
 
 
 def test_all_are_there() -> None:
     assert NAMES == [
-        "biases", "combination", "convergence", "diversity", "domain-shift", "efficiency", "forgetting", "generalization", "low-data",
-        "performance", "prompts", "scale", "sequential", "stability", "transfer",
+        "biases", "combination", "convergence", "diversity", "domain-shift", "efficiency", "forgetting", "generalization", "languages",
+        "low-data", "multi-task", "performance", "prompts", "reading", "scale", "sequential", "stability", "templates", "text-to-text",
+        "transfer",
     ]  # fmt: skip
 
 
@@ -67,6 +68,13 @@ def test_effects_are_marginal() -> None:
     found = {part: table["a"]["with"] - table["a"]["without"] for part, table in effects(scores).items()}
     assert found == pytest.approx(worth)
     assert effects({"a": {"none": 0.5}}) == {"AP": {}, "BF": {}, "PT": {}}
+
+
+def test_effects_beside_others() -> None:
+    """Without the empty subset, a part counts by what it adds to others: three pairs each."""
+    scores = {"a": {label_of(subset): 0.1 * len(subset) ** 2 for subset in SUBSETS[1:]}}
+    found = {part: table["a"]["with"] - table["a"]["without"] for part, table in effects(scores, SUBSETS[1:]).items()}
+    assert found == pytest.approx(dict.fromkeys(PARTS, (0.3 + 0.3 + 0.5) / 3))
 
 
 def test_arrivals_are_at_the_goal(tmp_path: Path) -> None:

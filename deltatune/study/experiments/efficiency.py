@@ -38,6 +38,9 @@ FALLS = {PT: 0.44, BF: 0.27, AP: 0.10}
 CLEARLY = 1.1
 """Times a forward takes, from which on it is clearly slower."""
 
+LACKING = "more memory than is free"
+"""What the error of a measurement says that ended for want of memory."""
+
 FEWEST = 4
 """Lengths below which no claim about times is decided."""
 
@@ -209,9 +212,31 @@ def sections(evidence: Evidence) -> list[Section]:
     """Of each backbone: memory by batch, then times by length."""
     there = {one.backbone for one in measured(evidence)}
     backbones = [one for one in evidence.study.backbones if one in there]
-    return [
-        section for number, name in enumerate(backbones) for section in (_memory(evidence, name, number), _times(evidence, name, number))
-    ]
+    pairs = [(_memory(evidence, name, number), _times(evidence, name, number)) for number, name in enumerate(backbones)]
+    return [*(section for pair in pairs for section in pair), *([_fits(evidence)] if pairs else [])]
+
+
+def _fits(evidence: Evidence) -> Section:
+    """E8: each backbone and batch in a line, with the memory of every method, or that it does not fit."""
+    methods = _order(evidence)
+    cells = {(one.backbone, batch_of(one), one.method): one for one in evidence.records if length_of(one) == LENGTH}
+    rows = []
+    for backbone, batch in dict.fromkeys((backbone, batch) for backbone, batch, _ in cells):
+        told = [held(cells.get((backbone, batch, method))) for method in methods]
+        if any(one != "-" for one in told):
+            rows.append((backbone, str(batch), *told))
+    note = (
+        f"GB of live tensors in a training step, texts of {LENGTH} tokens, fp32, AdamW. What takes more memory than was free where it was "
+        "tried does not fit. Nothing is offloaded: that takes a GPU, whose memory the CPU's would help out."
+    )
+    return Section("What fits", "", (Table(("backbone", "batch", *methods), rows, left=2, note=note),))
+
+
+def held(record: Record | None) -> str:
+    """GB of a measurement, ``does not fit``, or a dash where neither is known."""
+    if record is not None and "live_bytes" in record.numbers:
+        return f"{record.numbers['live_bytes'] / 1e9:.2f}"
+    return "does not fit" if record is not None and LACKING in (record.error or "") else "-"
 
 
 def _order(evidence: Evidence) -> list[str]:

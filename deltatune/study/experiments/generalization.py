@@ -6,14 +6,13 @@ words with the task's template and without, on SmolLM2-135M: 192 trials of 96 st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from deltatune.methods import Adapter, BitFit, FullFineTuning, PromptTuning
-from deltatune.methods.kinds import Method
+from deltatune.methods import FullFineTuning
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.combination import SUBSETS, label_of
+from deltatune.study.experiments.combination import PARTS, SUBSETS, label_of
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, level, reaches
 from deltatune.study.experiments.performance import FT
@@ -23,9 +22,6 @@ from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, grouped, mean_of, over_tasks
 
 ENCODER, DECODER = "minilm", "smollm2-135m"
-PARTS: Mapping[str, Method] = {"AP": Adapter(), "BF": BitFit(), "PT": PromptTuning(num_virtual_tokens=10)}
-"""With as many virtual tokens as the paper's combinations have."""
-
 BARE = " without template"
 """Behind the label of a trial in which the columns stand alone."""
 

@@ -1,8 +1,8 @@
 """Experiment 9: what makes a prompt good: its start and length, its company, its template; and what a prefix owes to its MLP and its depth.
 
-On SmolLM2-135M by label words. ``full`` has 17 methods on six tasks, one seed for the grid of starts and lengths and three members for
-each ensemble: 102 trials of 200 steps of 8 texts, about sixteen hours on two cores, since long prompts make long texts. ``quick`` tries
-five methods for a few steps.
+On SmolLM2-135M by label words. ``full`` has 15 methods and the two baselines on six tasks, one seed for the grid of starts and lengths and
+three members for each ensemble: 102 trials of 200 steps of 8 texts, about sixteen hours on two cores, since long prompts make long texts.
+``quick`` tries four methods for a few steps.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from itertools import permutations
 from statistics import fmean
 
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.combination import PARTS
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
-from deltatune.study.experiments.generalization import BARE, DECODER, PARTS
+from deltatune.study.experiments.generalization import BARE, DECODER
 from deltatune.study.experiments.judging import FEWEST, p_of
 from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.series import draw_series

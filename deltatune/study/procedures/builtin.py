@@ -6,6 +6,8 @@ from deltatune.study.procedures import cost as cost
 from deltatune.study.procedures import elsewhere as elsewhere
 from deltatune.study.procedures import ensemble as ensemble
 from deltatune.study.procedures import movement as movement
+from deltatune.study.procedures import several as several
+from deltatune.study.procedures import stack as stack
 from deltatune.study.procedures import stages as stages
 from deltatune.study.procedures import stream as stream
 from deltatune.study.procedures import templates as templates

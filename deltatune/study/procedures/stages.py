@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from deltatune.checkpoint.format import load
 from deltatune.injection.attach import attach
+from deltatune.injection.compose import Composition
 from deltatune.injection.delta import Delta
 from deltatune.methods.kinds import Method, methods
 from deltatune.study.procedures.procedure import procedures
@@ -31,6 +33,7 @@ NUMBERS = "numbers.json"
 """Written last: with it, a stage is finished."""
 
 Numbers = dict[str, Any]
+T = TypeVar("T", bound=Delta | Composition)
 SUMMED = ("trainable_parameters", "delta_bytes")
 """Of all stages together, where each has a delta of its own; of a delta that trains on, the last one's."""
 
@@ -63,30 +66,44 @@ def stages(trial: Trial, folder: Path) -> Outcome:
 
 
 def stage(
-    place: Path, backbone: nn.Module, fresh: Callable[[], Delta], data: TaskData, settings: Settings, tokenizer: Any
-) -> tuple[Delta, Numbers]:
-    """A delta trained on a task, and what came of it, with the history; of a stage that is finished, from its folder.
+    place: Path, backbone: nn.Module, fresh: Callable[[], T], data: TaskData, settings: Settings, tokenizer: Any
+) -> tuple[T, Numbers]:
+    """A delta, or several at once, trained on a task, and what came of it, with the history; of a stage that is finished, from its folder.
 
     Args:
         place: the stage's folder.
         backbone: with what acts already.
         fresh: attaches the delta that is to be trained, or gives the one that trains on.
-        data: the task's rows.
+        data: the task's rows, sampled already.
         settings: all knobs.
         tokenizer: of the backbone.
     """
     if (place / NUMBERS).exists():
-        loaded = load(backbone, place / DELTA)
-        assert isinstance(loaded, Delta)
-        return loaded, json.loads((place / NUMBERS).read_text(encoding="utf-8"))
+        loaded = load(backbone, place / DELTA)  # of the kind that `fresh` gives: that is what was saved
+        return cast("T", loaded), json.loads((place / NUMBERS).read_text(encoding="utf-8"))
     torch.manual_seed(settings.seed)  # as if it were the only one
     delta = fresh()
     place.mkdir(parents=True, exist_ok=True)
-    result = dt_train(backbone, data, delta, tokenizer=tokenizer, out=place / DELTA, overwrite=True, progress="none", **settings.to_dict())
+    return delta, trained_on(delta, data, settings, tokenizer, place / NUMBERS, out=place / DELTA, overwrite=True)
+
+
+def trained_on(trained: Delta | Composition, data: TaskData, settings: Settings, tokenizer: Any, kept: Path, **wanted: Any) -> Numbers:
+    """What comes of training what is attached, with the history; written to ``kept`` too.
+
+    Args:
+        trained: a delta, or a composition whose mixers train.
+        data: the task's rows, sampled already.
+        settings: all knobs.
+        tokenizer: of the backbone.
+        kept: a file for the numbers.
+        wanted: what ``dt.train`` is told besides.
+    """
+    chosen = replace(settings, shots=None).to_dict()  # a sample of the sample would be too small
+    result = dt_train(trained.backbone, data, trained, tokenizer=tokenizer, progress="none", **wanted, **chosen)
     numbers = {**result.to_json(), "history": result.history}
     del numbers["out"]
-    write_text(place / NUMBERS, json.dumps(numbers) + "\n")
-    return delta, numbers
+    write_text(kept, json.dumps(numbers) + "\n")
+    return numbers
 
 
 def brief(numbers: Mapping[str, Any]) -> Numbers:

@@ -26,7 +26,7 @@ from deltatune.tasks import Rows, TaskData, get_task
 from deltatune.tasks.framing import Framing
 from deltatune.tasks.sampling import subset
 from deltatune.training.borrowed import trainer_modules
-from deltatune.training.evaluation import score_rows
+from deltatune.training.evaluation import measure_rows, score_rows
 from deltatune.training.files import write_text
 from deltatune.training.job import choose_framing, kind_of, load_framed, spelled
 from deltatune.training.place import DELTA
@@ -55,6 +55,18 @@ class Item:
     framing: Framing
     test: Rows
 
+    def measured(self, backbone: nn.Module, batch_size: int) -> Numbers:
+        """What the numbers of a run say of the test rows, of the backbone as it is now."""
+        found = measure_rows(self.framing, backbone, self.test, batch_size)
+        metric = self.framing.task.metric
+        return {
+            "score": found[metric].value,
+            "metric": metric,
+            "metrics": {name: one.value for name, one in found.items()},
+            "intervals": {name: [one.low, one.high] for name, one in found.items()},
+            "degenerate": found[metric].degenerate,
+        }
+
 
 @procedures.register("stream")
 def stream(trial: Trial, folder: Path) -> Outcome:
@@ -80,7 +92,7 @@ def stream(trial: Trial, folder: Path) -> Outcome:
         data = [sampled(load_data(name, run.settings), run.settings) for name in names]
         backbone, tokenizer, _ = load_framed(run.backbone, data[0].task, run.settings)
         course = _Course(run, folder, own, backbone, tokenizer)
-        told, matrix = course.conduct([_item(one, backbone, tokenizer, run) for one in data])
+        told, matrix = course.conduct([item_of(one, backbone, tokenizer, run) for one in data])
     seconds = round(time.perf_counter() - began, 3)
     numbers, history = joined(told, summed=SUMMED if own else ())
     numbers |= {"score": fmean(matrix[-1]), "metric": MEAN, "metrics": {MEAN: fmean(matrix[-1])}, "intervals": {}, "degenerate": False}
@@ -135,7 +147,8 @@ def digest(backbone: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _item(data: TaskData, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Item:
+def item_of(data: TaskData, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Item:
+    """A task as the run puts it to its backbone, with the test rows on which it is scored."""
     framing = choose_framing(data.task, kind_of(backbone), run.settings, tokenizer)
     most = run.settings.test_rows
     return Item(data, framing, subset(data.task, data.test, most) if most else data.test)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from deltatune.backbones.catalogue import catalogued
+from deltatune.backbones.variants import parted
 from deltatune.study.plots.categories import categories_of, draw_categories
 from deltatune.study.plots.ranks import draw_ranks
 from deltatune.study.plots.scores import draw_method_scores, method_scores
@@ -14,6 +16,13 @@ from deltatune.study.statistics import Scores, complete, grouped, mean_of, over_
 
 if TYPE_CHECKING:
     from deltatune.study.experiments.experiment import Evidence
+
+
+FORMS = {
+    "head": "All tables of this backbone are of the head form: a task head answers.",
+    "text2text": "All tables of this backbone are of the text-to-text form: label words are scored, other answers are written.",
+    "cloze": "All tables of this backbone are of the cloze form: a word is put for a mask.",
+}
 
 
 def comparison(evidence: Evidence) -> list[Section]:
@@ -30,6 +39,13 @@ def comparison(evidence: Evidence) -> list[Section]:
             _by_task(evidence, backbone, scores, name),
         ]
     return [section for section in found if section.blocks]
+
+
+def form_of(evidence: Evidence, backbone: str) -> str:
+    """In which form a study puts its tasks to a backbone; nothing where the backbone would have to be looked at to know."""
+    asked, known = evidence.study.settings.get("framing", "auto"), catalogued(parted(backbone)[0])
+    form = asked if asked != "auto" or known is None else "head" if known.kind == "encoder" else "text2text"
+    return FORMS.get(form, "")
 
 
 def _averages(evidence: Evidence, backbone: str, scores: Scores, name: str, number: int) -> Section:
@@ -76,7 +92,7 @@ def _averages(evidence: Evidence, backbone: str, scores: Scores, name: str, numb
         ),
     )
     table = Table(columns, rows, note=note) if shared else Table(columns[:1], [(row[0],) for row in rows])
-    return Section(f"Averages{name}", "", (table, *pictures))
+    return Section(f"Averages{name}", form_of(evidence, backbone), (table, *pictures))
 
 
 def _ranking(evidence: Evidence, scores: Scores, name: str, number: int) -> Section:
