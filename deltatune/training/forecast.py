@@ -143,7 +143,8 @@ def _memory(steps: Steps, batch_of: Callable[[int], Batch], rows: int) -> Memory
         # what has no shape-only form: operations of other libraries, or values of weights that decide what runs
         few = max(1, min(rows // 2, 2))
         small, large = (_counted(steps, batch_of(count)) for count in (few, 2 * few))
-        return Memory(*(_line(few, a, b, rows) for a, b in ((small.live, large.live), (small.heap, large.heap))), "rows")
+        live, heap = (_line(few, a, b, rows) for a, b in ((small.live, large.live), (small.heap, large.heap)))
+        return Memory(live, heap, "rows")
 
 
 def _counted(steps: Steps, batch: Batch) -> Memory:
