@@ -46,13 +46,16 @@ class Script:
 SCRIPTS = (
     Script("step", ("--rounds", "3"), 180),
     Script("memory", seconds=60),
-    Script("estimates", ("--again",), 240, prints=False),
+    Script("estimates", ("--again",), 200, prints=False),
     Script("many", ("S", "--rounds", "5"), 150),
     Script("many_training", ("T1", "T3", "--rounds", "5"), 90),
+    Script("many_tensors", ("--rounds", "3"), 45),
+    Script("uneven", ("minilm, head, news", "--rounds", "1"), 90),
+    Script("step_methods", ("bitfit", "ia3", "dora", "--backbones", "minilm", "--rounds", "3"), 60),
     Script("frozen", seconds=90),
-    Script("import_time", seconds=60),
-    Script("attach_speed", seconds=60),
-    Script("thousand_deltas", seconds=60),
+    Script("import_time", seconds=30),
+    Script("attach_speed", seconds=30),
+    Script("thousand_deltas", seconds=30),
     Script("many_real", ("--rounds", "3"), 120),
 )
 """In the order of what they tell; together they take less than ``LIMIT``."""

@@ -72,9 +72,30 @@ def _steps() -> list[Figure]:
 
 
 STEP = tuple(_steps())
+METHODS = tuple(
+    Figure("step_methods", (method, backbone, key), f"{method} on {said}: {words}", 0.12, bar=bar)
+    for method, reach in (
+        ("bitfit", 1.10), ("ia3", 1.10), ("adapter", 1.10), ("prefix-tuning", 1.10), ("prompt-tuning", 1.10), ("dora", 1.25), ("vera", 1.10)
+    )
+    for backbone, said in (("minilm", "MiniLM"), ("smollm2-135m", "SmolLM2-135M"), ("opt", "OPT-like"))
+    for key, words, bar in (("ours / floor", "ours / floor", reach), ("ours / peft", "ours / PEFT", 1.0))
+)  # fmt: skip
 SAVED = tuple(
-    Figure("memory", (backbone, "ours / floor"), f"{backbone}: bytes kept, ours / floor", 0.01)
-    for backbone in ("minilm, dropout 0", "minilm, dropout 0.1", "smollm2-135m, dropout 0", "opt, dropout 0")
+    Figure("memory", (backbone, key), f"{backbone}: {words} / floor", 0.01, bar=bar if key == "recompute / floor" else None)
+    for backbone, bar in (
+        ("minilm, dropout 0", 1.30),
+        ("minilm, dropout 0.1", 1.15),
+        ("smollm2-135m, dropout 0", None),
+        ("opt, dropout 0", None),
+    )
+    for key, words in (("ours / floor", "ours"), ("recompute / floor", "ours with `recompute`"), ("peft / floor", "PEFT"))
+)
+WHOLE = (
+    *(
+        Figure("uneven", (case, "ours / theirs"), f"{case}: tokens a second, ours / Trainer + PEFT", 0.15, more=True, bar=1.5)
+        for case in ("minilm, head, sentences", "minilm, head, news", "smollm2-135m, words, news")
+    ),
+    Figure("many_tensors", ("one vector / step",), "optimiser's share of a step of 10,080 small tensors", 0.3, bar=0.03),
 )
 FROZEN = tuple(
     Figure("frozen", (case, "gain"), f"{case}: steps without / with", 0.15, more=True)
@@ -115,7 +136,7 @@ KERNEL = (
     Figure("files", ("medians", "load_ratio"), "loading: ours / PEFT", 0.3),
     Figure("files", ("thousand", "ratio"), "loading the 1,000th / the first", 0.3, bar=1.5),
 )
-FIGURES = (*STEP, *SAVED, *FROZEN, *MANY, *TOGETHER, *KERNEL)
+FIGURES = (*STEP, *METHODS, *SAVED, *WHOLE, *FROZEN, *MANY, *TOGETHER, *KERNEL)
 
 
 def result(name: str) -> Mapping[str, Any] | None:

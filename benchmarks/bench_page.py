@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bench_figures import FROZEN, KERNEL, MANY, SAVED, STEP, TOGETHER, Figure, Read, result
+from bench_figures import FROZEN, KERNEL, MANY, METHODS, SAVED, STEP, TOGETHER, WHOLE, Figure, Read, result
 from bench_plots import pictures, said
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,19 @@ PARTS: tuple[tuple[str, str, str, tuple[Figure, ...]], ...] = (
         "backward of its activations, measured by training one bias at the bottom.",
         "step",
         STEP,
+    ),
+    (
+        "A training step of other methods",
+        "With their own sites, DoRA and VeRA on all linear maps; the floor of prompts has their longer rows. PEFT where it has the method.",
+        "",
+        METHODS,
+    ),
+    (
+        "Whole runs",
+        "LoRA on real texts of uneven lengths, scoring included, beside Trainer and PEFT with their defaults; and the optimiser's share "
+        "where very many small tensors train.",
+        "",
+        WHOLE,
     ),
     (
         "Activations kept for the backward",
