@@ -115,17 +115,22 @@ def tune(
         }
         tune_together(jobs, backbone, out, settings, overwrite=overwrite, json=json, other=single)
         return
-    from deltatune.training.place import is_main
     from deltatune.training.run import read_run
-    from deltatune.training.train import replay
 
     own = _own_data(data, task, text, label, type_)
     run = _run(read_run(config) if config else None, backbone, own or task, method, pairs(set_ or []), settings)
     run = _placed(run, where, layers)
     if dry_run:
         dry(run, json=json)
-        return
-    folder = out or free_folder(run)
+    else:
+        _train(run, out or free_folder(run), overwrite=overwrite, json=json)
+
+
+def _train(run: Run, folder: Path, *, overwrite: bool, json: bool) -> None:
+    """The run, with what is said ahead of it and behind."""
+    from deltatune.training.place import is_main
+    from deltatune.training.train import replay
+
     if is_main():
         note(f"Loading `{run.backbone}` and `{_task(run)}`, to train {_said(run)} into `{folder}`.")
     try:
