@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from operator import is_
 from typing import Any
 
@@ -28,7 +27,6 @@ class Vector:
 
     Attributes:
         parameters: in the group's order.
-        ends: where each of them ends.
         values: (n,), of which they are views.
         places: their addresses.
         moments: (n,) each, by name.
@@ -36,7 +34,6 @@ class Vector:
     """
 
     parameters: list[nn.Parameter]
-    ends: list[int]
     values: Tensor
     places: list[int]
     moments: dict[str, Tensor]
@@ -45,22 +42,16 @@ class Vector:
     @classmethod
     def of(cls, parameters: Sequence[nn.Parameter], states: Sequence[dict[str, Any]]) -> Vector:
         """The Parameters become views of it, with what their states hold."""
-        values = _joined([parameter.detach() for parameter in parameters])
-        ends = list(accumulate(parameter.numel() for parameter in parameters))
+        values = joined([parameter.detach() for parameter in parameters])
         if states[0]:
-            moments, step = {name: _joined([state[name] for state in states]) for name in MOMENTS}, states[0]["step"].to("cpu", copy=True)
+            moments, step = {name: joined([state[name] for state in states]) for name in MOMENTS}, states[0]["step"].to("cpu", copy=True)
         else:
             moments, step = {name: torch.zeros_like(values) for name in MOMENTS}, torch.zeros((), dtype=torch.float32)
-        own = cls(list(parameters), ends, values, [], moments, step.to(values.device))
-        for parameter, view in zip(parameters, own.views(values), strict=True):
+        own = cls(list(parameters), values, [], moments, step.to(values.device))
+        for parameter, view in zip(parameters, views(values, parameters), strict=True):
             parameter.data = view
         own.places = [parameter.data_ptr() for parameter in parameters]
         return own
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """Of a vector, what belongs to each Parameter."""
-        parts = vector.tensor_split(self.ends[:-1])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
         """These are its Parameters, and they lie here still."""
@@ -77,9 +68,9 @@ class Vector:
 
     def states(self) -> list[dict[str, Tensor]]:
         """As the plain optimiser has them, in memory of their own."""
-        moments = {name: self.views(moment) for name, moment in self.moments.items()}
+        moments = {name: views(moment, self.parameters) for name, moment in self.moments.items()}
         return [
-            {"step": self.step.to("cpu", copy=True), **{name: views[k].clone() for name, views in moments.items()}}
+            {"step": self.step.to("cpu", copy=True), **{name: parts[k].clone() for name, parts in moments.items()}}
             for k in range(len(self.parameters))
         ]
 
@@ -206,5 +197,12 @@ def _fits(parameters: Sequence[nn.Parameter]) -> bool:
     )
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All their numbers, one behind the other."""
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def views(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Of a vector, what belongs to each of them, in its shape."""
+    parts = torch.split(vector, [parameter.numel() for parameter in parameters])
+    return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from deltatune.multi.ground import Ground
+from deltatune.training.flat import MOMENTS, joined, views
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FASTER = {"fused": True, "foreach": False}
 """Settings of a group that change how it is computed, and not what."""
 
@@ -37,7 +37,7 @@ class Flat:
         self._plain = [{name: group[name] for name in FASTER} for group in optimizer.param_groups]
         self.vectors: list[nn.Parameter] = []
         own = [parameter for group in self.groups for parameter in group]
-        values, gradients = _joined([parameter.detach() for parameter in own]), _joined([_gradient(parameter) for parameter in own])
+        values, gradients = joined([parameter.detach() for parameter in own]), joined([_gradient(parameter) for parameter in own])
         for group, parameters, part in zip(optimizer.param_groups, self.groups, self._parts(values), strict=True):
             self.vectors.append(self._vector(group, parameters, part))
         ground.enter(self, values, gradients)
@@ -71,7 +71,7 @@ class Flat:
         vector = nn.Parameter(values)
         states = [self.optimizer.state.pop(parameter, {}) for parameter in own]
         if states[0]:
-            moments = {name: _joined([state[name] for state in states]) for name in MOMENTS}
+            moments = {name: joined([state[name] for state in states]) for name in MOMENTS}
             self.optimizer.state[vector] = {"step": states[0]["step"].to(values.device), **moments}
         group |= {"params": [vector], **FASTER}
         return vector
@@ -82,7 +82,7 @@ class Flat:
         values, gradients = self._parts(self.ground.values[row]), self._parts(self.ground.gradients[row])
         for vector, own, its_values, its_gradients in zip(self.vectors, self.groups, values, gradients, strict=True):
             vector.data, vector.grad = its_values, its_gradients
-            for parameter, value, gradient in zip(own, _views(its_values, own), _views(its_gradients, own), strict=True):
+            for parameter, value, gradient in zip(own, views(its_values, own), views(its_gradients, own), strict=True):
                 parameter.data, parameter.grad = value, gradient
 
     def clear(self) -> None:
@@ -104,7 +104,7 @@ class Flat:
         groups, number = [], 0
         for group, vector, own, plain in zip(self.optimizer.param_groups, self.vectors, self.groups, self._plain, strict=True):
             held = self.optimizer.state[vector]
-            moments = {name: _views(held[name], own) for name in MOMENTS} if held else {}
+            moments = {name: views(held[name], own) for name in MOMENTS} if held else {}
             numbers = range(number, number + len(own))
             for k, place in enumerate(numbers if held else ()):
                 state[place] = {"step": held["step"].to("cpu", copy=True), **{name: moments[name][k].clone() for name in MOMENTS}}
@@ -122,15 +122,6 @@ class Flat:
         self.ground.leave(self)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _views(vector: Tensor, own: Sequence[nn.Parameter]) -> list[Tensor]:
-    parts = torch.split(vector, [parameter.numel() for parameter in own])
-    return [part.view(parameter.shape) for part, parameter in zip(parts, own, strict=True)]

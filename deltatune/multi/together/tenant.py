@@ -161,6 +161,7 @@ class Tenant:
         if self._flat is not None:
             self._flat.release()
             self._flat = None
+        self.optimizer.release()
 
     def norm(self) -> Tensor:
         """Norm of its gradients, which are clipped to the largest that is allowed."""
