@@ -28,6 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "temperature",
         "shots",
         "shots_seed",
+        "train_rows",
         "new_head",
         "class_weights",
     ),

@@ -152,11 +152,14 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Left out: reports/NAME beside the store, or below runs/.")] = None,
     json: Json = False,
 ) -> None:
-    """Write what a study found: report.html, report.md with its pictures, results.csv, and study.yaml, which does it again."""
+    """Write what a study found: report.html, report.md with its pictures, results.csv, and study.yaml, which does it again.
+
+    `deltatune study import DIR` takes such a folder into another store, where the study can go on.
+    """
     from deltatune.study.report.markdown import write_markdown
     from deltatune.study.report.page import write_page
     from deltatune.study.report.report import report_of
-    from deltatune.study.report.results import write_design, write_results
+    from deltatune.study.report.results import write_design, write_machines, write_results
 
     opened = _open(store)
     found, folder = report_of(opened, name), out or _beside(opened) / "reports" / name
@@ -164,6 +167,7 @@ def report(
         write_page(found, folder),
         write_markdown(found, folder),
         write_results(opened, name, folder),
+        write_machines(opened, name, folder),
         write_design(opened, name, folder),
     ]
     verdicts = [{"claim": claim.number, "says": claim.says, **vars(told)} for claim, told in found.verdicts]
@@ -174,6 +178,27 @@ def report(
     for one in verdicts:
         drawn.add_row(one["claim"], one["says"], Text(one["verdict"], style=COLOURS[one["verdict"]]))
     show(*([drawn] if verdicts else []), f"Written: {', '.join(str(file) for file in files)}")
+
+
+@study.command("import", no_args_is_help=True)
+def take(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `deltatune study report` wrote, here or on another machine.")],
+    change: Annotated[bool, typer.Option("--change", help="Let a study in the store take this design; shared trials are kept.")] = False,
+    store: Place = None,
+    json: Json = False,
+) -> None:
+    """Take a report's results into the store: what was done elsewhere is done here, and the study can go on."""
+    opened = _open(store)
+    from deltatune.study.exchange import take_results
+
+    taken = take_results(opened, folder, change=change)
+    if json:
+        show_json(vars(taken))
+        return
+    note(f"{taken.study}: {plural(taken.taken, 'trial')} taken, {taken.known} were done here already.")
+    if taken.strange:
+        note(f"{plural(taken.strange, 'result')} of the folder belong to no trial of its design and were left out.")
+    show_command(f"deltatune study status {taken.study}")
 
 
 @study.command("compare", no_args_is_help=True)

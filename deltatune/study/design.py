@@ -47,6 +47,7 @@ STUDY = {
     ),
     "points": Kind("a list of settings with their values", _is_list(_is_mapping)),
     "baselines": Kind("true or false", lambda value: isinstance(value, bool)),
+    "repeated": Kind("a list of names of its tasks", _is_list(lambda one: isinstance(one, str))),
     "seeds": Kind("whole numbers", _is_list(lambda one: isinstance(one, int) and not isinstance(one, bool))),
     "keep": Kind("nothing or deltas", lambda value: value in ("nothing", "deltas")),
     "retries": NUMBER,
@@ -60,6 +61,7 @@ ENTRY = {
     "layers": LAYERS,
     "settings": MAPPING,
     "backbones": TEXTS,
+    "tasks": TEXTS,
     "procedure": TEXT,
     "options": MAPPING,
 }
@@ -82,6 +84,7 @@ class Entry:
         layers: layers as in ``attach``.
         settings: over the study's.
         backbones: of the study's, those on which it is tried; all if left out.
+        tasks: of the study's, those on which it is tried; all if left out.
         procedure: how its trials are carried out.
         options: what else the procedure is told.
     """
@@ -92,6 +95,7 @@ class Entry:
     layers: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     backbones: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     procedure: str = "train"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +109,7 @@ class Entry:
             "layers": self.layers,
             "settings": dict(self.settings),
             "backbones": list(self.backbones) or None,
+            "tasks": list(self.tasks) or None,
             "procedure": None if self.procedure == "train" else self.procedure,
             "options": dict(self.options),
         }
@@ -149,6 +154,7 @@ class Study:
         grid: setting -> values; every combination is tried.
         points: in place of a grid, where not every combination is wanted: the values of one cell each.
         seeds: each trial is done once with each.
+        repeated: tasks that see every seed, while the others see the first only; all do if left out.
         experiment: whose report and claims it is for; see ``study.experiments``.
         profile: ``quick`` tries the machinery and reaches no verdict; ``full`` does.
         keep: what is kept of a trial besides its numbers.
@@ -170,6 +176,7 @@ class Study:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     points: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
+    repeated: tuple[str, ...] = ()
     experiment: str = "performance"
     profile: Profile = "full"
     keep: Keep = "nothing"
@@ -194,10 +201,13 @@ class Study:
         for task in self.tasks:
             if isinstance(task, str) and "," not in task:
                 get_task(task)
-        if strange := {name for entry in self.methods for name in entry.backbones} - set(self.backbones):
-            raise InvalidValue(
-                f"A method of the study `{self.name}` is for `{min(strange)}`, but its backbones are {', '.join(self.backbones)}. Add it."
-            )
+        for what, own in (("backbones", self.backbones), ("tasks", self.tasks)):
+            if strange := {name for entry in self.methods for name in getattr(entry, what)} - set(own):
+                raise InvalidValue(
+                    f"A method of the study `{self.name}` is for `{min(strange)}`, but its {what} are {', '.join(map(str, own))}. Add it."
+                )
+        if strange := set(self.repeated) - set(self.tasks):
+            raise InvalidValue(f"The study `{self.name}` repeats `{min(strange)}`, which is not among its tasks. Add it there.")
         if self.profile not in get_args(Profile) or self.keep not in get_args(Keep):
             raise InvalidValue(
                 f"The study `{self.name}` has profile {self.profile} and keeps {self.keep}: quick or full, nothing or deltas."
@@ -207,12 +217,14 @@ class Study:
         self._check_trials()
 
     def _check_trials(self) -> None:
-        """Every method in every cell of the grid makes a trial of its own; of one task, since tasks, backbones and seeds differ."""
-        seen: dict[str, Trial] = {}
-        task, backbone, seed = self.tasks[0], self.backbones[0], self.seeds[0]
-        for trial in (self.trial(entry, backbone, task, cell, seed) for cell in self.cells for entry in self.entries):
-            if (other := seen.setdefault(trial.key, trial)) is not trial:
-                raise InvalidValue(f"The study `{self.name}` asks for one trial twice: as `{other.said}` and as `{trial.said}`.")
+        """Every method in every cell makes a trial of its own. Asked of one task for each choice of methods, and of one seed."""
+        chosen = {tuple(entry.label for entry in self.entries if _is_for(entry.tasks, task)): task for task in reversed(self.tasks)}
+        for labels, task in chosen.items():
+            seen: dict[str, Trial] = {}
+            for cell, entry in itertools.product(self.cells, self.entries):
+                trial = self.trial(entry, self.backbones[0], task, cell, self.seeds[0])
+                if entry.label in labels and (other := seen.setdefault(trial.key, trial)) is not trial:
+                    raise InvalidValue(f"The study `{self.name}` asks for one trial twice: as `{other.said}` and as `{trial.said}`.")
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -230,8 +242,10 @@ class Study:
     def trials(self) -> Iterator[Trial]:
         """All trials, seed by seed and task by task, so that a study that is stopped early can be reported on."""
         for seed, task, backbone, cell in itertools.product(self.seeds, self.tasks, self.backbones, self.cells):
+            if seed != self.seeds[0] and not _is_for(self.repeated, task):
+                continue
             for entry in self.entries:
-                if backbone in (entry.backbones or self.backbones):
+                if _is_for(entry.backbones, backbone) and _is_for(entry.tasks, task):
                     yield self.trial(entry, backbone, task, cell, seed)
 
     def trial(self, entry: Entry, backbone: str, task: str | DataFile, cell: Mapping[str, Any], seed: int) -> Trial:
@@ -252,6 +266,7 @@ class Study:
             "settings": dict(self.settings),
             "grid": {name: list(values) for name, values in self.grid.items()},
             "seeds": list(self.seeds),
+            **({"repeated": list(self.repeated)} if self.repeated else {}),
             "keep": self.keep,
             "retries": self.retries,
             **({} if self.time_limit is None else {"time_limit": self.time_limit}),
@@ -259,6 +274,11 @@ class Study:
             **({"points": [dict(point) for point in self.points]} if self.points else {}),
             **({} if self.baselines else {"baselines": False}),
         }
+
+
+def _is_for(chosen: Sequence[str], one: str | DataFile) -> bool:
+    """Whether something was chosen; where nothing was, everything is."""
+    return not chosen or one in chosen
 
 
 def _file(task: DataFile) -> dict[str, Any]:
@@ -305,6 +325,7 @@ def study_from_dict(written: Mapping[Any, Any], place: str = "The study") -> Stu
             "methods": tuple(_entry(one, f"Method {number} of {here}") for number, one in enumerate(entries["methods"], 1)),
             "grid": {name: tuple(options) for name, options in entries.get("grid", {}).items()},
             "points": tuple(entries.get("points", ())),
+            "repeated": tuple(entries.get("repeated", ())),
             "seeds": tuple(entries.get("seeds", (0,))),
         }
         if "rates" in entries:
@@ -337,16 +358,17 @@ def _entry(written: str | Mapping[str, Any], place: str) -> Entry:
     entries = checked(written, ENTRY, place)
     recipes = entries["method"] if isinstance(entries["method"], list) else [entries["method"]]
     found = tuple(method_from_dict({"name": recipe} if isinstance(recipe, str) else recipe) for recipe in recipes)
-    where, backbones = entries.get("where"), entries.get("backbones", ())
+    where = entries.get("where")
+    among = {what: (one,) if isinstance(one := entries.get(what, ()), str) else tuple(one) for what in ("backbones", "tasks")}
     return Entry(
         label=entries.get("label", "+".join(methods.name_of(type(method)) for method in found)),
         methods=found,
         where=tuple(where) if isinstance(where, list) else where,
         layers=entries.get("layers"),
         settings=entries.get("settings", {}),
-        backbones=(backbones,) if isinstance(backbones, str) else tuple(backbones),
         procedure=entries.get("procedure", "train"),
         options=entries.get("options", {}),
+        **among,
     )
 
 

@@ -40,6 +40,7 @@ class Record:
         numbers: everything else.
         error: the last failure's class and message.
         attempts: so many times it was begun.
+        machine: number of the machine with its software that made the last attempt, in the store.
     """
 
     key: str
@@ -70,6 +71,7 @@ class Record:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     attempts: int = 0
+    machine: int | None = None
 
     @property
     def share(self) -> float | None:

@@ -9,6 +9,7 @@ from deltatune.tasks.loading import load_task as load_task
 from deltatune.tasks.metrics import compute as compute
 from deltatune.tasks.metrics import metrics as metrics
 from deltatune.tasks.rows import Rows as Rows
+from deltatune.tasks.sampling import fewer as fewer
 from deltatune.tasks.sampling import k_shot as k_shot
 from deltatune.tasks.sampling import subset as subset
 from deltatune.tasks.task import Task as Task
@@ -24,6 +25,7 @@ __all__ = [
     "Template",
     "Verbalizer",
     "compute",
+    "fewer",
     "fingerprint",
     "get_task",
     "k_shot",

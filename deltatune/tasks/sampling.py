@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from deltatune.errors import DataError, InvalidValue
@@ -49,6 +50,17 @@ def k_shot(data: TaskData, shots: int | None = None, seed: int = 13) -> TaskData
     place = {index: position for position, index in enumerate(order)}
     chosen = [data.train.select(sorted(indices, key=place.__getitem__)) for indices in (train, validation)]
     return TaskData(task, chosen[0], chosen[1], data.test, data.source, (*data.notes, f"{wanted} shots, seed {seed}"))
+
+
+def fewer(data: TaskData, most: int, seed: int = 13) -> TaskData:
+    """At most ``most`` training rows; validation and test stay whole. More of them hold the fewer ones, under one seed.
+
+    Raises:
+        InvalidValue: fewer than one row is asked for.
+    """
+    train = subset(data.task, data.train, most, seed)
+    notes = data.notes if train is data.train else (*data.notes, f"{most} of {len(data.train)} training rows, seed {seed}")
+    return replace(data, train=train, notes=notes)
 
 
 def subset(task: Task, rows: Rows, most: int, seed: int = 0) -> Rows:

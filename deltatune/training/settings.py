@@ -52,7 +52,8 @@ class Settings:
         manual_template: with the task's template; without, the columns stand alone, and only the label words are kept.
         temperature: of a mixture of tasks; 1 takes each row once, more lets small tasks give more rows.
         shots: train on so many rows of each class (or in all, where there are no classes), and validate on as many; None takes all.
-        shots_seed: of the draw of these rows.
+        shots_seed: of the draw of these rows, and of `train_rows`.
+        train_rows: train on at most so many rows, drawn without regard to class; 0 takes all. Validation rows stay what they are.
         streaming: read training rows one after the other while training, never all of them; it takes ``max_steps``.
         packing: fill each training example with several texts or chats, which do not see each other.
         quantize: load the backbone in int8 (torchao) or nf4 (bitsandbytes).
@@ -92,6 +93,7 @@ class Settings:
     temperature: float = 1.0
     shots: int | None = None
     shots_seed: int = 13
+    train_rows: int = 0
     quantize: Quantize | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()
@@ -102,7 +104,17 @@ class Settings:
             self._check_size(field.name, getattr(self, field.name))
         for name in ("epochs", "batch_size", "grad_accumulation", "max_length", "eval_batch_size"):
             self._check(name, getattr(self, name) > 0, "greater than 0")
-        for name in ("weight_decay", "max_grad_norm", "evaluations", "eval_rows", "test_rows", "template", "seed", "shots_seed"):
+        for name in (
+            "weight_decay",
+            "max_grad_norm",
+            "evaluations",
+            "eval_rows",
+            "test_rows",
+            "train_rows",
+            "template",
+            "seed",
+            "shots_seed",
+        ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("warmup", 0 <= self.warmup < 1, "a share of all steps, at least 0 and less than 1")
         for name in ("max_steps", "lr", "early_stopping", "save_steps", "shots"):
@@ -110,7 +122,9 @@ class Settings:
             self._check(name, value is None or value > 0, "greater than 0, or left out")
         self._check("early_stopping", self.early_stopping is None or self.evaluations > 0, "used with `evaluations` above 0")
         self._check("streaming", not self.streaming or self.max_steps is not None, "used with `max_steps`: a stream has no length")
-        self._check("streaming", not (self.streaming and self.shots), "used without `shots`, which chooses from all rows")
+        self._check("shots", not (self.shots and self.train_rows), "used without `train_rows`: each says how many rows there are")
+        for name in ("shots", "train_rows"):
+            self._check("streaming", not (self.streaming and getattr(self, name)), f"used without `{name}`, which chooses from all rows")
         self._check(
             "streaming", not (self.streaming and self.keep_frozen), "used without `keep_frozen`, which keeps something of every row"
         )

@@ -25,7 +25,7 @@ from deltatune.methods.making import make
 from deltatune.structure.where import Where
 from deltatune.tasks import Task, TaskData
 from deltatune.tasks.metrics import Measured
-from deltatune.tasks.sampling import k_shot, subset
+from deltatune.tasks.sampling import fewer, k_shot, subset
 from deltatune.tasks.tensors import Features, tokens_of
 from deltatune.training.batches import Streamed
 from deltatune.training.borrowed import give_back, left_alone, recomputing, recomputing_inputs, trainer_modules
@@ -143,8 +143,10 @@ def _train_attached(
 
 
 def sampled(data: TaskData, settings: Settings) -> TaskData:
-    """The rows that a run sees: all, or a few of each class."""
-    return data if settings.shots is None else k_shot(data, settings.shots, settings.shots_seed)
+    """The rows that a run sees: all, a few of each class, or so many in all."""
+    if settings.shots is not None:
+        return k_shot(data, settings.shots, settings.shots_seed)
+    return data if settings.train_rows == 0 else fewer(data, settings.train_rows, settings.shots_seed)
 
 
 def run_of(

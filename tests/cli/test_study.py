@@ -54,10 +54,21 @@ def test_list(call: Call, store: Path) -> None:
 
 def test_report(call: Call, store: Path, tmp_path: Path) -> None:
     told = json.loads(call("study", "report", "small", "--store", store, "--out", tmp_path / "out", "--json").out)
-    assert [Path(file).name for file in told["files"]] == ["report.html", "report.md", "results.csv", "study.yaml"]
+    assert [Path(file).name for file in told["files"]] == ["report.html", "report.md", "results.csv", "machines.json", "study.yaml"]
     assert all(Path(file).is_file() for file in told["files"])
     assert read_study(tmp_path / "out" / "study.yaml") == Store(store).study("small")
     assert {verdict["verdict"] for verdict in told["verdicts"]} == {"undecided"}
+
+
+def test_import(call: Call, store: Path, tmp_path: Path) -> None:
+    call("study", "report", "small", "--store", store, "--out", tmp_path / "out")
+    other = tmp_path / "other.db"
+    told = json.loads(call("study", "import", tmp_path / "out", "--store", other, "--json").out)
+    assert told == {"study": "small", "taken": 4, "known": 0, "strange": 0}
+    assert "0 trials taken, 4 were done here already" in call("study", "import", tmp_path / "out", "--store", other).err
+    events = [json.loads(line) for line in call("study", "resume", "small", "--store", other, "--json").out.splitlines()]
+    assert [event["event"] for event in events] == ["study_began", "study_ended"]
+    refused(call("study", "import", tmp_path, "--store", other), "cannot be read")
 
 
 def test_compare(call: Call, tmp_path: Path) -> None:

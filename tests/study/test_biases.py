@@ -10,8 +10,8 @@ from deltatune.backbones import load_backbone
 from deltatune.injection.attach import attach
 from deltatune.study.experiments import biases as own
 from deltatune.study.experiments import experiments
+from deltatune.study.experiments.common import BF, PROBE
 from deltatune.study.experiments.experiment import Evidence
-from deltatune.study.experiments.performance import BF, PROBE
 from deltatune.study.record import Record
 from tests.study.made_up import TASKS
 

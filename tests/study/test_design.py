@@ -54,6 +54,30 @@ def test_a_method_for_some_backbones() -> None:
         design(methods=[worded])
 
 
+def test_a_method_for_some_tasks() -> None:
+    dear = {"label": "dear", "method": "diff-pruning", "tasks": "subj"}
+    study = design(tasks=["bbc-news", "subj"], methods=["lora", dear], baselines=False)
+    assert study_from_dict(study.to_dict()) == study
+    assert [(trial.task, trial.label) for trial in study.trials()] == [("bbc-news", "lora"), ("subj", "lora"), ("subj", "dear")]
+    with pytest.raises(InvalidValue, match="is for `ag-news`, but its tasks are bbc-news, subj"):
+        design(tasks=["bbc-news", "subj"], methods=[{**dear, "tasks": ["ag-news"]}])
+    with pytest.raises(InvalidValue, match="asks for one trial twice: as `lora on subj"):
+        design(tasks=["bbc-news", "subj"], methods=["lora", {"label": "again", "method": "lora", "tasks": ["subj"]}])
+
+
+def test_a_default_that_is_written_out_changes_no_key() -> None:
+    keys = [[trial.key for trial in design(settings=settings).trials()] for settings in ({}, {"warmup": 0.1}, {"warmup": 0.2})]
+    assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+
+
+def test_some_tasks_see_every_seed() -> None:
+    study = design(tasks=["bbc-news", "subj"], methods=["lora"], baselines=False, seeds=[4, 5, 6], repeated=["subj"])
+    assert study_from_dict(study.to_dict()) == study
+    assert [(trial.task, trial.seed) for trial in study.trials()] == [("bbc-news", 4), ("subj", 4), ("subj", 5), ("subj", 6)]
+    with pytest.raises(InvalidValue, match="repeats `ag-news`, which is not among its tasks"):
+        design(tasks=["bbc-news"], repeated=["ag-news"])
+
+
 def test_keys_are_of_the_content_alone() -> None:
     first, second = design(), design(name="other", methods=["bitfit", {"label": "mine", "method": "lora"}], seeds=[0, 1])
     keys = {trial.said: trial.key for trial in first.trials()}

@@ -27,7 +27,9 @@ def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
     tasks = full.tasks if name in ("transfer", "multi-task") else TASKS[: min(7, len(full.tasks))]
-    return dataclasses.replace(full, name="small", backbones=full.backbones[:2], tasks=tasks, seeds=full.seeds[:2])
+    methods = tuple(dataclasses.replace(entry, tasks=()) for entry in full.methods)
+    fewer = {"backbones": full.backbones[:2], "tasks": tasks, "seeds": full.seeds[:2], "repeated": ()}
+    return dataclasses.replace(full, name="small", methods=methods, **fewer)
 
 
 def test_all_are_there() -> None:
@@ -60,6 +62,16 @@ def test_an_experiment_that_has_not_begun(name: str, tmp_path: Path) -> None:
     store.add(small(name))
     assert {told.verdict for _, told in judged(experiments[name], evidence_of(store, "small"))} == {"undecided"}
     assert report_of(store, "small").sections == []
+
+
+def test_the_first_experiment_is_broad() -> None:
+    """A hundred tasks and six methods, a third of the tasks at most from one battery, and twenty with three seeds."""
+    study = experiments["performance"].study("full")
+    tried = {(trial.task, trial.label, trial.seed) for trial in study.trials()}
+    everywhere = [entry.label for entry in study.methods if all((task, entry.label, 0) in tried for task in study.tasks)]
+    assert len(study.tasks) >= 100 and len(everywhere) >= 6
+    assert sum(str(task).startswith(("blimp-", "bbh-")) for task in study.tasks) <= len(study.tasks) / 3
+    assert sum((task, "lora", 2) in tried for task in study.tasks) >= 20
 
 
 def test_effects_are_marginal() -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from deltatune.study.experiments import experiments, templates
 from deltatune.study.experiments.combination import GLUE, PARTS
+from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.generalization import BARE
-from deltatune.study.experiments.performance import AP, BF, FT, LR, PF, PROBE, PT
 from deltatune.study.experiments.reading import SPANS
 from deltatune.study.experiments.text_to_text import TASKS
 from deltatune.study.report.comparison import comparison, form_of

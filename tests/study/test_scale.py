@@ -8,8 +8,8 @@ import pytest
 
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments import scale as own
+from deltatune.study.experiments.common import FT, LR, PT
 from deltatune.study.experiments.experiment import Evidence, Verdict
-from deltatune.study.experiments.performance import FT, LR, PT
 from deltatune.study.record import Record
 
 FULL = experiments["scale"].study("full")

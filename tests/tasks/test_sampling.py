@@ -7,7 +7,7 @@ import pytest
 from deltatune.errors import DataError, InvalidValue
 from deltatune.tasks import Rows, Task, k_shot, load_task, subset
 from deltatune.tasks.loading import TaskData
-from deltatune.tasks.sampling import SEEDS
+from deltatune.tasks.sampling import SEEDS, fewer
 
 DRAWN = "c06ae3ae11eee598"
 
@@ -48,6 +48,14 @@ def test_subset(news: TaskData) -> None:
     assert subset(news.task, news.test, 9999) is news.test
     with pytest.raises(InvalidValue, match="`most` is 0"):
         subset(news.task, news.test, 0)
+
+
+def test_fewer_training_rows(news: TaskData) -> None:
+    few, more = fewer(news, 20), fewer(news, 30)
+    assert few.train["text"] == more.train["text"][:20] and few.validation is news.validation and few.test is news.test
+    assert few.notes[-1] == f"20 of {len(news.train)} training rows, seed 13"
+    assert fewer(news, 20, seed=21).train["text"] != few.train["text"] and fewer(few, 20).train["text"] == few.train["text"]
+    assert fewer(news, 99_999).notes == news.notes
 
 
 def test_customary_numbers_of_shots(news: TaskData) -> None:

@@ -78,6 +78,10 @@ def test_what_cannot_be_streamed() -> None:
         Settings(streaming=True)
     with pytest.raises(InvalidValue, match="used without `shots`"):
         Settings(streaming=True, max_steps=3, shots=4)
+    with pytest.raises(InvalidValue, match="used without `train_rows`"):
+        Settings(streaming=True, max_steps=3, train_rows=4)
+    with pytest.raises(InvalidValue, match="`shots` is 4; it has to be used without `train_rows`"):
+        Settings(shots=4, train_rows=4)
     with pytest.raises(InvalidValue, match="used without `keep_frozen`"):
         Settings(streaming=True, max_steps=3, keep_frozen="memory")
     with pytest.raises(InvalidValue, match="A mixture draws from all rows"):

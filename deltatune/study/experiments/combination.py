@@ -1,7 +1,7 @@
 """Experiment 4, first part: adapter, BitFit and prompt tuning trained together, in all eight subsets; what does each add?
 
-Full: eight tasks on MiniLM with a head, three seeds, 16 examples of each class and all of them: 480 trials. Templates and zero-shot answers
-are of label words; they are in the second part, ``templates``.
+Full: eight tasks on MiniLM with a head, two seeds, 16 examples of each class and 256 in all: 320 trials, about four core-hours. Templates
+and zero-shot answers are of label words; they are in the second part, ``templates``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from statistics import fmean
 from deltatune.methods import Adapter, BitFit, LinearProbe, PromptTuning
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.report.comparison import comparison
 from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, paired
@@ -28,6 +28,8 @@ NONE = "none"
 GLUE = ("glue-cola", "glue-sst2", "glue-mrpc", "stsb", "pan-paraphrase", "glue-mnli", "glue-qnli", "glue-rte")
 """The paper's eight, with PAN's paraphrases in place of QQP, which the mirror does not have."""
 
+SETTINGS = {"max_length": 64, "batch_size": 8, "max_steps": 240, "evaluations": 12, "early_stopping": 4, "eval_rows": 128, "test_rows": 300}
+
 SUBSETS = [subset for count in range(4) for subset in combinations(PARTS, count)]
 
 
@@ -37,19 +39,18 @@ def label_of(subset: tuple[str, ...]) -> str:
 
 
 def design(profile: Profile) -> Study:
-    """Full: the GLUE tasks at hand, with 16 examples of each class and with all, three seeds."""
-    base = performance(profile)
+    """Full: the GLUE tasks at hand, with 16 examples of each class and with a larger sample, two seeds."""
+    base = common(profile)
     methods = tuple(Entry(label_of(subset), tuple(PARTS[part] for part in subset) or (LinearProbe(),)) for subset in SUBSETS)
-    settings = {"max_steps": 1000, "evaluations": 10, "early_stopping": 5, "max_length": 64} if profile == "full" else base.settings
     return replace(
         base,
         name=f"combination-{profile}",
         experiment="combination",
         tasks=GLUE if profile == "full" else base.tasks,
         methods=methods,
-        settings=settings,
-        grid={"shots": (16, None) if profile == "full" else (16,)},
-        seeds=(13, 21, 42) if profile == "full" else (13,),
+        settings=SETTINGS if profile == "full" else base.settings,
+        points=({"shots": 16}, {"train_rows": 256}) if profile == "full" else ({"shots": 16},),
+        seeds=(13, 21) if profile == "full" else (13,),
     )
 
 
@@ -71,7 +72,8 @@ def effects(scores: Scores, subsets: Sequence[tuple[str, ...]] = SUBSETS) -> dic
 def settings_of(evidence: Evidence) -> list[tuple[str, Evidence]]:
     """The cells of the grid, each with what its trials say."""
     values = list(dict.fromkeys(record.cell.get("shots") for record in evidence.done))
-    return [("all examples" if value is None else f"{value} of each class", _with_shots(evidence, value)) for value in values]
+    more = next((cell["train_rows"] for cell in evidence.study.cells if "train_rows" in cell), "all")
+    return [(f"{more} examples" if value is None else f"{value} of each class", _with_shots(evidence, value)) for value in values]
 
 
 def _with_shots(evidence: Evidence, shots: int | None) -> Evidence:

@@ -13,13 +13,12 @@ from statistics import fmean
 
 from deltatune.methods import Adapter, BitFit, Frozen, FullFineTuning, LoRA
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import AP, BF, FT, LR, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.forgetting import ON, RING
 from deltatune.study.experiments.forgetting import SETTINGS as SAME
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import better
-from deltatune.study.experiments.performance import AP, BF, FT, LR
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.scores import draw_method_scores, method_scores
 from deltatune.study.record import Record
 from deltatune.study.report.parts import Picture, Section, Table
@@ -51,7 +50,7 @@ class Pair:
 def design(profile: Profile) -> Study:
     """Each method for several numbers of steps, and the backbone as it is; quick: one task, two methods, a few steps."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     recipes = {FT: FullFineTuning(), LR: LoRA(), AP: Adapter(), BF: BitFit()} if full else {FT: FullFineTuning(), LR: LoRA()}
     options = {"prompts": "bbc-news"} if full else {"prompts": "bbc-news", "rows": 8, "tokens": 8}
     methods = [Entry(label, (method,), procedure="write", options=options) for label, method in {**recipes, FROZEN: Frozen()}.items()]

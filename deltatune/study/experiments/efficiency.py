@@ -13,9 +13,9 @@ from statistics import median
 
 from deltatune.methods import Adapter, BitFit, DiffPruning, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import AP, BF, DIFF, FT, LR, PF, PT
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.judging import all_of
-from deltatune.study.experiments.performance import AP, BF, DIFF, FT, LR, PF, PT
 from deltatune.study.plots.series import Points, draw_series
 from deltatune.study.procedures.step import INFERENCE, PARTS
 from deltatune.study.record import Record

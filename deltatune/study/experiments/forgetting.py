@@ -11,11 +11,10 @@ from statistics import fmean
 
 from deltatune.methods import Adapter, BitFit, FullFineTuning, LoRA
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import AP, BF, FT, LR, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import FEWEST, all_of, better
-from deltatune.study.experiments.performance import AP, BF, FT, LR
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.scores import draw_method_scores, method_scores
 from deltatune.study.record import Record
 from deltatune.study.report.parts import Picture, Section, Table
@@ -33,7 +32,7 @@ ON = (LR, AP, BF)
 def design(profile: Profile) -> Study:
     """Each order once, by its first task; quick: three tasks, three methods, a few steps."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     recipes = {FT: FullFineTuning(), LR: LoRA(), AP: Adapter(), BF: BitFit()} if full else {FT: FullFineTuning(), LR: LoRA()}
     options = {"tasks": list(RING if full else RING[:3])}
     methods = [Entry(label, (method,), procedure="stream", options=options) for label, method in recipes.items()]

@@ -12,13 +12,12 @@ from dataclasses import replace
 from deltatune.methods import FullFineTuning, LoRA, PfeifferAdapter
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import AP, FT, LR, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.forgetting import RING
 from deltatune.study.experiments.forgetting import SETTINGS as SAME
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import all_of, better, reaches
-from deltatune.study.experiments.performance import AP, FT, LR
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.scores import draw_method_scores, method_scores
 from deltatune.study.procedures.several import parts_of
 from deltatune.study.report.parts import Picture, Section, Table
@@ -39,7 +38,7 @@ ALIKE = 1000.0
 def design(profile: Profile) -> Study:
     """One mixture, trained in three ways; quick: two tasks, a few steps."""
     full = profile == "full"
-    base, tasks = performance(profile), TASKS if full else TASKS[:2]
+    base, tasks = common(profile), TASKS if full else TASKS[:2]
     recipes: dict[str, Method] = {FT: FullFineTuning(), LR: LoRA(), AP: PfeifferAdapter()}
     steps = STEPS if full else 4
     everyone = {"max_steps": steps * len(tasks), "temperature": ALIKE}

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deltatune.study.design import Profile, Study
+from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import FEWEST, all_of, better, reaches
 from deltatune.study.experiments.languages import by_pair
-from deltatune.study.experiments.performance import AP, BF, FT, LR, PF, PROBE, PT
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.report.comparison import comparison
 from deltatune.study.statistics import Scores
 from deltatune.tasks import get_task
@@ -35,7 +34,7 @@ def at_hand() -> tuple[str, ...]:
 def design(profile: Profile) -> Study:
     """The methods of experiment 1 on every set; quick: one set, three methods, a few steps."""
     full = profile == "full"
-    base, labels = performance(profile), LABELS if full else (FT, LR, AP)
+    base, labels = common(profile), LABELS if full else (FT, LR, AP)
     return replace(
         base,
         name=f"reading-{profile}",

@@ -13,10 +13,10 @@ from statistics import fmean
 
 from deltatune.study.design import Entry, Profile, Study
 from deltatune.study.experiments.combination import PARTS
+from deltatune.study.experiments.common import common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import BARE, DECODER
 from deltatune.study.experiments.judging import FEWEST, p_of
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.series import draw_series
 from deltatune.study.record import Record
 from deltatune.study.report.parts import Picture, Section, Table
@@ -34,7 +34,7 @@ WORTH = 0.005
 def design(profile: Profile) -> Study:
     """Every order with the template and without; quick: two orders, a few steps."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     orders = ORDERS if full else ORDERS[:2]
     with_ = [Entry(order, tuple(PARTS[part] for part in order.split(" > ")), procedure="stages") for order in orders]
     bare = [replace(one, label=one.label + BARE, settings={"manual_template": False}) for one in with_]

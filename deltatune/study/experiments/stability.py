@@ -1,43 +1,53 @@
-"""Experiment 14: how much does each method's score hang on the seed?"""
+"""Experiment 14: how much does each method's score hang on the seed, and what does a long prefix cost?
+
+Full: six tasks on MiniLM with a head, 32 examples of each class, five seeds: full fine-tuning, four deltas and a prefix of 100 tokens in
+place of 20; full fine-tuning and LoRA on random weights of the same shape too: 360 trials, about two core-hours.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from deltatune.study.design import Profile, Study
+from deltatune.methods import PrefixTuning
+from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.common import AP, BF, FT, LR, PF, SHORT, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import better, lacking
-from deltatune.study.experiments.low_data import TASKS
-from deltatune.study.experiments.performance import AP, BF, FT, LR, PF
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.scores import draw_method_scores, method_scores
 from deltatune.study.report.parts import Picture, Section, Table
-from deltatune.study.statistics import Scores, grouped, over_tasks
+from deltatune.study.statistics import Scores, complete, grouped, over_tasks
 
 DELTAS = (LR, AP, PF, BF)
+RANDOM = "minilm@random"
+LONG = "prefix-tuning-100"
+
+SETTINGS = {"shots": 32, "max_length": 64, "batch_size": 8, "max_steps": 200, "evaluations": 10, "early_stopping": 4, "test_rows": 300}
 
 
 def design(profile: Profile) -> Study:
-    """Experiment 1 on fewer tasks with ten seeds, and 64 examples of each class, where seeds matter most."""
-    base = performance(profile)
-    methods = tuple(replace(entry, settings={}) for entry in base.methods if entry.label in (FT, *DELTAS))
-    settings = {"max_steps": 600, "evaluations": 12, "early_stopping": 6, "max_length": 64, "shots": 64}
+    """Experiment 1 on fewer tasks with more seeds, and few examples of each class, where seeds matter most."""
+    full, base = profile == "full", common(profile)
+    methods = [replace(entry, settings={}) for entry in base.methods if entry.label in (FT, *DELTAS)]
+    methods = [entry if entry.label in (FT, LR) else replace(entry, backbones=base.backbones) for entry in methods]
+    longer = Entry(LONG, (PrefixTuning(num_virtual_tokens=100),), backbones=base.backbones)
     return replace(
         base,
         name=f"stability-{profile}",
         experiment="stability",
-        tasks=TASKS if profile == "full" else base.tasks,
-        methods=methods,
-        settings=settings if profile == "full" else base.settings,
-        seeds=tuple(range(10)) if profile == "full" else (0, 1),
+        backbones=(*base.backbones, RANDOM) if full else base.backbones,
+        tasks=SHORT if full else base.tasks,
+        methods=(*methods, longer) if full else tuple(methods),
+        settings=SETTINGS if full else base.settings,
+        seeds=tuple(range(5)) if full else (0, 1),
     )
 
 
-def deviations(evidence: Evidence) -> Scores:
-    """Task -> method -> standard deviation of the score over seeds, of those that have several."""
+def deviations(evidence: Evidence, backbone: str | None = None) -> Scores:
+    """Task -> method -> standard deviation of the score over seeds, of those that have several, on one backbone."""
     found: Scores = {}
-    for (task, method), records in grouped(evidence.done, lambda record: (record.task, record.method)).items():
+    own = [record for record in evidence.done if record.backbone == (backbone or evidence.study.backbones[0])]
+    for (task, method), records in grouped(own, lambda record: (record.task, record.method)).items():
         scores = [record.score for record in records if record.score is not None]
         if len(scores) > 1:
             found.setdefault(task, {})[method] = stdev(scores)
@@ -57,6 +67,35 @@ def steadier(evidence: Evidence) -> Judgement:
     return Judgement(told.verdict, f"Mean deviation over seeds: {said}. {told.because}")
 
 
+def steadier_start(evidence: Evidence) -> Judgement:
+    """LoRA on the pretrained backbone deviates less than on random weights, as a share of what it scores above chance or not."""
+    sides = {"pretrained": deviations(evidence), "random": deviations(evidence, RANDOM)}
+    if not sides["random"]:
+        return Judgement("undecided", f"No scores of {LR} on {RANDOM} with several seeds.")
+    shared = [task for task in sides["pretrained"] if all(LR in side.get(task, {}) for side in sides.values())]
+    table = {task: {f"{name}, negated": -side[task][LR] for name, side in sides.items()} for task in shared}
+    if (missing := lacking(table, ("pretrained, negated", "random, negated"))) is not None:
+        return missing
+    told = better(table, "pretrained, negated", "random, negated")
+    said = ", ".join(f"{name} {fmean(side[task][LR] for task in shared):.4f}" for name, side in sides.items())
+    return Judgement(told.verdict, f"Mean deviation of {LR} over seeds: {said}. {told.because}")
+
+
+def length_costs(evidence: Evidence) -> Judgement:
+    """A step with 100 prefix tokens takes longer than one with 20 on every task."""
+    times: Scores = {}
+    for record in evidence.done:
+        if record.method in (PF, LONG) and record.seconds_per_step:
+            times.setdefault(f"{record.task}, seed {record.seed}", {})[record.method] = record.seconds_per_step
+    if (missing := lacking(times, (PF, LONG))) is not None:
+        return missing
+    shared = complete(times, (PF, LONG))
+    ratio = fmean(row[LONG] / row[PF] for row in shared.values())
+    told = better(shared, LONG, PF)
+    verdict = told.verdict if told.verdict != "holds" or ratio > 1 else "does not hold"
+    return Judgement(verdict, f"A step with 100 tokens takes {ratio:.2f} of one with 20, over {len(shared)} pairs of trials.")
+
+
 def sections(evidence: Evidence) -> list[Section]:
     """The deviations by method and by task."""
     scores, methods = deviations(evidence), [method for method in evidence.methods if method in (FT, *DELTAS)]
@@ -72,6 +111,10 @@ def sections(evidence: Evidence) -> list[Section]:
     return [Section("Deviation over seeds", "", (picture, Table(("task", *methods), rows)))]
 
 
-CLAIMS = (Claim("E33", "Training a delta is steadier over seeds than training everything.", steadier),)
+CLAIMS = (
+    Claim("E33", "Training a delta is steadier over seeds than training everything.", steadier),
+    Claim("E33", "Training a delta is steadier from a good start: pretrained weights against random ones.", steadier_start),
+    Claim("B20", "A prefix uses up length: a longer one makes every step slower.", length_costs),
+)
 
 experiments.register("stability")(Experiment("stability", "How much does a score hang on the seed?", design, CLAIMS, sections))

@@ -14,10 +14,10 @@ from statistics import fmean
 
 from deltatune.study.design import Entry, Profile, Study, baselines
 from deltatune.study.experiments.combination import GLUE, PARTS, SUBSETS, effects, label_of, settings_of
+from deltatune.study.experiments.common import common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import BARE, DECODER
 from deltatune.study.experiments.judging import all_of, better, lacking
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.scores import draw_method_scores, method_scores
 from deltatune.study.report.parts import Picture, Section, Table
 from deltatune.study.statistics import Scores, complete, over_tasks, paired
@@ -42,7 +42,7 @@ LITTLE = 0.02
 def design(profile: Profile) -> Study:
     """Every subset with the template and without; quick: one task, one part, a few steps."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     subsets = TRAINED if full else TRAINED[:1]
     with_ = [baselines()[0], *(Entry(label_of(one), tuple(PARTS[part] for part in one)) for one in subsets)]
     bare = [replace(one, label=one.label + BARE, settings={"manual_template": False}) for one in with_]

@@ -12,12 +12,11 @@ from dataclasses import replace
 
 from deltatune.methods import PromptTuning
 from deltatune.study.design import Profile, Study
+from deltatune.study.experiments.common import BF, FT, LONG, LR, PROBE, PT, common
 from deltatune.study.experiments.experiment import Claim, Experiment, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import better, reaches
-from deltatune.study.experiments.performance import BF, FT, LONG, LR, PROBE, PT
 from deltatune.study.experiments.performance import CLAIMS as IN_THE_HEAD_FORM
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.report.comparison import comparison
 
 TASKS = (
@@ -35,7 +34,7 @@ SETTINGS = {
 def design(profile: Profile) -> Study:
     """The methods of the head form without its probe; quick: a task whose answers are scored, one that is written, two methods."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     chosen = [entry for entry in base.methods if entry.label != PROBE and (full or entry.label in (LR, BF))]
     methods = [replace(entry, settings={"max_steps": 600} if full and entry.label in LONG else {}) for entry in chosen]
     short = {**SETTINGS, "max_steps": 3, "evaluations": 1, "early_stopping": None, "eval_rows": 8, "test_rows": 16}

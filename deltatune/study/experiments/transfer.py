@@ -14,11 +14,10 @@ from statistics import fmean
 from deltatune.methods import Adapter, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.kinds import Method
 from deltatune.study.design import RANDOM, Entry, Profile, Study
+from deltatune.study.experiments.common import AP, LR, PF, PT, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import FEWEST, all_of, better
-from deltatune.study.experiments.performance import AP, LR, PF, PT
-from deltatune.study.experiments.performance import design as performance
 from deltatune.study.plots.curves import Curve, curves_of
 from deltatune.study.plots.transfer import draw_transfers, transfers_of
 from deltatune.study.report.parts import Picture, Section, Table
@@ -56,7 +55,7 @@ GOOD, GOAL, MARGIN = 0.8, 0.95, 0.05
 def design(profile: Profile) -> Study:
     """Every method on every task, random deltas, and training from one task to the next; quick: three tasks and two methods."""
     full = profile == "full"
-    base = performance(profile)
+    base = common(profile)
     names = NAMED if full else ("glue-sst2", "yelp-labelled-sentences", "babi-qa1")
     recipes = RECIPES if full else {label: RECIPES[label] for label in (PT, LR)}
     others = {"also": {source: [name for name in names if name != source] for source in names}, "asked": "as itself"}

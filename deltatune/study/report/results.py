@@ -1,4 +1,4 @@
-"""Every trial of a study as one CSV, and its design: evidence that others can check and do again."""
+"""Every trial of a study as one CSV, its design, and its machines: evidence that others can check, do again and go on with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 NAMES = (
     "backbone", "task", "category", "method", "seed", "cell", "metric", "score", "low", "high", "degenerate", "lr", "trained",
     "total", "steps", "tokens", "seconds", "training_seconds", "seconds_per_step", "peak_memory_bytes", "delta_bytes",
-    "state", "attempts", "error", "key", "numbers",
+    "state", "attempts", "error", "machine", "key", "numbers",
 )  # fmt: skip
 
 
 def write_results(store: Store, name: str, folder: Path) -> Path:
-    """``results.csv``, a line a trial, with the experiment in front; ``cell`` and ``numbers`` are JSON.
+    """``results.csv``, a line a trial, with the experiment in front; ``cell``, ``numbers`` and ``curve`` are JSON.
 
     Raises:
         OutputError: it cannot be written.
@@ -32,10 +32,24 @@ def write_results(store: Store, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("experiment", *NAMES))
+    writer.writerow(("experiment", *NAMES, "curve"))
     for record in store.records(name):
-        writer.writerow((experiment, *(_cell(record, column) for column in NAMES)))
+        curve = json.dumps(store.curve(name, record.key))
+        writer.writerow((experiment, *(_cell(record, column) for column in NAMES), curve))
     write_text(target, text.getvalue())
+    return target
+
+
+def write_machines(store: Store, name: str, folder: Path) -> Path:
+    """``machines.json``: the machines and versions that ``machine`` numbers in ``results.csv``.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    found = {str(row.id): {"machine": row.machine, "versions": row.versions} for row in store.places(name)}
+    target = folder / "machines.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(found, indent=1) + "\n")
     return target
 
 

@@ -83,4 +83,5 @@ def record_of(row: TrialRow, attempts: Sequence[AttemptRow]) -> Record:
         numbers=row.numbers or {},
         error=f"{last.error}: {last.message}" if last is not None and last.error and row.state != DONE else None,
         attempts=len(attempts),
+        machine=last.surroundings_id if last is not None else None,
     )
