@@ -27,7 +27,7 @@ EXAMPLES = {"quick": (8, 32), "full": (16, 128, 1024)}
 LEAST = 0.01
 """Scores below this are none to divide by."""
 
-SETTINGS = {**SAMPLE, "batch_size": 8, "max_steps": 400, "evaluations": 20, "early_stopping": 4}
+SETTINGS = {**SAMPLE, "max_steps": 400, "evaluations": 20, "early_stopping": 4}
 
 
 def design(profile: Profile) -> Study:

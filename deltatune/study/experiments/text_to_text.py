@@ -1,18 +1,17 @@
 """Experiment 1, second part: the same question text to text, answers in words, on a decoder.
 
 Full: thirteen tasks of twelve categories on SmolLM2-135M, five of which are written: a bAbI question, subjects of mails, restaurants from
-their data, captions in German, Shakespeare's English. Eight methods, 300 steps of 8 rows, prompts of 20 tokens with 600 steps: 104 trials
-and two baselines each, about 35 core-hours. Label words are scored, other answers are generated. A head that is trained alone has no place
-here, so that BitFit is held against the frozen backbone.
+their data, captions in German, Shakespeare's English. Seven methods, 64 rows in up to six epochs, prompts and prefixes in up to twelve: 91
+trials and two baselines each, about seven core-hours. Label words are scored, other answers are generated. A head that is trained alone
+has no place here, so that BitFit is held against the frozen backbone.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from deltatune.methods import PromptTuning
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import BF, FT, LONG, LR, PROBE, PT, common
+from deltatune.study.experiments.common import BF, DIFF, FT, LONG, LR, PROBE, common
 from deltatune.study.experiments.experiment import Claim, Experiment, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import better, reaches
@@ -26,17 +25,18 @@ TASKS = (
 """The last five are written."""
 
 SETTINGS = {
-    "framing": "text2text", "max_steps": 300, "batch_size": 8, "max_length": 96, "evaluations": 6, "early_stopping": 3, "eval_rows": 96,
-    "test_rows": 200, "eval_batch_size": 32,
+    "framing": "text2text", "batch_size": 8, "max_length": 96, "train_rows": 64, "eval_rows": 32, "test_rows": 100, "eval_batch_size": 32,
+    "epochs": 6, "evaluations": 6, "early_stopping": 3,
 }  # fmt: skip
+LONGER = {"epochs": 12, "evaluations": 12, "early_stopping": 4}
 
 
 def design(profile: Profile) -> Study:
-    """The methods of the head form without its probe; quick: a task whose answers are scored, one that is written, two methods."""
+    """The methods of the head form but for probe and diff pruning; quick: one task that is scored and one written, two methods."""
     full = profile == "full"
     base = common(profile)
-    chosen = [entry for entry in base.methods if entry.label != PROBE and (full or entry.label in (LR, BF))]
-    methods = [replace(entry, settings={"max_steps": 600} if full and entry.label in LONG else {}) for entry in chosen]
+    chosen = [entry for entry in base.methods if entry.label not in (PROBE, DIFF) and (full or entry.label in (LR, BF))]
+    methods = [replace(entry, settings=LONGER if full and entry.label in LONG else {}) for entry in chosen]
     short = {**SETTINGS, "max_steps": 3, "evaluations": 1, "early_stopping": None, "eval_rows": 8, "test_rows": 16}
     return replace(
         base,
@@ -44,7 +44,7 @@ def design(profile: Profile) -> Study:
         experiment="text-to-text",
         backbones=(DECODER,),
         tasks=TASKS if full else (TASKS[0], TASKS[8]),
-        methods=tuple(replace(one, methods=(PromptTuning(num_virtual_tokens=20),)) if one.label == PT else one for one in methods),
+        methods=tuple(methods),
         settings=SETTINGS if full else short,
     )
 
