@@ -1,0 +1,116 @@
+"""The study's evidence: run experiments for a while, and write what there is into ``docs/evidence``.
+
+``evidence.py run performance low-data --minutes 90`` takes what ``docs/evidence`` holds of each into a store, goes on with one after the
+other until the time is up, and writes their reports there again; so it can be stopped, and gone on with on another machine.
+``evidence.py index`` writes ``docs/evidence/README.md``: for each experiment how far it is, its verdicts, and the command that does it.
+
+Trials run side by side on Ray, one a core, each on one thread.
+"""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Timer
+
+from deltatune.study.driver import Driver
+from deltatune.study.exchange import take_results
+from deltatune.study.experiments import experiments
+from deltatune.study.experiments.experiment import judged
+from deltatune.study.report.markdown import write_markdown
+from deltatune.study.report.page import write_page
+from deltatune.study.report.report import evidence_of, report_of
+from deltatune.study.report.results import write_design, write_machines, write_results
+from deltatune.study.runner.ray import Resources, ray_runner
+from deltatune.study.shows import Lines
+from deltatune.study.store.store import Store
+
+EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
+RUNS = Path("runs")
+
+
+def entered(store: Store, experiment: str) -> str:
+    """The study of an experiment in the store, with what is in the evidence; its name."""
+    study, folder = experiments[experiment].study("full"), EVIDENCE / experiment
+    if study.name not in store and folder.exists():
+        taken = take_results(store, folder)
+        print(f"{experiment}: {taken.taken} trials taken from {folder}, {taken.strange} of an older design left out", file=sys.stderr)
+    store.add(study, change=True)
+    return study.name
+
+
+def write(store: Store, experiment: str, name: str) -> None:
+    """The report of a study into the evidence."""
+    found, folder = report_of(store, name), EVIDENCE / experiment
+    for page in (write_page, write_markdown):
+        page(found, folder)
+    for results in (write_results, write_machines, write_design):
+        results(store, name, folder)
+
+
+def run(store: Store, names: Sequence[str], minutes: float, workers: int) -> None:
+    """One experiment after the other until the time is up."""
+    end = time.monotonic() + 60 * minutes
+    for experiment in names:
+        name = entered(store, experiment)
+        timer = Timer(max(0.0, end - time.monotonic()), _thread.interrupt_main)
+        timer.start()
+        try:
+            Driver(store, name, RUNS / "studies" / name, ray_runner(Resources(workers=workers, cpus=1)), Lines()).run()
+        except KeyboardInterrupt:
+            print(f"{experiment}: stopped", file=sys.stderr)
+        finally:
+            timer.cancel()
+            write(store, experiment, name)
+        if time.monotonic() >= end:
+            return
+
+
+def row(store: Store, experiment: str) -> list[str]:
+    """Lines of the index: how far one experiment is, and its verdicts."""
+    name = entered(store, experiment)
+    counts, folder = store.counts(name), EVIDENCE / experiment
+    total, command = sum(counts.values()), f"python benchmarks/evidence.py run {experiment}"
+    if not folder.exists():
+        return [f"- **{experiment}**: not begun ({total:,} trials). `{command}`"]
+    verdicts = judged(experiments[experiment], evidence_of(store, name))
+    told = Counter(judgement.verdict for _, judgement in verdicts)
+    said = ", ".join(f"{count} {verdict}" for verdict, count in told.items())
+    found = [f"- [**{experiment}**]({experiment}/report.md): {counts['done']:,} of {total:,} trials; of its claims {said}. `{command}`"]
+    return found + [f"  - {claim.number}, *{judgement.verdict}*: {claim.says} {judgement.because}" for claim, judgement in verdicts]
+
+
+def index(store: Store) -> None:
+    """``README.md`` of the evidence."""
+    lines = [
+        "# Evidence",
+        "",
+        "What the study found on real models and data, by `python benchmarks/evidence.py`. Each folder holds the report, every trial with",
+        "its learning curve (`results.csv`), the machines, and the design; `deltatune study import FOLDER` goes on with it elsewhere.",
+        "Numbers of tasks and rows are in [decision 16](../decisions/0016-sizes-of-the-study.md). An experiment that is not finished is",
+        "judged by what there is.",
+        "",
+    ]
+    for experiment in experiments:
+        lines += row(store, experiment)
+    (EVIDENCE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "index"])
+    parser.add_argument("names", nargs="*", help="experiments")
+    parser.add_argument("--minutes", type=float, default=24 * 60)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    opened = Store(RUNS / "evidence.db")
+    if given.verb == "run":
+        run(opened, given.names, given.minutes, given.workers)
+    else:
+        index(opened)
