@@ -1,6 +1,6 @@
 """Experiment 4, first part: adapter, BitFit and prompt tuning trained together, in all eight subsets; what does each add?
 
-Full: eight tasks on MiniLM with a head, two seeds, 16 examples of each class and 256 in all: 320 trials, about four core-hours. Templates
+Full: eight tasks on MiniLM with a head, two seeds, 16 examples of each class and 128 in all: 320 trials, about four core-hours. Templates
 and zero-shot answers are of label words; they are in the second part, ``templates``.
 """
 
@@ -49,7 +49,7 @@ def design(profile: Profile) -> Study:
         tasks=GLUE if profile == "full" else base.tasks,
         methods=methods,
         settings=SETTINGS if profile == "full" else base.settings,
-        points=({"shots": 16}, {"train_rows": 256}) if profile == "full" else ({"shots": 16},),
+        points=({"shots": 16}, {"train_rows": 128}) if profile == "full" else ({"shots": 16},),
         seeds=(13, 21) if profile == "full" else (13,),
     )
 

@@ -19,13 +19,13 @@ SHORT = ("glue-sst2", "glue-cola", "tweet-sentiment", "subj", "emotion", "snli")
 
 QUICK: dict[str, Any] = {"max_steps": 20, "batch_size": 8, "max_length": 32, "evaluations": 2, "eval_rows": 64, "test_rows": 128}
 
-SAMPLE: dict[str, Any] = {"batch_size": 8, "max_length": 64, "train_rows": 256, "eval_rows": 128, "test_rows": 300}
+SAMPLE: dict[str, Any] = {"batch_size": 8, "max_length": 64, "train_rows": 128, "eval_rows": 96, "test_rows": 240}
 """The rows of a task that ``full`` trains on and scores."""
 
-FULL: dict[str, Any] = {**SAMPLE, "epochs": 10, "evaluations": 10, "early_stopping": 4}
+FULL: dict[str, Any] = {**SAMPLE, "epochs": 12, "evaluations": 12, "early_stopping": 4}
 """Validation once an epoch, stopped after four epochs without a better score."""
 
-LONGER: dict[str, Any] = {"epochs": 30, "evaluations": 30, "early_stopping": 8}
+LONGER: dict[str, Any] = {"epochs": 24, "evaluations": 24, "early_stopping": 6}
 PROMPT = PromptTuning(num_virtual_tokens=20)
 """Its default of 100 tokens would make rows of 25 tokens five times as long."""
 

@@ -1,6 +1,6 @@
 """Experiment 2: how fast does each method get there, in steps and in seconds?
 
-Full: ten tasks on MiniLM with a head, five methods, 12 epochs of 256 rows: 70 trials, about two core-hours.
+Full: ten tasks on MiniLM with a head, five methods, 12 epochs of 128 rows: 70 trials, about two core-hours.
 """
 
 from __future__ import annotations
