@@ -67,7 +67,21 @@ def test_what_the_page_says(tmp_path: Path) -> None:
     assert "0.500 (1 seed, stale)" in rows["ia3"]
     missing = [line for line in text.splitlines() if line.startswith("- `")]
     assert [line.split("`")[1] for line in missing] == ["ia3", "said"]
-    assert "tweet-sentiment 0.333 (1 seed, one answer), the probe 0.500." in missing[1]
+    assert missing[1].endswith("tweet-sentiment 0.333 (1 seed, one answer), the probe 0.500."), "it is above on the other"
+    assert "on one of the tasks: all but " in text and "## AdapterFusion" not in text
+
+
+def test_fusion_beside_the_adapters_it_fuses(tmp_path: Path) -> None:
+    place = made_up(tmp_path)
+    rows = {
+        "a adapter": {"score": 0.7, "seeds": [0.6, 0.8], "trained_parameters": 770},
+        "fusion": {"score": 0.75, "seeds": [0.75], "trained_parameters": 9_000},
+    }
+    told = {"question": "Fusion of 1 on b", "sources": {"a": 0.9}, "target": rows, "best_single": "a adapter", "gain": 0.05, "steps": 3}
+    (place / "adapter_fusion.json").write_text(json.dumps(told))
+    text = module("methods_page").page(place)
+    assert "| a adapter, the best single one | 0.700 | 0.600, 0.800 | 770 |" in text and "| fusion | 0.750 | 0.750 | 9,000 |" in text
+    assert "with their scores on their own tasks: a 0.900. Fusion less the best single adapter: +0.0500." in text
 
 
 def test_what_is_packaged(tmp_path: Path) -> None:
