@@ -216,7 +216,7 @@ def packaged(results: Path = RESULTS) -> dict[str, Any]:
     rows = {
         name: {
             "scores": {task: (round(by[name].mean, 4), _rounded(by[name].spread)) for task, by in found.items() if name in by},
-            "collapsed": [task for task, by in found.items() if name in by and by[name].collapsed],
+            "collapsed": {task: (by[name].collapsed, by[name].seeds) for task, by in found.items() if name in by and by[name].collapsed},
             "share": round(_share(name, ground), 6),
             "file_bytes": files[name],
             "step": costs.get(name, {}).get("step"),

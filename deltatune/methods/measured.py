@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -19,7 +19,7 @@ class Measured:
         file_bytes: of the delta's folder, head included.
         step: seconds a step, as a ratio to full fine-tuning; None where nothing trains.
         memory: peak memory, as a ratio to full fine-tuning.
-        collapsed: tasks on which it gave every test row the same answer.
+        collapsed: task -> with how many of how many seeds it gave every test row the same answer; tasks where it did with none are left out.
     """
 
     scores: dict[str, tuple[float, float | None]]
@@ -27,15 +27,19 @@ class Measured:
     file_bytes: int
     step: float | None
     memory: float | None
-    collapsed: tuple[str, ...] = ()
+    collapsed: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        scores = [
-            f"{task} {_told(*score)}" + " (one answer to every text)" * (task in self.collapsed) for task, score in self.scores.items()
-        ]
+        scores = [f"{task} {_told(*score)}{self._mark(task)}" for task, score in self.scores.items()]
         costs = [f"{word} {ratio:.2f}" for word, ratio in (("step", self.step), ("memory", self.memory)) if ratio is not None]
         sizes = [f"{self.share:.3%} of the parameters", f"{self.file_bytes / 1e3:,.0f} kB"]
         return "; ".join([", ".join(scores), ", ".join(sizes), *([", ".join(costs) + " of full fine-tuning's"] if costs else [])])
+
+    def _mark(self, task: str) -> str:
+        if task not in self.collapsed:
+            return ""
+        count, seeds = self.collapsed[task]
+        return " (one answer to every text" + (f" with {count} of {seeds} seeds)" if count < seeds else ")")
 
 
 def measured(name: str) -> Measured | None:
@@ -48,7 +52,8 @@ def measured(name: str) -> Measured | None:
     if row is None:
         return None
     scores = {task: (float(mean), None if spread is None else float(spread)) for task, (mean, spread) in row["scores"].items()}
-    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"], tuple(row["collapsed"]))
+    collapsed = {task: (int(count), int(seeds)) for task, (count, seeds) in row["collapsed"].items()}
+    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"], collapsed)
 
 
 def budget() -> str:

@@ -16,9 +16,9 @@ ROW: dict[str, Any] = {
     "file_bytes": 310_227,
     "step": 0.71,
     "memory": 0.5,
-    "collapsed": [],
+    "collapsed": {},
 }
-FROZEN: dict[str, Any] = {"step": None, "memory": None, "collapsed": ["tweet-sentiment"]}
+FROZEN: dict[str, Any] = {"step": None, "memory": None, "collapsed": {"tweet-sentiment": [3, 3], "bbc-news": [1, 3]}}
 
 
 def test_a_row_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,8 @@ def test_a_row_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         "bbc-news 0.951 ± 0.004, tweet-sentiment 0.610; 0.333% of the parameters, 310 kB; step 0.71, memory 0.50 of full fine-tuning's"
     )
     assert str(measured("frozen")) == (
-        "bbc-news 0.951 ± 0.004, tweet-sentiment 0.610 (one answer to every text); 0.333% of the parameters, 310 kB"
+        "bbc-news 0.951 ± 0.004 (one answer to every text with 1 of 3 seeds), tweet-sentiment 0.610 (one answer to every text); "
+        "0.333% of the parameters, 310 kB"
     )
     assert measured("bitfit") is None
 

@@ -86,7 +86,7 @@ def test_fusion_beside_the_adapters_it_fuses(tmp_path: Path) -> None:
 
 def test_what_is_packaged(tmp_path: Path) -> None:
     row = module("methods_page").packaged(made_up(tmp_path))["rows"]["said"]
-    assert (row["share"], row["collapsed"], row["scores"]["tweet-sentiment"]) == (0.025, ["tweet-sentiment"], (0.3333, None))
+    assert (row["share"], row["collapsed"], row["scores"]["tweet-sentiment"]) == (0.025, {"tweet-sentiment": (1, 1)}, (0.3333, None))
 
 
 def test_a_run_of_other_defaults_is_stale_and_results_are_incomplete_until_it_is_done_again(tmp_path: Path) -> None:
