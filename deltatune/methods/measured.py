@@ -19,7 +19,7 @@ class Measured:
         file_bytes: of the delta's folder, head included.
         step: seconds a step, as a ratio to full fine-tuning; None where nothing trains.
         memory: peak memory, as a ratio to full fine-tuning.
-        collapsed: task -> with how many of how many seeds it gave every test row the same answer; tasks where it did with none are left out.
+        collapsed: task -> with how many of how many seeds every test row got the same answer; tasks where it never did are left out.
     """
 
     scores: dict[str, tuple[float, float | None]]
