@@ -38,10 +38,10 @@ RUNS = Path("runs")
 def entered(store: Store, experiment: str) -> str:
     """The study of an experiment in the store, with what is in the evidence; its name."""
     study, folder = experiments[experiment].study("full"), EVIDENCE / experiment
-    if study.name not in store and folder.exists():
-        taken = take_results(store, folder)
-        print(f"{experiment}: {taken.taken} trials taken from {folder}, {taken.strange} of an older design left out", file=sys.stderr)
     store.add(study, change=True)
+    if folder.exists():
+        taken = take_results(store, folder, study=study)
+        print(f"{experiment}: {taken.taken} trials taken from {folder}, {taken.strange} of an older design left out", file=sys.stderr)
     return study.name
 
 
@@ -65,11 +65,10 @@ def run(store: Store, names: Sequence[str], minutes: float, workers: int) -> Non
             Driver(store, name, RUNS / "studies" / name, ray_runner(Resources(workers=workers, cpus=1)), Lines()).run()
         except KeyboardInterrupt:
             print(f"{experiment}: stopped", file=sys.stderr)
+            return
         finally:
             timer.cancel()
             write(store, experiment, name)
-        if time.monotonic() >= end:
-            return
 
 
 def row(store: Store, experiment: str) -> list[str]:

@@ -54,7 +54,11 @@ class Score:
         """What a reader must know beside the number."""
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
         told = [seeds] if self.seeds < len(SEEDS) else []
-        told += ["one answer" + (f" with {self.collapsed} of them" if self.collapsed < self.seeds else "")] if self.collapsed else []
+        told += (
+            ["one answer" + (f" with {self.collapsed} of {self.seeds} seeds" if self.collapsed < self.seeds else "")]
+            if self.collapsed
+            else []
+        )
         told += ["stale"] if self.stale else []
         return f" ({', '.join(told)})" if told else ""
 
@@ -93,11 +97,9 @@ def learns(name: str, found: Mapping[str, Mapping[str, Score]]) -> bool:
 
 
 def misses(name: str, found: Mapping[str, Mapping[str, Score]]) -> list[str]:
-    """The tasks where a method scores no better than the linear probe, or gives one answer; all, where it is above it on none."""
+    """The tasks where a method's interval is not above the linear probe's mean, or it gave one answer with some seed."""
     tasks = [task for task, by in found.items() if name in by and PROBE in by]
-    if not learns(name, found):
-        return tasks
-    return [task for task in tasks if found[task][name].mean <= found[task][PROBE].mean or found[task][name].collapsed]
+    return [task for task in tasks if found[task][name].low <= found[task][PROBE].mean or found[task][name].collapsed]
 
 
 def page(results: Path = RESULTS) -> str:
@@ -114,13 +116,9 @@ def page(results: Path = RESULTS) -> str:
 
 def _said_of(found: Mapping[str, Mapping[str, Score]]) -> str:
     """Whether every method is above the probe somewhere, which is the bar."""
-    below = [f"`{name}`" for name in methods if methods[name].family != "baseline" and not _above(name, found)]
+    below = [f"`{name}`" for name in methods if methods[name].family != "baseline" and not learns(name, found)]
     there = "every method does so" if not below else f"all but {', '.join(below)} do so"
     return f"A method has to lie above the probe with its whole interval on one of the tasks: {there}. These do not on both:"
-
-
-def _above(name: str, found: Mapping[str, Mapping[str, Score]]) -> bool:
-    return any(name in by and by[name].low > by[PROBE].mean for by in found.values())
 
 
 def _fusion(results: Path) -> list[str]:
@@ -205,7 +203,7 @@ def _file_bytes(results: Path) -> dict[str, int]:
 
 def _reason(name: str, tasks: Sequence[str], found: Mapping[str, Mapping[str, Score]]) -> str:
     told = [f"{task} {found[task][name].mean:.3f}{found[task][name].marks}, the probe {found[task][PROBE].mean:.3f}" for task in tasks]
-    why = "" if _above(name, found) else f" {REASONS.get(name, 'No reason is known yet.')}"
+    why = "" if learns(name, found) else f" {REASONS.get(name, 'No reason is known yet.')}"
     return f"- `{name}`: {'; '.join(told)}.{why}"
 
 

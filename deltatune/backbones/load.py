@@ -87,8 +87,11 @@ def load_backbone(
             )
         if not new_head:
             _check_head(resolved, report)
-        if quantize is not None:
-            quantize_in_place(model, quantize, skip=new)
+        if quantize is not None and quantize_in_place(model, quantize, skip=new) == 0:
+            raise Unsupported(
+                f"`quantize={quantize}` was asked for, but `{resolved.name}` has no `nn.Linear` to quantise ({type(model).__name__} has "
+                "other modules, such as GPT-2's `Conv1D`). Leave it out, or choose another backbone."
+            )
     return model.eval()  # type: ignore[no-any-return]
 
 

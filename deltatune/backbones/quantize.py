@@ -16,8 +16,8 @@ def quantize_in_place(model: nn.Module, scheme: str, skip: Collection[str] = ())
 
     ``int8`` keeps the modules and packs their weights (W = s * Q, one scale s per output row, activations stay as they
     are); ``nf4`` replaces the modules by bitsandbytes' ``Linear4bit`` (blocks of 64 weights share one scale). Left as
-    they are: task heads, which have to train, layers whose parameters are named in ``skip``, and layers whose weight is
-    tied to an embedding.
+    they are: task heads, which have to train, layers whose parameters are named in ``skip``, layers whose weight is tied
+    to an embedding, and those that transformers says stay in full precision, as T5's ``wo``, to whose type T5 casts.
 
     Raises:
         MissingExtra: the quantiser is not installed.
@@ -30,11 +30,18 @@ def quantize_in_place(model: nn.Module, scheme: str, skip: Collection[str] = ())
     return len(linears)
 
 
+def _precise(model: nn.Module) -> set[str]:
+    """Names of modules that transformers keeps in full precision in this model, or in a part of it."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {name for module in model.modules() for one in lists for name in getattr(module, one, None) or ()}
+
+
 def _linears(model: nn.Module, skip: frozenset[str]) -> Iterator[tuple[str, nn.Linear]]:
+    precise = _precise(model)
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = {id(module) for site in index(model) if site.leaf == "readout" for module in site.module.modules()}
     for path, module in model.named_modules():
-        if id(module) in heads:
+        if id(module) in heads or not precise.isdisjoint(path.split(".")):
             continue
         if type(module) is nn.Linear and f"{path}.weight" not in skip and id(module.weight) not in embedded:
             yield path, module

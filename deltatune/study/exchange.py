@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.errors import InvalidValue
-from deltatune.study.design import read_study
+from deltatune.study.design import Study, read_study
 from deltatune.study.store.schema import DONE
 from deltatune.study.store.store import Store
 from deltatune.study.store.writer import COLUMNS, RENAMED
@@ -39,20 +39,26 @@ class Taken:
     strange: int
 
 
-def take_results(store: Store, folder: str | os.PathLike[str], *, change: bool = False) -> Taken:
+def take_results(store: Store, folder: str | os.PathLike[str], *, study: Study | None = None, change: bool = False) -> Taken:
     """Enter the study of a report's folder with the results in it; trials that failed or were not done there wait here.
 
     Args:
         store: where the study goes.
+        study: takes the place of the folder's design; results of trials that it does not have are left out.
         folder: holds ``study.yaml``, ``results.csv`` and ``machines.json``, as ``deltatune study report`` writes them.
         change: let a study of that name take the folder's design.
 
     Raises:
-        InvalidValue: a file is missing or is not what a report writes, or the store has the study with another design.
+        InvalidValue: the study searches for learning rates; a file is missing or is not what a report writes; or the store has the study
+            with another design.
         Busy: another process runs the study.
     """
     place = Path(folder)
-    study = read_study(place / "study.yaml")
+    study = study or read_study(place / "study.yaml")
+    if study.rates is not None:
+        raise InvalidValue(
+            f"The study `{study.name}` searches for learning rates, and a report does not hold the search. Copy its store instead."
+        )
     outcomes = list(_outcomes(place))
     store.add(study, change=change)
     trials = {trial.key: trial for trial in study.trials()}

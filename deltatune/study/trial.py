@@ -13,12 +13,12 @@ from deltatune.errors import DeltaError
 from deltatune.study.surroundings import Surroundings
 from deltatune.tasks import get_task
 from deltatune.training.run import Run, run_from_dict
-from deltatune.training.settings import Settings
 
 KEY = 16
 """Hexadecimal digits of a key: 64 bits, so that a million trials share none."""
 
-DEFAULTS = Settings().to_dict()
+LATER: dict[str, Any] = {"train_rows": 0}
+"""Settings that came when there were studies already, with the value that means what was done before."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Trial:
     def key(self) -> str:
         """Hash of everything that decides the result; neither the label nor who asks for it does.
 
-        Settings at their defaults are left out, so that a setting that is new leaves the keys of trials that are done.
+        A setting that came later is left out where it changes nothing, so that trials that are done keep their keys.
         """
         if self.known_as:
             return self.known_as
         run = {name: value for name, value in self.run.to_dict().items() if name not in ("versions", "fingerprint")}
-        run["settings"] = {name: value for name, value in run["settings"].items() if value != DEFAULTS[name]}
+        run["settings"] = {name: value for name, value in run["settings"].items() if name not in LATER or value != LATER[name]}
         content = [self.procedure, dict(self.options), run]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:KEY]
 

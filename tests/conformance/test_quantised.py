@@ -18,7 +18,7 @@ from tests.models import output
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 SCHEMES = {"int8": "torchao", "nf4": "bitsandbytes"}
 BESIDE = pairwise(
-    (cell for cell in TAKEN if cell.model in ("bert", "llama") and type(cell.recipe).kind in ("output", "context")),
+    (cell for cell in TAKEN if cell.model in ("bert", "llama", "t5", "bart") and type(cell.recipe).kind in ("output", "context")),
     ("method",),
     ("act", "model"),
 )

@@ -117,6 +117,11 @@ def test_the_page_is_what_the_committed_results_say() -> None:
         assert not runs.is_complete(), "every method is measured: run benchmarks/methods.py page"
         assert not page.PACKAGED.exists()
         return
+    assert runs.is_complete(), "a method lacks runs: run benchmarks/methods.py train"
+    found = page.scores()
+    assert not [(task, name) for task, by in found.items() for name, score in by.items() if score.stale], "run benchmarks/methods.py train"
+    below = [name for name in methods if methods[name].family != "baseline" and not page.learns(name, found)]
+    assert set(below) <= set(page.REASONS), "what keeps them below the probe, and which setting does not?"
     for file, text in page.written().items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name} is of another time: run benchmarks/methods.py page"
 

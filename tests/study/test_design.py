@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,15 @@ def test_a_method_for_some_tasks() -> None:
         design(tasks=["bbc-news", "subj"], methods=["lora", {"label": "again", "method": "lora", "tasks": ["subj"]}])
 
 
-def test_a_default_that_is_written_out_changes_no_key() -> None:
-    keys = [[trial.key for trial in design(settings=settings).trials()] for settings in ({}, {"warmup": 0.1}, {"warmup": 0.2})]
+def test_a_setting_that_came_later_changes_keys_where_it_changes_something() -> None:
+    """The key of the first trial is as it was before there was `train_rows`."""
+    keys = [[trial.key for trial in design(settings=settings).trials()] for settings in ({}, {"train_rows": 0}, {"train_rows": 9})]
     assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+    [first, *_] = design().trials()
+    run = {name: value for name, value in first.run.to_dict().items() if name not in ("versions", "fingerprint")}
+    del run["settings"]["train_rows"]
+    content = json.dumps([first.procedure, dict(first.options), run], sort_keys=True, default=str)
+    assert first.key == hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def test_some_tasks_see_every_seed() -> None:

@@ -64,6 +64,19 @@ def test_results_of_another_design_are_told(tmp_path: Path) -> None:
     assert (taken.taken, taken.strange) == (45, 5)
 
 
+def test_results_are_taken_into_todays_design(tmp_path: Path) -> None:
+    report = written(filled(tmp_path / "one.db", design()), tmp_path / "report")
+    taken = take_results(Store(tmp_path / "two.db"), report, study=design(methods=["lora"]))
+    assert (taken.taken, taken.strange) == (30, 20)
+
+
+def test_a_search_is_not_carried_over(tmp_path: Path) -> None:
+    store = Store(tmp_path / "one.db")
+    store.add(design(rates={"trials": 2}))
+    with pytest.raises(InvalidValue, match="a report does not hold the search"):
+        take_results(Store(tmp_path / "two.db"), written(store, tmp_path / "report"))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

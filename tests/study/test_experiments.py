@@ -15,7 +15,7 @@ from deltatune.study.experiments.convergence import arrivals, speeds
 from deltatune.study.experiments.experiment import judged
 from deltatune.study.plots.canvas import svg
 from deltatune.study.plots.curves import curves_of, mean_curve
-from deltatune.study.report.parts import Picture
+from deltatune.study.report.parts import Picture, Table
 from deltatune.study.report.report import evidence_of, report_of
 from deltatune.study.store.store import Store
 from tests.study.made_up import TASKS, filled
@@ -27,8 +27,8 @@ def small(name: str) -> Study:
     """The full design on few tasks and seeds."""
     full = experiments[name].study("full")
     tasks = full.tasks if name in ("transfer", "multi-task") else TASKS[: min(7, len(full.tasks))]
-    methods = tuple(dataclasses.replace(entry, tasks=()) for entry in full.methods)
-    fewer = {"backbones": full.backbones[:2], "tasks": tasks, "seeds": full.seeds[:2], "repeated": ()}
+    methods = tuple(dataclasses.replace(entry, tasks=entry.tasks and tasks[:2]) for entry in full.methods)
+    fewer = {"backbones": full.backbones[:2], "tasks": tasks, "seeds": full.seeds[:2], "repeated": full.repeated and tasks[:3]}
     return dataclasses.replace(full, name="small", methods=methods, **fewer)
 
 
@@ -72,6 +72,12 @@ def test_the_first_experiment_is_broad() -> None:
     assert len(study.tasks) >= 100 and len(everywhere) >= 6
     assert sum(str(task).startswith(("blimp-", "bbh-")) for task in study.tasks) <= len(study.tasks) / 3
     assert sum((task, "lora", 2) in tried for task in study.tasks) >= 20
+
+
+def test_a_method_on_few_tasks_leaves_the_others_compared_on_all(tmp_path: Path) -> None:
+    text = json.dumps([block.note for section in report_of(filled(tmp_path / "s.db", small("performance")), "small").sections
+                       for block in section.blocks if isinstance(block, Table)])  # fmt: skip
+    assert "Over the 7 of 7 tasks" in text and "diff-pruning was tried on 2 tasks" in text
 
 
 def test_effects_are_marginal() -> None:

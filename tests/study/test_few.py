@@ -19,13 +19,12 @@ SEEDED = experiments["stability"].study("full")
 
 
 def sized(few: Mapping[str, float], many: Mapping[str, float]) -> Evidence:
-    """Scores on MiniLM with 16 examples and with 1,024; its lower half has others, which no claim on MiniLM sees."""
+    """Scores with 16 examples and with 1,024."""
     found = []
     for examples, scores in ((16, few), (1024, many)):
         for place, task in enumerate(SHORT):
             for label, score in scores.items():
                 found.append(record(label, task, score + 0.01 * place, cell={"train_rows": examples}))
-                found.append(record(label, task, 0.9, cell={"train_rows": examples}, backbone="minilm@layers=3"))
     return evidence(SIZED, found)
 
 
@@ -37,6 +36,7 @@ def test_few_examples_are_judged() -> None:
     even = {FT: 0.6, LR: 0.6, AP: 0.6, BF: 0.59, PT: 0.3}
     assert said(sized(even, {FT: 0.8, PT: 0.7}), "low-data") == ["holds", "holds", "undecided"]
     assert said(sized({**even, LR: 0.5, PT: 0.5}, {FT: 0.8, PT: 0.4}), "low-data") == ["does not hold", "does not hold", "undecided"]
+    assert said(sized(even, {FT: 0.85, PT: 0.5}), "low-data")[1] == "does not hold", "a larger share is not a larger gain"
     assert said(evidence(SIZED, []), "low-data") == ["undecided"] * 3
 
 
@@ -53,8 +53,8 @@ def test_a_ladder_decides_about_size() -> None:
     assert said(evidence(study, found), "low-data")[2] == "holds"
 
 
-def seeded(spread: Mapping[str, float], random: float, slower: float) -> Evidence:
-    """Five seeds, so far apart; LoRA on random weights, so far; and a prefix of 100 tokens so many times slower."""
+def seeded(spread: Mapping[str, float], random: float, slower: float, bare: float = 0.3) -> Evidence:
+    """Five seeds, so far apart; LoRA on random weights, so far; a prefix of 100 tokens so many times slower; and the frozen backbone."""
     found = []
     for place, task in enumerate(SHORT):
         for seed in range(5):
@@ -62,6 +62,7 @@ def seeded(spread: Mapping[str, float], random: float, slower: float) -> Evidenc
             for label, wide in spread.items():
                 found.append(record(label, task, 0.7 + off * wide, seed=seed, seconds_per_step=0.1))
             found.append(record(LR, task, 0.4 + off * random, seed=seed, backbone=RANDOM, seconds_per_step=0.1))
+            found += [record("frozen", task, bare, seed=seed, backbone=backbone) for backbone in ("minilm", RANDOM)]
             found.append(record(LONG, task, 0.7, seed=seed, seconds_per_step=0.1 * slower + 0.001 * place))
     return evidence(SEEDED, found)
 
@@ -72,6 +73,7 @@ def test_steadiness_is_judged() -> None:
     wild = {FT: 0.01, **dict.fromkeys(DELTAS, 0.02)}
     assert said(seeded(wild, random=0.005, slower=0.8), "stability") == ["does not hold"] * 3
     assert said(evidence(SEEDED, []), "stability") == ["undecided"] * 3
+    assert said(seeded(steady, random=0.03, slower=1.5, bare=0.5), "stability")[1] == "undecided", "random weights learnt nothing"
 
 
 def test_deviations_are_of_one_backbone() -> None:

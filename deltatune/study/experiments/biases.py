@@ -1,8 +1,8 @@
 """Experiment 10: which biases move in training, which of them matter, and does any other small set do as well?
 
 BitFit trains all biases and the head; beside it stand two kinds of biases alone, BitFit with one kind left out, and random subsets of
-entries and of rows of the layers' parameters, as many as there are biases. ``full`` has 13 methods on six tasks, 90 trials of MiniLM
-and about one core-hour; ``quick`` a few minutes.
+entries and of rows of the layers' parameters, as many as there are biases. ``full`` has 13 methods on eight tasks, 120 trials of MiniLM
+with the baselines and about one core-hour; ``quick`` a few minutes.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from deltatune.study.design import Entry, Profile, Study
 FT, LR, AP, PF, PT, BF = "full", "lora", "adapter", "prefix-tuning", "prompt-tuning", "bitfit"
 DIFF, LAST, PROBE = "diff-pruning", "last-layers", "linear-probe"
 
-SHORT = ("glue-sst2", "glue-cola", "tweet-sentiment", "subj", "emotion", "snli")
-"""Tasks of six kinds whose texts are short and whose classes have many rows, for experiments that repeat each trial often."""
+SHORT = ("glue-sst2", "glue-cola", "tweet-sentiment", "subj", "emotion", "snli", "clickbait", "sms-spam")
+"""Tasks of several kinds whose texts are short and whose classes have many rows, for experiments that repeat each trial often."""
 
 QUICK: dict[str, Any] = {"max_steps": 20, "batch_size": 8, "max_length": 32, "evaluations": 2, "eval_rows": 64, "test_rows": 128}
 
@@ -31,9 +31,6 @@ PROMPT = PromptTuning(num_virtual_tokens=20)
 
 LONG = (PF, PT)
 """Methods that take their time: they get more epochs before their own plateau ends them."""
-
-KEPT: dict[str, Any] = {"keep_frozen": "memory"}
-"""What the frozen layers give is computed once where nothing below the top trains."""
 
 
 def common(profile: Profile) -> Study:
@@ -55,5 +52,4 @@ def common(profile: Profile) -> Study:
 
 def _entry(method: Method, profile: Profile) -> Entry:
     label = methods.name_of(type(method))
-    own = (LONGER if label in LONG else {}) | (KEPT if label in (LAST, PROBE) else {})
-    return Entry(label, (method,), settings=own if profile == "full" else {})
+    return Entry(label, (method,), settings=LONGER if profile == "full" and label in LONG else {})

@@ -1,8 +1,8 @@
 """Experiment 15, first part: several tasks at once. Is one delta for all of them as good as one for each, and what does a fusion add?
 
-Full: eight tasks of six kinds by label words on SmolLM2-135M, each with 100 steps of 8 rows: LoRA and the Pfeiffer adapter shared by all
-tasks and one for each, full fine-tuning on all, and a fusion of the adapters, which has 50 of the steps for the adapters and 50 for itself:
-6 trials of 800 steps and two baselines, about 5 core-hours.
+Full: eight tasks of six kinds by label words on SmolLM2-135M, each with 120 rows and 100 steps of 8 of them: LoRA and the Pfeiffer adapter
+shared by all tasks and one for each, full fine-tuning on all, and a fusion of the adapters, which has 50 of the steps for the adapters and
+50 for itself: 6 trials of 800 steps and two baselines, about 5 core-hours.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ REPEATED = (
     "emotion", "tweet-eval-hate", "tweet-sentiment", "rotten-tomatoes", "snli", "sick-entailment", "creak", "super-glue-wic", "wikigold",
     "boolq", "blimp-determiner-noun-agreement-1",
 )  # fmt: skip
-"""Tasks of nine categories that are done with three seeds."""
+"""Tasks of ten categories that are done with three seeds."""
 
 PRUNED = REPEATED[:8]
 """Tasks on which diff pruning is tried, which costs as much as twice full fine-tuning."""

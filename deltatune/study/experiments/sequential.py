@@ -1,7 +1,7 @@
 """Experiment 5: adapter, BitFit and prompt trained one behind the other, earlier ones active but frozen; does a further stage still help?
 
-Full: SST-2 on SmolLM2-135M by label words, with the template and without, all six orders, three seeds, 30 steps of 8 rows a stage: 36
-trials of three stages, about three core-hours. The paper has RoBERTa-large, 6,000 steps a stage and one seed.
+Full: SST-2 on SmolLM2-135M by label words, with the template and without, all six orders, five seeds, 30 steps of 8 rows a stage: 60
+trials of three stages, about five core-hours. The paper has RoBERTa-large, 6,000 steps a stage and one seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def design(profile: Profile) -> Study:
         tasks=(TASK,),
         methods=(*with_, *bare),
         settings=SETTINGS if full else {**base.settings, "max_steps": 3, "evaluations": 1, "eval_rows": 16, "test_rows": 32},
-        seeds=tuple(range(3)) if full else (0,),
+        seeds=tuple(range(5)) if full else (0,),
     )
 
 

@@ -48,10 +48,16 @@ def form_of(evidence: Evidence, backbone: str) -> str:
     return FORMS.get(form, "")
 
 
+def _compared(evidence: Evidence) -> list[str]:
+    """The methods that are tried on all tasks of the study; the others would leave few tasks to compare on."""
+    some = {entry.label for entry in evidence.study.entries if entry.tasks}
+    return [method for method in evidence.methods if method not in some]
+
+
 def _averages(evidence: Evidence, backbone: str, scores: Scores, name: str, number: int) -> Section:
-    methods = evidence.methods
+    methods = _compared(evidence)
     shared = complete(scores, methods)
-    own = [record for record in evidence.done if record.backbone == backbone]
+    own = [record for record in evidence.done if record.backbone == backbone and record.method in methods]
     rows = []
     for method, records in grouped(own, lambda record: record.method).items():
         seeds = [
@@ -77,7 +83,7 @@ def _averages(evidence: Evidence, backbone: str, scores: Scores, name: str, numb
     note = (
         f"Over the {len(shared)} of {len(scores)} tasks on which every method has a score. The interval is a bootstrap over tasks; the "
         "standard deviation is that over seeds, averaged over tasks. Degenerate counts the trials that say the same to every test row. "
-        "Seconds are of a whole trial."
+        "Seconds are of a whole trial." + _left_out(evidence)
     )
     pictures = (
         Picture(
@@ -95,8 +101,13 @@ def _averages(evidence: Evidence, backbone: str, scores: Scores, name: str, numb
     return Section(f"Averages{name}", form_of(evidence, backbone), (table, *pictures))
 
 
+def _left_out(evidence: Evidence) -> str:
+    some = [entry for entry in evidence.study.entries if entry.tasks and entry.label in evidence.methods]
+    return "".join(f" {entry.label} was tried on {len(entry.tasks)} tasks and stands in the tables below alone." for entry in some)
+
+
 def _ranking(evidence: Evidence, scores: Scores, name: str, number: int) -> Section:
-    methods = evidence.methods
+    methods = _compared(evidence)
     found = ranks(scores, methods)
     if found is None:
         return Section(f"Ranks{name}")
@@ -131,7 +142,7 @@ def _by_category(evidence: Evidence, scores: Scores, name: str, number: int) -> 
 
 def _by_task(evidence: Evidence, backbone: str, scores: Scores, name: str) -> Section:
     methods = evidence.methods
-    own = [record for record in evidence.done if record.backbone == backbone]
+    own = [record for record in evidence.done if record.backbone == backbone and record.method in methods]
     cells = grouped(own, lambda record: (record.task, record.method))
     rows, strong = [], set()
     for number, task in enumerate(sorted(scores, key=lambda task: (evidence.categories[task], task))):
