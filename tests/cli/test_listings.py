@@ -12,6 +12,7 @@ from deltatune.backbones.catalogue import backbones
 from deltatune.cli.terminal import quoted, share, size
 from deltatune.injection.slot import How
 from deltatune.methods.kinds import methods
+from deltatune.methods.measured import measured
 from deltatune.tasks import Task, get_task, tasks
 from tests.cli.conftest import Call
 
@@ -31,6 +32,10 @@ def test_methods(words: tuple[str, ...], call: Call) -> None:
     assert (found["lora"]["family"], found["lora"]["kind"]) == ("reparameterization", "output")
     assert found["adapter"]["sub_family"] == "adapter-like"
     shown = call(*words).out
+    families = {entry["family"] + (f", {entry['sub_family']}" if entry["sub_family"] else "") for entry in found.values()}
+    assert [heading for heading in families if f" {heading} " not in " ".join(shown.split("\n"))] == []
+    kinds = {name: next(line.split()[1] for line in shown.splitlines() if line.split()[:1] == [name]) for name in ("lora", "prefix-tuning")}
+    assert kinds == {"lora": "output", "prefix-tuning": found["prefix-tuning"]["kind"]}
     assert [name for name in methods if f" {name} " not in shown] == []
     told = " ".join(shown.split())
     assert f"by dt.compose: {', '.join(get_args(How)[:-1])}, or {get_args(How)[-1]}, which is AdapterFusion." in told
@@ -44,6 +49,10 @@ def test_one_method(name: str, call: Call) -> None:
     assert shown.code == 0, shown.err
     assert methods[name].source in shown.out
     assert [field["name"] for field in told["fields"] if field["name"] not in shown.out] == []
+    words = "".join(shown.out.replace("`", "").split())
+    assert "".join(told["formula"].replace("`", "").split()) in words
+    row = measured(name)
+    assert row is not None and "".join(str(row).split()) in words
 
 
 @pytest.mark.parametrize("words", [("tasks",), ("tasks", "list")])

@@ -34,10 +34,14 @@ def seen_by(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
     return seen[-1]
 
 
-def test_the_formula_beside_the_feed_forward_network_of_bert() -> None:
+@pytest.mark.parametrize(
+    ("method", "scale"),
+    [(ScaledParallelAdapter(bottleneck_dim=3, scale=2.5), 2.5), (ParallelAdapter(bottleneck_dim=3, activation="relu"), 1.0)],
+)
+def test_the_formula_beside_the_feed_forward_network_of_bert(method: Method, scale: float) -> None:
     backbone, inputs = fresh("bert")
     backbone.double()
-    delta = attach(backbone, ScaledParallelAdapter(bottleneck_dim=3, scale=2.5), layers=1, head=False)
+    delta = attach(backbone, method, "feed_forward.down", layers=1, head=False)
     backbone.double()
     shake(delta, spread=0.8)
     path = "bert.encoder.layer.1"
@@ -46,7 +50,7 @@ def test_the_formula_beside_the_feed_forward_network_of_bert() -> None:
     h, y = seen_by(down, lambda: backbone(**inputs))
     phi = tensors_of(delta, f"{path}.output.dense.bottleneck")
     change = (x @ phi["D.W"].T + phi["D.b"]).clamp(min=0) @ phi["U.W"].T + phi["U.b"]
-    torch.testing.assert_close(y, F.linear(h, down.weight, down.bias) + 2.5 * change, atol=1e-10, rtol=1e-10)  # type: ignore[arg-type]
+    torch.testing.assert_close(y, F.linear(h, down.weight, down.bias) + scale * change, atol=1e-10, rtol=1e-10)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

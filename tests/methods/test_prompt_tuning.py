@@ -104,9 +104,14 @@ def test_the_formula_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20, 150])
-def test_any_length(tokens: int) -> None:
-    model, _ = MODELS["llama"]()
-    assert dt.attach(model, PromptTuning(tokens, init_ids=(7,))).patches[0].P.shape == (tokens, 32)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_any_length(name: str, tokens: int) -> None:
+    model, inputs = MODELS[name]()
+    plain = output(model, inputs)
+    delta = dt.attach(model, PromptTuning(tokens, init_ids=(7,)))
+    assert delta.patches[0].P.shape == (tokens, 32)
+    found = output(model, inputs)
+    assert found.shape == plain.shape and not torch.equal(found, plain)
 
 
 def test_an_unspelled_recipe_is_refused_before_anything_is_touched() -> None:
