@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods_runs import BATCH, RESULTS, SEEDS, TASKS, Run, collapsed, is_stale, read, runs_of
+from methods_runs import BATCH, REQUIRED, RESULTS, SEEDS, TASKS, Run, collapsed, is_stale, read, runs_of
 
 from deltatune.methods import methods
 from deltatune.methods.fields import summary_of
@@ -158,7 +158,8 @@ def _heading(results: Path) -> list[str]:
         f"seeds {seeds}, on {devices}. Accuracy on all test rows: mean and standard deviation over the seeds; a score of fewer than "
         f"{len(SEEDS)} says so. **Bold**: the lower end of the 95% interval (bootstrap over test rows and seeds) lies above the linear "
         "probe's mean. *One answer*: the same to every test row. *Stale*: a run had other defaults than today's"
-        + (f"; {unsaid} of the {len(runs)} runs are older than the record of that." if unsaid else "."),
+        + (f"; {unsaid} of the {len(runs)} runs are older than the record of that." if unsaid else ".")
+        + f" `trainable-tokens` has no default for its tokens; it trained {len(REQUIRED['token_ids']):,} of the commonest words.",
         "",
         f"*Trained* is the share of the {ground['total']:,} parameters of the backbone with its head that trains, counted before the "
         "first step, so with a prefix's MLP, a mask's scores or diff pruning's gates; *file* is what is left of it on disk. Both are those "
