@@ -29,7 +29,7 @@ from deltatune.backbones import load_backbone, load_tokenizer
 from deltatune.backbones.quiet import quiet
 from deltatune.study.design import Study
 from deltatune.study.driver import Driver
-from deltatune.study.experiments.common import BF, FT, LR, PROBE, PT, common
+from deltatune.study.experiments.basis import BF, FT, LR, PROBE, PT, basis
 from deltatune.study.runner.local import LocalRunner
 from deltatune.study.shows import Silent
 from deltatune.study.statistics import mean_of
@@ -45,7 +45,7 @@ HEAD = "classifier"
 
 def sample(steps: int, test_rows: int) -> Study:
     """The ten trials: validation and early stopping are left out, so that both sides read the same rows."""
-    full = common("full")
+    full = basis("full")
     methods = tuple(replace(entry, settings={}) for entry in full.methods if entry.label in METHODS)
     settings = {"max_steps": steps, "max_length": 64, "batch_size": 16, "evaluations": 0, "test_rows": test_rows}
     return replace(full, name="sample", tasks=TASKS, methods=methods, settings=settings, seeds=(0,), baselines=False)

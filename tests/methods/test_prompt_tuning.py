@@ -103,15 +103,12 @@ def test_the_formula_in_double_precision() -> None:
     torch.testing.assert_close(output(model, inputs)[real], expected[real], atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 20, 150])
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(("name", "tokens"), [("llama", 1), ("llama", 20), ("llama", 150), ("t5", 5), ("t5", 150)])
 def test_any_length(name: str, tokens: int) -> None:
     model, inputs = MODELS[name]()
-    plain = output(model, inputs)
-    delta = dt.attach(model, PromptTuning(tokens, init_ids=(7,)))
+    plain, delta = output(model, inputs), dt.attach(model, PromptTuning(tokens, init_ids=(7,)))
     assert delta.patches[0].P.shape == (tokens, 32)
-    found = output(model, inputs)
-    assert found.shape == plain.shape and not torch.equal(found, plain)
+    assert not torch.equal(output(model, inputs), plain)
 
 
 def test_an_unspelled_recipe_is_refused_before_anything_is_touched() -> None:

@@ -10,7 +10,7 @@ from deltatune.backbones import load_backbone
 from deltatune.injection.attach import attach
 from deltatune.study.experiments import biases as own
 from deltatune.study.experiments import experiments
-from deltatune.study.experiments.common import BF, PROBE
+from deltatune.study.experiments.basis import BF, PROBE
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.record import Record
 from tests.study.made_up import TASKS

@@ -9,7 +9,7 @@ import pytest
 
 from deltatune.study.experiments import efficiency as own
 from deltatune.study.experiments import experiments
-from deltatune.study.experiments.common import AP, BF, DIFF, FT, LR, PT
+from deltatune.study.experiments.basis import AP, BF, DIFF, FT, LR, PT
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.procedures import apart
 from deltatune.study.record import Record

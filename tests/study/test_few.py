@@ -9,7 +9,7 @@ from statistics import stdev
 import pytest
 
 from deltatune.study.experiments import experiments
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PT, SHORT
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, PT, SHORT
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.stability import DELTAS, LONG, RANDOM, deviations
 from tests.study.made_up_numbers import evidence, record

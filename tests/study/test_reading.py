@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deltatune.study.experiments import experiments, templates
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, PROBE, PT
 from deltatune.study.experiments.combination import GLUE, PARTS
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT
 from deltatune.study.experiments.experiment import Evidence
 from deltatune.study.experiments.generalization import BARE
 from deltatune.study.experiments.reading import SPANS

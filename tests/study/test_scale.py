@@ -8,7 +8,7 @@ import pytest
 
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments import scale as own
-from deltatune.study.experiments.common import FT, LR, PT
+from deltatune.study.experiments.basis import FT, LR, PT
 from deltatune.study.experiments.experiment import Evidence, Verdict
 from deltatune.study.record import Record
 

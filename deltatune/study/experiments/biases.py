@@ -15,7 +15,7 @@ from typing import Any
 
 from deltatune.methods import BitFit, LinearProbe, PartialBitFit, RandomSubset
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import BF, PROBE, SHORT, common
+from deltatune.study.experiments.basis import BF, PROBE, SHORT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, lacking, ratio_of, reaches
 from deltatune.study.plots.layers import draw_layers, layers_of
@@ -42,7 +42,7 @@ def without(kind: str) -> str:
 
 def design(profile: Profile) -> Study:
     """Full: all of them on the short tasks, as long as in experiment 1."""
-    full, base = profile == "full", common(profile)
+    full, base = profile == "full", basis(profile)
     drawn = ("*", "!embedding", "!position?")
     entries = [
         Entry(BF, (BitFit(),), procedure="movement"),

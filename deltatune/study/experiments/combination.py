@@ -14,7 +14,7 @@ from statistics import fmean
 from deltatune.methods import Adapter, BitFit, LinearProbe, PromptTuning
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import common
+from deltatune.study.experiments.basis import basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better
 from deltatune.study.report.comparison import comparison
@@ -40,7 +40,7 @@ def label_of(subset: tuple[str, ...]) -> str:
 
 def design(profile: Profile) -> Study:
     """Full: the GLUE tasks at hand, with 16 examples of each class and with a larger sample, two seeds."""
-    base = common(profile)
+    base = basis(profile)
     methods = tuple(Entry(label_of(subset), tuple(PARTS[part] for part in subset) or (LinearProbe(),)) for subset in SUBSETS)
     return replace(
         base,

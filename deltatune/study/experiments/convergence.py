@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import AP, FT, LR, PF, PT, SAMPLE, SHORT, common
+from deltatune.study.experiments.basis import AP, FT, LR, PF, PT, SAMPLE, SHORT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, lacking
 from deltatune.study.plots.curves import curves_of, draw_curves
@@ -44,7 +44,7 @@ class Arrival:
 
 def design(profile: Profile) -> Study:
     """Five methods with validation at regular steps, as many for all; no early stop cuts a curve short."""
-    base = common(profile)
+    base = basis(profile)
     settings = COURSE if profile == "full" else {**base.settings, "evaluations": 5}
     methods = tuple(replace(entry, settings={}) for entry in base.methods if entry.label in (FT, LR, AP, PF, PT))
     tasks = TASKS if profile == "full" else base.tasks

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from deltatune.methods import Adapter, BitFit, Frozen, FullFineTuning, LoRA
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.forgetting import ON, RING
 from deltatune.study.experiments.forgetting import SETTINGS as SAME
@@ -50,7 +50,7 @@ class Pair:
 def design(profile: Profile) -> Study:
     """Each method for several numbers of steps, and the backbone as it is; quick: one task, two methods, a few steps."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     recipes = {FT: FullFineTuning(), LR: LoRA(), AP: Adapter(), BF: BitFit()} if full else {FT: FullFineTuning(), LR: LoRA()}
     options = {"prompts": "bbc-news"} if full else {"prompts": "bbc-news", "rows": 8, "tokens": 8}
     methods = [Entry(label, (method,), procedure="write", options=options) for label, method in {**recipes, FROZEN: Frozen()}.items()]

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, PROBE, PT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import better, lacking
 from deltatune.study.plots.scores import draw_method_scores, method_scores
@@ -35,7 +35,7 @@ DELTAS = (LR, AP, PF, BF)
 def design(profile: Profile) -> Study:
     """The methods of experiment 1, each trained on a source and scored on the others of its family."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     labels = (FT, LR, AP, PF, PT, BF, PROBE) if full else (FT, LR, BF)
     options = {"also": {source: list(targets) for source, targets in ELSEWHERE.items()}}
     methods = tuple(replace(entry, procedure="elsewhere", options=options) for entry in base.methods if entry.label in labels)

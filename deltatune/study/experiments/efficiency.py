@@ -13,7 +13,7 @@ from statistics import median
 
 from deltatune.methods import Adapter, BitFit, DiffPruning, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, BF, DIFF, FT, LR, PF, PT
+from deltatune.study.experiments.basis import AP, BF, DIFF, FT, LR, PF, PT
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.judging import all_of
 from deltatune.study.plots.series import Points, draw_series

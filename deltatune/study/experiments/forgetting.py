@@ -11,7 +11,7 @@ from statistics import fmean
 
 from deltatune.methods import Adapter, BitFit, FullFineTuning, LoRA
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import FEWEST, all_of, better
@@ -32,7 +32,7 @@ ON = (LR, AP, BF)
 def design(profile: Profile) -> Study:
     """Each order once, by its first task; quick: three tasks, three methods, a few steps."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     recipes = {FT: FullFineTuning(), LR: LoRA(), AP: Adapter(), BF: BitFit()} if full else {FT: FullFineTuning(), LR: LoRA()}
     options = {"tasks": list(RING if full else RING[:3])}
     methods = [Entry(label, (method,), procedure="stream", options=options) for label, method in recipes.items()]

@@ -12,8 +12,8 @@ from statistics import fmean
 
 from deltatune.methods import FullFineTuning
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.basis import FT, basis
 from deltatune.study.experiments.combination import PARTS, SUBSETS, label_of
-from deltatune.study.experiments.common import FT, common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, level, reaches
 from deltatune.study.plots.scores import draw_method_scores, method_scores
@@ -34,7 +34,7 @@ LABELS = (FT, *map(label_of, SUBSETS[1:]))
 def design(profile: Profile) -> Study:
     """Full fine-tuning, each part and every combination; on the decoder also without the template. Quick: one task and four methods."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     subsets = SUBSETS[1:] if full else [("AP",), ("PT",), ("AP", "PT")]
     recipes = {FT: (FullFineTuning(),), **{label_of(subset): tuple(PARTS[part] for part in subset) for subset in subsets}}
     with_ = [Entry(label, methods, procedure="elsewhere", options={"also": ["train"]}) for label, methods in recipes.items()]

@@ -15,7 +15,7 @@ from typing import Any
 from deltatune.methods import FullFineTuning, InvertibleAdapter, PfeifferAdapter
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import FT, common
+from deltatune.study.experiments.basis import FT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import better
@@ -54,7 +54,7 @@ SETTINGS = {
 def design(profile: Profile) -> Study:
     """Every stack on both tasks, and full fine-tuning; quick: one task, three ways, a few steps."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     labels = tuple(STACKS) if full else (ON_GERMAN, CHANGED)
     methods = [Entry(FT, (FullFineTuning(),))] if full else []
     for label in labels:

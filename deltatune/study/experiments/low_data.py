@@ -11,7 +11,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT, SAMPLE, SHORT, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, PROBE, PT, SAMPLE, SHORT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, lacking, level
 from deltatune.study.experiments.scale import on_ladder, units
@@ -27,7 +27,7 @@ SETTINGS = {**SAMPLE, "max_steps": 400, "evaluations": 20, "early_stopping": 4}
 
 def design(profile: Profile) -> Study:
     """The methods of experiment 1 on fewer tasks, with few examples and with many."""
-    base = common(profile)
+    base = basis(profile)
     methods = tuple(replace(entry, settings={}) for entry in base.methods if entry.label in (FT, LR, AP, PF, PT, BF, PROBE))
     return replace(
         base,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from deltatune.methods import FullFineTuning, LoRA, PfeifferAdapter
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, FT, LR, common
+from deltatune.study.experiments.basis import AP, FT, LR, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.forgetting import RING
 from deltatune.study.experiments.forgetting import SETTINGS as SAME
@@ -38,7 +38,7 @@ ALIKE = 1000.0
 def design(profile: Profile) -> Study:
     """One mixture, trained in three ways; quick: two tasks, a few steps."""
     full = profile == "full"
-    base, tasks = common(profile), TASKS if full else TASKS[:2]
+    base, tasks = basis(profile), TASKS if full else TASKS[:2]
     recipes: dict[str, Method] = {FT: FullFineTuning(), LR: LoRA(), AP: PfeifferAdapter()}
     steps = STEPS if full else 4
     everyone = {"max_steps": steps * len(tasks), "temperature": ALIKE}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import AP, BF, DIFF, FT, LAST, LR, PF, PROBE, PT, common
+from deltatune.study.experiments.basis import AP, BF, DIFF, FT, LAST, LR, PF, PROBE, PT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import all_of, better, lacking, level, ordered, reaches
 from deltatune.study.report.comparison import comparison
@@ -63,7 +63,7 @@ OTHERS = (
 
 def design(profile: Profile) -> Study:
     """Quick: two tasks and seven methods, a few steps each. Full: the tasks above and nine methods."""
-    base = common(profile)
+    base = basis(profile)
     if profile == "quick":
         return base
     methods = tuple(replace(entry, tasks=PRUNED) if entry.label == DIFF else entry for entry in base.methods)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, PROBE, PT, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, PROBE, PT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import FEWEST, all_of, better, reaches
 from deltatune.study.experiments.languages import by_pair
@@ -34,7 +34,7 @@ def at_hand() -> tuple[str, ...]:
 def design(profile: Profile) -> Study:
     """The methods of experiment 1 on every set; quick: one set, three methods, a few steps."""
     full = profile == "full"
-    base, labels = common(profile), LABELS if full else (FT, LR, AP)
+    base, labels = basis(profile), LABELS if full else (FT, LR, AP)
     return replace(
         base,
         name=f"reading-{profile}",

@@ -16,7 +16,7 @@ from statistics import fmean
 from deltatune.methods import Adapter, FullFineTuning, LastLayer, LoRA, PrefixTuning, PromptTuning, SelectiveModules
 from deltatune.methods.kinds import Method
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, FT, LR, PF, PT, common
+from deltatune.study.experiments.basis import AP, FT, LR, PF, PT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.judging import all_of, better, lacking, ratio_of, reaches
 from deltatune.study.plots.series import Points, draw_series
@@ -40,7 +40,7 @@ _SIZE = re.compile(r"(?<![a-z])(tiny|mini|small|medium|base|large|xl|xxl|\d+(\.\
 
 def design(profile: Profile) -> Study:
     """Full fine-tuning, six methods and four more ranks on MNLI, QNLI and SST-2; full: five controls."""
-    full, base = profile == "full", common(profile)
+    full, base = profile == "full", basis(profile)
     recipes: tuple[Method, ...] = (FullFineTuning(), Adapter(), LoRA(), PrefixTuning(), PromptTuning(), LastLayer(), SelectiveModules())
     entries = [Entry(label, (recipe,)) for label, recipe in zip((FT, *METHODS), recipes, strict=True) if full or label in (FT, LR)]
     entries += [Entry(label, (method,), layers="top:1" if "top" in label else None) for label, method in SWEEP.items()] if full else []

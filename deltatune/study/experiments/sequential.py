@@ -12,8 +12,8 @@ from itertools import permutations
 from statistics import fmean
 
 from deltatune.study.design import Entry, Profile, Study
+from deltatune.study.experiments.basis import basis
 from deltatune.study.experiments.combination import PARTS
-from deltatune.study.experiments.common import common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import BARE, DECODER
 from deltatune.study.experiments.judging import FEWEST, p_of
@@ -34,7 +34,7 @@ WORTH = 0.005
 def design(profile: Profile) -> Study:
     """Every order with the template and without; quick: two orders, a few steps."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     orders = ORDERS if full else ORDERS[:2]
     with_ = [Entry(order, tuple(PARTS[part] for part in order.split(" > ")), procedure="stages") for order in orders]
     bare = [replace(one, label=one.label + BARE, settings={"manual_template": False}) for one in with_]

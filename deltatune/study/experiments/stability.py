@@ -12,7 +12,7 @@ from statistics import fmean, median, stdev
 
 from deltatune.methods import PrefixTuning
 from deltatune.study.design import Entry, Profile, Study
-from deltatune.study.experiments.common import AP, BF, FT, LR, PF, SHORT, common
+from deltatune.study.experiments.basis import AP, BF, FT, LR, PF, SHORT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.judging import better, lacking
 from deltatune.study.plots.scores import draw_method_scores, method_scores
@@ -31,7 +31,7 @@ PATIENT = {"max_steps": 400, "evaluations": 20, "early_stopping": 8}
 
 def design(profile: Profile) -> Study:
     """Experiment 1 on fewer tasks with more seeds, and few examples of each class, where seeds matter most."""
-    full, base = profile == "full", common(profile)
+    full, base = profile == "full", basis(profile)
     chosen = [entry for entry in base.methods if entry.label in (FT, *DELTAS)]
     methods = [replace(entry, settings=PATIENT if full and entry.label == PF else {}) for entry in chosen]
     methods = [entry if entry.label in (FT, LR) else replace(entry, backbones=base.backbones) for entry in methods]

@@ -12,8 +12,8 @@ from dataclasses import replace
 from statistics import fmean
 
 from deltatune.study.design import Entry, Profile, Study, baselines
+from deltatune.study.experiments.basis import basis
 from deltatune.study.experiments.combination import GLUE, PARTS, SUBSETS, effects, label_of, settings_of
-from deltatune.study.experiments.common import common
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, experiments
 from deltatune.study.experiments.generalization import BARE, DECODER
 from deltatune.study.experiments.judging import all_of, better, lacking
@@ -41,7 +41,7 @@ LITTLE = 0.02
 def design(profile: Profile) -> Study:
     """Every subset with the template and without; quick: one task, one part, a few steps."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     subsets = TRAINED if full else TRAINED[:1]
     with_ = [baselines()[0], *(Entry(label_of(one), tuple(PARTS[part] for part in one)) for one in subsets)]
     bare = [replace(one, label=one.label + BARE, settings={"manual_template": False}) for one in with_]

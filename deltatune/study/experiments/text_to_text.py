@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deltatune.study.design import Profile, Study
-from deltatune.study.experiments.common import BF, DIFF, FT, LONG, LR, PROBE, common
+from deltatune.study.experiments.basis import BF, DIFF, FT, LONG, LR, PROBE, basis
 from deltatune.study.experiments.experiment import Claim, Experiment, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import better, reaches
@@ -34,7 +34,7 @@ LONGER = {"epochs": 12, "evaluations": 12, "early_stopping": 4}
 def design(profile: Profile) -> Study:
     """The methods of the head form but for probe and diff pruning; quick: one task that is scored and one written, two methods."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     chosen = [entry for entry in base.methods if entry.label not in (PROBE, DIFF) and (full or entry.label in (LR, BF))]
     methods = [replace(entry, settings=LONGER if full and entry.label in LONG else {}) for entry in chosen]
     short = {**SETTINGS, "max_steps": 3, "evaluations": 1, "early_stopping": None, "eval_rows": 8, "test_rows": 16}

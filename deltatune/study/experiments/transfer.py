@@ -14,7 +14,7 @@ from statistics import fmean
 from deltatune.methods import Adapter, LoRA, PrefixTuning, PromptTuning
 from deltatune.methods.kinds import Method
 from deltatune.study.design import RANDOM, Entry, Profile, Study
-from deltatune.study.experiments.common import AP, LR, PF, PT, common
+from deltatune.study.experiments.basis import AP, LR, PF, PT, basis
 from deltatune.study.experiments.experiment import Claim, Evidence, Experiment, Judgement, Verdict, experiments
 from deltatune.study.experiments.generalization import DECODER
 from deltatune.study.experiments.judging import FEWEST, all_of, better
@@ -55,7 +55,7 @@ GOOD, GOAL, MARGIN = 0.8, 0.95, 0.05
 def design(profile: Profile) -> Study:
     """Every method on every task, random deltas, and training from one task to the next; quick: three tasks and two methods."""
     full = profile == "full"
-    base = common(profile)
+    base = basis(profile)
     names = NAMED if full else ("glue-sst2", "yelp-labelled-sentences", "babi-qa1")
     recipes = RECIPES if full else {label: RECIPES[label] for label in (PT, LR)}
     others = {"also": {source: [name for name in names if name != source] for source in names}, "asked": "as itself"}

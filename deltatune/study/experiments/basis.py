@@ -33,7 +33,7 @@ LONG = (PF, PT)
 """Methods that take their time: they get more epochs before their own plateau ends them."""
 
 
-def common(profile: Profile) -> Study:
+def basis(profile: Profile) -> Study:
     """MiniLM with a head on two tasks: quick with seven methods for a few steps, full with nine until they stop getting better."""
     recipes: tuple[Method, ...] = (FullFineTuning(), LoRA(), Adapter(), PrefixTuning(), PROMPT, BitFit(), LinearProbe())
     if profile == "full":
