@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,8 @@ COLOURS = (
 """Okabe and Ito's, which the colour-blind tell apart, and some more."""
 
 INK, FAINT = "#222222", "#BBBBBB"
+
+CLIP = re.compile(r'<clipPath id="(\w+)"')
 
 
 def sheet(width: float, height: float) -> tuple[Figure, Axes]:
@@ -65,4 +69,12 @@ def svg(figure: Figure) -> str:
         figure.savefig(target, format="svg", metadata={"Date": None})
     lines = target.getvalue().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("<svg"))
-    return "\n".join(line.rstrip() for line in lines[start:]) + "\n"
+    return _named("\n".join(line.rstrip() for line in lines[start:]) + "\n")
+
+
+def _named(text: str) -> str:
+    """The same with clip paths named by what the picture holds: matplotlib names some of them by an address in memory."""
+    for number, name in enumerate(dict.fromkeys(CLIP.findall(text))):
+        text = text.replace(name, f"@{number}@")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return re.sub(r"@(\d+)@", rf"clip-{digest}-\1", text)
