@@ -103,5 +103,5 @@ def test_orders_are_judged() -> None:
 
 def test_the_full_design_has_all_orders() -> None:
     own = [one for one in FULL.trials() if one.procedure == "stages"]
-    assert len(own) == 72 and {one.run.settings.manual_template for one in own} == {True, False}
+    assert len(own) == 60 and {one.run.settings.manual_template for one in own} == {True, False}
     assert len(set(ORDERS)) == 6

@@ -85,9 +85,9 @@ class LSTMPrompt(MadePrompt):
         """E (tokens, width) -> h (tokens, 2 hidden_dim) -> P (tokens, width)."""
         weights: list[Tensor] = [self.get_parameter(name) for name in _lstm_shapes(self.E.shape[1], self.hidden_dim, self.num_layers)]
         start = self.E.new_zeros(2 * self.num_layers, 1, self.hidden_dim)
-        h = torch.lstm(self.E[None], (start, start), weights, True, self.num_layers, 0.0, True, True, True)[0][
-            0
-        ]  # cuDNN has no backward in evaluation mode
+        train = True  # cuDNN has no backward in evaluation mode
+        with torch.autocast(self.E.device.type, enabled=False):  # processors without bfloat16 units have no such LSTM under autocast
+            h = torch.lstm(self.E[None], (start, start), weights, True, self.num_layers, 0.0, train, True, True)[0][0]
         return F.linear(torch.relu(F.linear(h, self.W_1, self.c_1)), self.W_2, self.c_2)
 
 
