@@ -35,9 +35,8 @@ def test_help(words: tuple[str, ...], call: Call) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for names in door.PANELS.values() for name in names))
 def test_every_command_explains_itself(name: str, call: Call) -> None:
-    assert name in commands
     shown = call(name, "--help")
-    assert shown.code == 0
+    assert shown.code == 0 and name in commands
     assert f"Usage: deltatune {name}" in shown.out
     assert f" {name} " in call("--help").out
 
@@ -134,6 +133,7 @@ def test_commands_of_other_packages(call: Call, tmp_path: Path, monkeypatch: pyt
         "    print(f'hello {name}')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    call("--version")  # the built-in commands register themselves once a process, and stay when the table is put back
     monkeypatch.setattr(
         "deltatune.registry.entry_points", lambda group: [EntryPoint("hello", "deltatune_hello", group)] if group == commands.group else []
     )
