@@ -23,10 +23,8 @@ from deltatune.study.driver import Driver
 from deltatune.study.exchange import take_results
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.experiment import judged
-from deltatune.study.report.markdown import write_markdown
-from deltatune.study.report.page import write_page
-from deltatune.study.report.report import evidence_of, report_of
-from deltatune.study.report.results import write_design, write_machines, write_results
+from deltatune.study.report.folder import write_report
+from deltatune.study.report.report import evidence_of
 from deltatune.study.runner.ray import Resources, ray_runner
 from deltatune.study.shows import Lines
 from deltatune.study.store.store import Store
@@ -45,30 +43,21 @@ def entered(store: Store, experiment: str) -> str:
     return study.name
 
 
-def write(store: Store, experiment: str, name: str) -> None:
-    """The report of a study into the evidence."""
-    found, folder = report_of(store, name), EVIDENCE / experiment
-    for page in (write_page, write_markdown):
-        page(found, folder)
-    for results in (write_results, write_machines, write_design):
-        results(store, name, folder)
-
-
 def run(store: Store, names: Sequence[str], minutes: float, workers: int) -> None:
     """One experiment after the other until the time is up."""
     end = time.monotonic() + 60 * minutes
     for experiment in names:
         name = entered(store, experiment)
         timer = Timer(max(0.0, end - time.monotonic()), _thread.interrupt_main)
-        timer.start()
         try:
+            timer.start()
             Driver(store, name, RUNS / "studies" / name, ray_runner(Resources(workers=workers, cpus=1)), Lines()).run()
         except KeyboardInterrupt:
             print(f"{experiment}: stopped", file=sys.stderr)
             return
         finally:
             timer.cancel()
-            write(store, experiment, name)
+            write_report(store, name, EVIDENCE / experiment)
 
 
 def row(store: Store, experiment: str) -> list[str]:

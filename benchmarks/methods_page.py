@@ -52,14 +52,11 @@ class Score:
     @property
     def marks(self) -> str:
         """What a reader must know beside the number."""
-        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
-        told = [seeds] if self.seeds < len(SEEDS) else []
-        told += (
-            ["one answer" + (f" with {self.collapsed} of {self.seeds} seeds" if self.collapsed < self.seeds else "")]
-            if self.collapsed
-            else []
-        )
-        told += ["stale"] if self.stale else []
+        told = [f"{self.seeds} seed{'s' * (self.seeds > 1)}"] if self.seeds < len(SEEDS) else []
+        if self.collapsed:
+            told.append("one answer" if self.collapsed == self.seeds else f"one answer with {self.collapsed} of {self.seeds} seeds")
+        if self.stale:
+            told.append("stale")
         return f" ({', '.join(told)})" if told else ""
 
 

@@ -156,20 +156,10 @@ def report(
 
     `deltatune study import DIR` takes such a folder into another store, where the study can go on.
     """
-    from deltatune.study.report.markdown import write_markdown
-    from deltatune.study.report.page import write_page
-    from deltatune.study.report.report import report_of
-    from deltatune.study.report.results import write_design, write_machines, write_results
+    from deltatune.study.report.folder import write_report
 
     opened = _open(store)
-    found, folder = report_of(opened, name), out or _beside(opened) / "reports" / name
-    files = [
-        write_page(found, folder),
-        write_markdown(found, folder),
-        write_results(opened, name, folder),
-        write_machines(opened, name, folder),
-        write_design(opened, name, folder),
-    ]
+    found, files = write_report(opened, name, out or _beside(opened) / "reports" / name)
     verdicts = [{"claim": claim.number, "says": claim.says, **vars(told)} for claim, told in found.verdicts]
     if json:
         show_json({"study": name, "files": [str(file) for file in files], "verdicts": verdicts})

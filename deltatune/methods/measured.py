@@ -39,7 +39,8 @@ class Measured:
         if task not in self.collapsed:
             return ""
         count, seeds = self.collapsed[task]
-        return " (one answer to every text" + (f" with {count} of {seeds} seeds)" if count < seeds else ")")
+        often = "" if count == seeds else f" with {count} of {seeds} seeds"
+        return f" (one answer to every text{often})"
 
 
 def measured(name: str) -> Measured | None:
