@@ -18,12 +18,17 @@
 namespace {
 
 constexpr int64_t BLOCK = 8;  // tokens
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;  // of a register; BLOCK of them and a sum have to fit into all registers
+#else
+constexpr int64_t LANES = 8;
+#endif
 
 template <int64_t R>
 struct Vector {
   typedef float type __attribute__((vector_size(4 * R), aligned(4)));
 };
-using Wide = Vector<16>::type;
+using Wide = Vector<LANES>::type;
 
 // h (N, R) = x (N, width) A (width, R)
 template <int64_t R, int64_t N>
@@ -43,7 +48,7 @@ inline void shrink(const float* x, const float* A, float* h, int64_t width) {
 template <int64_t R, int64_t N>
 inline void gather(const float* h, const float* g, float* G, int64_t width) {
   int64_t o = 0;
-  for (; o + 16 <= width; o += 16) {
+  for (; o + LANES <= width; o += LANES) {
     Wide rows[N];
 #pragma GCC unroll 8
     for (int64_t t = 0; t < N; ++t) rows[t] = *reinterpret_cast<const Wide*>(g + t * width + o);
@@ -65,7 +70,7 @@ inline void gather(const float* h, const float* g, float* G, int64_t width) {
 template <int64_t R, int64_t N>
 inline void expand(const float* u, const float* M, float* z, int64_t width) {
   int64_t o = 0;
-  for (; o + 16 <= width; o += 16) {
+  for (; o + LANES <= width; o += LANES) {
     Wide rows[R];
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; ++r) rows[r] = *reinterpret_cast<const Wide*>(M + r * width + o);

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,9 +72,13 @@ def live_tensors() -> Iterator[LiveTensors]:
 
 
 def known_tensors() -> list[Tensor]:
-    """Every strided tensor that Python knows."""
+    """Every strided tensor that Python knows; nested ones and those of lazy modules have no shape yet and are left out."""
     gc.collect()
-    return [found for found in gc.get_objects() if issubclass(type(found), Tensor) and found.layout == torch.strided]
+    return [found for found in gc.get_objects() if issubclass(type(found), Tensor) and _is_strided(found)]
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested and not is_lazy(tensor)
 
 
 def held_bytes() -> int:

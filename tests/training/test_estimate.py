@@ -154,6 +154,13 @@ def test_what_cannot_be_estimated_says_so() -> None:
         estimate(backbone("bert"), data(), "lora", tokenizer=tokenizer(), keep_frozen="memory")
 
 
+def test_tensors_of_others_that_have_no_shape_are_in_nobodys_way() -> None:
+    """A nested tensor and the weight of a lazy layer, alive somewhere in the process."""
+    others = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), nn.LazyLinear(3)
+    assert forecasting._memory(steps_of(backbone("bert"), make("lora", {})), batch_of, 2).counted == "shapes"
+    assert held_bytes() > 0 and others
+
+
 def test_every_registered_method_is_counted_by_its_shapes() -> None:
     counted = {}
     for name in methods:
