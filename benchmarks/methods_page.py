@@ -146,7 +146,6 @@ def _heading(results: Path) -> list[str]:
     ground, cost = read("ground", results), read("cost", results)
     runs = [run for task in TASKS for by in runs_of(task, results).values() for run in by if run["steps"]]
     steps, lengths, seeds, devices = (_listed(run[name] for run in runs) for name in ("steps", "length", "seed", "device"))
-    unsaid = sum("fields" not in run for run in runs)
     timed = f"on {cost['batch']} texts of {cost['tokens']} tokens, {cost['device']}" if cost else "not yet"
     return [
         "Written by `benchmarks/methods.py page`; every figure comes from a run of `benchmarks/methods.py train` or `cost`.",
@@ -154,9 +153,8 @@ def _heading(results: Path) -> list[str]:
         f"MiniLM, every method with its own defaults and the same budget: {steps} steps of {BATCH} texts of up to {lengths} tokens, "
         f"seeds {seeds}, on {devices}. Accuracy on all test rows: mean and standard deviation over the seeds; a score of fewer than "
         f"{len(SEEDS)} says so. **Bold**: the lower end of the 95% interval (bootstrap over test rows and seeds) lies above the linear "
-        "probe's mean. *One answer*: the same to every test row. *Stale*: a run had other defaults than today's"
-        + (f"; {unsaid} of the {len(runs)} runs are older than the record of that." if unsaid else ".")
-        + f" `trainable-tokens` has no default for its tokens; it trained {len(REQUIRED['token_ids']):,} of the commonest words.",
+        "probe's mean. *One answer*: the same to every test row. *Stale*: a run had other defaults than today's. "
+        f"`trainable-tokens` has no default for its tokens; it trained {len(REQUIRED['token_ids']):,} of the commonest words.",
         "",
         f"*Trained* is the share of the {ground['total']:,} parameters of the backbone with its head that trains, counted before the "
         "first step, so with a prefix's MLP, a mask's scores or diff pruning's gates; *file* is what is left of it on disk. Both are those "

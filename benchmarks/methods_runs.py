@@ -38,8 +38,8 @@ def asked(name: str) -> dict[str, Any]:
 
 
 def is_stale(run: Run) -> bool:
-    """The run had another rate or other fields than today's defaults. Runs that do not say what they had pass."""
-    return "fields" in run and {"lr": run["lr"], "fields": run["fields"]} != asked(run["method"])
+    """The run had another rate or other fields than today's defaults, or does not say what it had."""
+    return {"lr": run.get("lr"), "fields": run.get("fields")} != asked(run["method"])
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,11 @@ def without(batch: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != "labels" and name not in names}
 
 
+def inputs_of(features: Features) -> list[Features]:
+    """What the backbone is given for one example: itself, or its several inputs."""
+    return features.get(SEVERAL, [features])
+
+
 def length_of(features: Features) -> int:
     """Tokens of one example, by which batches are made; of several inputs those of the longest."""
     return max(map(length_of, features[SEVERAL])) if SEVERAL in features else len(features["input_ids"])

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from deltatune.compiled.cache import cache_folder
 from deltatune.errors import InvalidValue, OutputError
 from deltatune.injection.switching import deltas
 from deltatune.tasks.framing import Framing
-from deltatune.tasks.tensors import SEVERAL, Features, by_length, length_of, moved
+from deltatune.tasks.tensors import Features, by_length, inputs_of, length_of, moved
 from deltatune.training.frozen import FrozenPrefix
 from deltatune.training.settings import Place
 
@@ -49,19 +49,16 @@ class KeptRows:
         bf16: whether training runs under autocast.
 
     Raises:
-        InvalidValue: no layers are frozen, the rows are of a kind that cannot be kept, or there is no room.
+        InvalidValue: no layers are frozen, or there is no room.
     """
 
     def __init__(
         self, backbone: nn.Module, framing: Framing, features: Sequence[Features], place: Place, *, batch_size: int = 64, bf16: bool = False
     ) -> None:
-        if any(SEVERAL in one for one in features):
-            raise InvalidValue(f"`keep_frozen={place}` was asked for, but a row of this task is several inputs. Leave it out.")
         self.backbone, self.framing, self.features, self.bf16 = backbone, framing, list(features), bf16
-        self.lengths = [length_of(one) for one in self.features]
-        self.starts = [0, *accumulate(self.lengths)]
-        few = self.features[: min(2, len(self.features))]
-        self.prefix = FrozenPrefix.of(backbone, self._call(few), (len(few), max(self.lengths[: len(few)])))
+        self.spans = spans_of(self.features)
+        few = range(min(2, len(self.features)))
+        self.prefix = FrozenPrefix.of(backbone, self._call(few), (sum(len(self.spans[row]) for row in few), self._longest(few)))
         self.states = self._found(place, batch_size)
 
     def numbered(self) -> list[Features]:
@@ -81,16 +78,22 @@ class KeptRows:
     @contextmanager
     def given(self, rows: Sequence[int]) -> Iterator[None]:
         """Within it, a forward on the batch of these rows begins above the frozen layers."""
-        longest = max(self.lengths[row] for row in rows)
-        states = self.states.new_zeros(len(rows), longest, self.states.shape[1])
-        for number, row in enumerate(rows):
-            states[number, : self.lengths[row]] = self.states[self.starts[row] : self.starts[row + 1]]
+        spans = self._spans(rows)
+        states = self.states.new_zeros(len(spans), self._longest(rows), self.states.shape[1])
+        for into, span in zip(states, spans, strict=True):
+            into[: span.stop - span.start] = self.states[span]
         device = next((tensor.device for tensor in self.backbone.parameters()), states.device)
         with self.prefix.given(states.to(device)):
             yield
 
-    def _call(self, features: Sequence[Features]) -> Callable[[], Any]:
-        batch = moved(self.framing.collate(list(features)), self.backbone)
+    def _spans(self, rows: Iterable[int]) -> list[slice]:
+        return [span for row in rows for span in self.spans[row]]
+
+    def _longest(self, rows: Iterable[int]) -> int:
+        return max(length_of(self.features[row]) for row in rows)
+
+    def _call(self, rows: Iterable[int]) -> Callable[[], Any]:
+        batch = moved(self.framing.collate([self.features[row] for row in rows]), self.backbone)
 
         def call() -> Any:
             with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=self.bf16):
@@ -100,8 +103,8 @@ class KeptRows:
 
     def _found(self, place: Place, batch_size: int) -> Tensor:
         """The states of all rows, (tokens, width), read or computed."""
-        sample = self.prefix.states(self.backbone, self._call(self.features[:1]))
-        shape, dtype = (self.starts[-1], sample.shape[-1]), sample.dtype
+        sample = self.prefix.states(self.backbone, self._call([0]))
+        shape, dtype = (self.spans[-1][-1].stop, sample.shape[-1]), sample.dtype
         size = shape[0] * shape[1] * sample.element_size()
         if place == "memory":
             _check_memory(size)
@@ -114,9 +117,9 @@ class KeptRows:
 
     def _computed(self, states: Tensor, batch_size: int) -> Tensor:
         for rows in by_length(self.features, batch_size):
-            found = self.prefix.states(self.backbone, self._call([self.features[row] for row in rows]))
-            for row, one in zip(rows, found, strict=True):
-                states[self.starts[row] : self.starts[row + 1]] = one[: self.lengths[row]]
+            found = self.prefix.states(self.backbone, self._call(rows))
+            for span, one in zip(self._spans(rows), found, strict=True):
+                states[span] = one[: span.stop - span.start]
         return states
 
     def _write(self, file: Path, shape: tuple[int, int], dtype: torch.dtype, size: int, batch_size: int) -> None:
@@ -164,6 +167,17 @@ class KeptRows:
                 digest.update(f"{delta.method} {delta.merged}".encode())
                 _add(digest, delta.state_dict())
         return digest.hexdigest()[:32]
+
+
+def spans_of(features: Sequence[Features]) -> list[list[slice]]:
+    """Where the states of each row's inputs lie, the inputs of all rows one behind the other.
+
+    >>> spans_of([{"input_ids": [1, 2]}, {"several": [{"input_ids": [3]}, {"input_ids": [4, 5]}]}])
+    [[slice(0, 2, None)], [slice(2, 3, None), slice(3, 5, None)]]
+    """
+    ends = accumulate((length_of(one) for row in features for one in inputs_of(row)), initial=0)
+    spans = starmap(slice, pairwise(ends))
+    return [list(islice(spans, len(inputs_of(row)))) for row in features]
 
 
 def _add(digest: Any, state: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from deltatune.tasks.framing import HeadFraming
 from deltatune.training.kept import KeptRows
 from deltatune.training.train import train
 from tests.training import tiny
+from tests.training.test_types import DATA
 
 LAYERS = {"bert": "bert.encoder.layer", "llama": "model.layers", "gpt2": "transformer.h"}
 
@@ -76,6 +77,27 @@ def test_it_trains_as_without(name: str, method: Method, layers: Any, place: str
         torch.testing.assert_close(state(kept)[key], tensor, rtol=1e-3, atol=1e-4)
     frozen = 2 if layers is None else 1
     assert [calls[place] for place in range(2)] == [1 if place < frozen else 1 + kept.steps for place in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["choice", "span", "tagging"])
+def test_rows_of_several_inputs_are_kept_as_well(kind: str, cache: Path, tmp_path: Path) -> None:
+    """An option, or a window of a long text, is an input of its own; rows have different numbers of them."""
+    model: Any = tiny.backbone("bert")
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(tmp_path / "bert")
+    tiny.tokenizer().save_pretrained(tmp_path / "bert")
+    options: dict[str, Any] = {"framing": "head", "new_head": True, "epochs": 2, "batch_size": 5, "evaluations": 0, "lr": 1e-2}
+    runs = [
+        train(str(tmp_path / "bert"), DATA[kind], "lora", layers="top:1", keep_frozen=place, progress="none", **options)  # type: ignore[arg-type]
+        for place in (None, "disk")
+    ]
+    assert len(list(cache.iterdir())) == 1
+    plain, kept = ([entry["loss"] for entry in run.history if "loss" in entry] for run in runs)
+    assert kept == pytest.approx(plain, abs=1e-5) and kept != []
+    plain, kept = (state(run) for run in runs)
+    for key, tensor in plain.items():
+        if not key.endswith("bias"):  # one for all options or places has no gradient but rounding, of which AdamW makes steps
+            torch.testing.assert_close(kept[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_bits_do_not_depend_on_where_and_when(cache: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deltatune.errors import InvalidValue
 from deltatune.tasks.rows import Row, text_of
-from deltatune.tasks.tensors import SEVERAL, Features, moved, without
+from deltatune.tasks.tensors import SEVERAL, Features, inputs_of, moved, without
 from deltatune.tasks.types.base import Head, TaskType, answered, task_types
 from deltatune.tasks.types.generation import FreeText
 
@@ -59,7 +59,7 @@ class SpanHead(Head):
 
     def collate(self, framing: HeadFraming, features: Sequence[Features]) -> dict[str, Tensor]:
         """All windows (windows, length), ``readable`` where the context is, and, where there are any, ``labels`` (windows, 2)."""
-        windows = [window for feature in features for window in feature.get(SEVERAL, [feature])]
+        windows = [window for feature in features for window in inputs_of(feature)]
         batch = framing.inputs.padded(windows)
         length = batch["input_ids"].shape[1]
         place = torch.arange(length)
