@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods_runs import BATCH, REQUIRED, RESULTS, SEEDS, TASKS, Run, collapsed, is_stale, read, runs_of
+from methods_runs import BATCH, REQUIRED, RESULTS, SEEDS, TASKS, Run, collapsed, is_stale, read, recipe, runs_of
 
 from deltatune.methods import methods
-from deltatune.methods.fields import summary_of
+from deltatune.methods.fields import in_short, summary_of
+from deltatune.methods.making import settings_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
@@ -209,6 +210,7 @@ def packaged(results: Path = RESULTS) -> dict[str, Any]:
     steps = max(run["steps"] for runs in runs_of(TASKS[0], results).values() for run in runs)
     rows = {
         name: {
+            "settings": in_short(name, settings_of(recipe(name))).removeprefix(name).strip(),
             "scores": {task: (round(by[name].mean, 4), _rounded(by[name].spread)) for task, by in found.items() if name in by},
             "collapsed": {task: (by[name].collapsed, by[name].seeds) for task, by in found.items() if name in by and by[name].collapsed},
             "share": round(_share(name, ground), 6),

@@ -11,6 +11,9 @@ from rich.text import Text
 
 from deltatune.cli.commands import commands, noun
 from deltatune.cli.terminal import Json, facts, quoted, show, show_command, show_json, table
+from deltatune.injection.mixers import MIXERS
+from deltatune.injection.slot import How
+from deltatune.injection.ways import LETTERS, WAYS, way_called
 from deltatune.methods.fields import REQUIRED, MethodField, fields_of, formula_of, in_words, summary_of
 from deltatune.methods.kinds import Exported, Grouped, Method, Penalised, Phased, Prepared, Sharing, Stepping
 from deltatune.methods.kinds import methods as registered
@@ -36,11 +39,6 @@ LIFE: dict[type, str] = {
 }
 
 methods = noun("List the delta methods, or show one: its formula, fields, defaults and source.")
-TOGETHER = (
-    "Several deltas act as one by `dt.compose`: sequential, parallel, weighted, gated, or fusion, which is AdapterFusion. "
-    "The guide has them under Several deltas."
-)
-"""What people look for among the methods, but is no recipe for one delta."""
 
 commands.register("methods")(methods)
 
@@ -66,21 +64,24 @@ def listing(json: Json = False) -> None:
             drawn.add_section()
             drawn.add_row(Text(heading, style="bold"))
         drawn.add_row(Text(f"  {name}", style="cyan"), recipe.kind, summary_of(recipe))
-    hints = (TOGETHER, "`deltatune methods show NAME` explains one.")
+    ways = ", ".join(how + (f" ({way.called})" if way.called else "") for how, way in WAYS.items())
+    hints = (f"Several deltas act as one by `dt.compose`: {ways}.", "`deltatune methods show NAME` explains one.")
     show(drawn, facts(*MEANINGS.items()), "", *(quoted(hint, style="dim") for hint in hints))
 
 
 @methods.command("show")
 def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")], json: Json = False) -> None:
-    """Show one method: formula, fields and defaults, default sites, source."""
+    """Show one method, or one way to compose: formula, fields and defaults, default sites, source."""
+    if (how := way_called(name)) and name not in registered:
+        _explain_way(how, json)
+        return
     recipe = registered[name]
     if json:
         show_json(described(name))
         return
     fields, row = fields_of(recipe), measured(name)
     show(
-        Text.assemble((name, "bold cyan"), "  ", (f"{recipe.__name__}: {summary_of(recipe)}", "bold")),
-        Padding(Text(flowing(formula_of(recipe)).replace("``", "")), (1, 0, 1, 2)),
+        *_heading(name, f"{recipe.__name__}: {summary_of(recipe)}", formula_of(recipe)),
         facts(
             ("family", _family(recipe)),
             ("kind", f"{recipe.kind}: {MEANINGS[recipe.kind]}"),
@@ -94,6 +95,27 @@ def explain(name: Annotated[str, typer.Argument(help="A method, such as lora.")]
         _fields(fields),
     )
     show_command(_example(name, fields))
+
+
+def _explain_way(how: How, json: bool) -> None:
+    """A way to compose: not a recipe for one delta, but looked for among them."""
+    way, mixer = WAYS[how], MIXERS.get(how)
+    rate, call = mixer.learning_rate if mixer else None, f'dt.compose(backbone, ["a", "b"], how="{how}")'
+    if json:
+        show_json({"name": how, "kind": "composition", **dataclasses.asdict(way), "learning_rate": rate, "call": call})
+        return
+    show(
+        *_heading(how, f"{way.called or 'Composition'}: {way.summary}", f"{way.formula}\n\n{LETTERS}"),
+        facts(("kind", "composition: makes attached deltas act as one"), ("learning rate", rate), ("source", way.source)),
+        quoted(f"\n`{call}` takes the names of deltas that are attached.", style="dim"),
+    )
+
+
+def _heading(name: str, summary: str, formula: str) -> tuple[Text, Padding]:
+    return (
+        Text.assemble((name, "bold cyan"), "  ", (summary, "bold")),
+        Padding(Text(flowing(formula).replace("``", "")), (1, 0, 1, 2)),
+    )
 
 
 def flowing(text: str) -> str:

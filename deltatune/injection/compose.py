@@ -1,9 +1,4 @@
-"""Compositions: several deltas, of any kinds, acting together as one named thing.
-
-    sequential          F_n(... F_1(f) ...)
-    parallel            y + sum_i (F_i(f, x) - y)
-    weighted            y + sum_i w_i (F_i(f, x) - y)
-    gated, fusion       y mixed with the changes F_i(f, x) - y by a trained layer, token by token (``injection.mixers``)
+"""Compositions: several deltas, of any kinds, acting together as one named thing; ``injection.ways`` has the formulas.
 
 Context kinds concatenate in order whatever ``how`` says; weight kinds chain or add differences; selections always add
 differences. Deltas attached one after the other act sequentially without being composed.
@@ -277,7 +272,7 @@ def compose(
     Args:
         backbone: where they are attached.
         members: their names, or the deltas, in order.
-        how: ``sequential``, ``parallel``, ``weighted``, ``gated`` or ``fusion``; see the module's formulas.
+        how: ``sequential``, ``parallel``, ``weighted``, ``gated`` or ``fusion``; see ``injection.ways``.
         weights: one per member, for ``weighted``.
         name: how the composition is called; the members' names joined by ``-`` if left out.
 

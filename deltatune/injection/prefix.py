@@ -237,12 +237,11 @@ def check_prefix(site: Site, index: Index) -> None:
     if not is_on_interface(module):
         raise Unsupported(
             f"A prefix was asked for at `{site.path}` ({kind}), which does not run on transformers' attention interface, "
-            "so virtual keys and values cannot enter it. Choose another method for this backbone, such as PromptTuning or LoRA."
+            f"so virtual keys and values cannot enter it. {_instead(index)}"
         )
     if hasattr(module, "kv_lora_rank"):
         raise Unsupported(
-            f"A prefix was asked for at `{site.path}` ({kind}), which keeps one compressed key for all heads. "
-            "Choose another method for this backbone, such as PromptTuning or LoRA."
+            f"A prefix was asked for at `{site.path}` ({kind}), which keeps one compressed key for all heads. {_instead(index)}"
         )
     config: Any = module.config
     name = str(config._attn_implementation).removeprefix(MARK)
@@ -265,3 +264,8 @@ def check_prefix(site: Site, index: Index) -> None:
         if any(other.module is module for other in stack.attentions):
             for position in stack.positions:
                 Shift(position.module, position.path)
+
+
+def _instead(index: Index) -> str:
+    """What to do where no prefix can enter; a prompt enters a stack of text."""
+    return f"Choose another method for this backbone, such as {'PromptTuning or ' if index.stacks else ''}LoRA."

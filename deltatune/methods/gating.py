@@ -103,8 +103,9 @@ def input_width(site: Site) -> int:
     width = getattr(getattr(site.module, "config", None), "hidden_size", None)
     if not isinstance(width, int):
         raise Unsupported(
-            f"A gate was asked for at `{site.path}` ({type(site.module).__name__}), whose config does not tell the width of its input. "
-            "Choose another method for this backbone."
+            f"A prefix with a gate was asked for at `{site.path}` ({type(site.module).__name__}), which has no config that tells the width "
+            "of its input. Attentions on transformers' attention interface have one, and a prefix can enter no others. "
+            "Choose another method for this backbone, such as LoRA."
         )
     return width
 

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """A method with its own defaults on MiniLM.
+    """A method on MiniLM, with its own defaults but for what had to be set.
 
     Attributes:
         scores: task -> mean accuracy and its standard deviation over the seeds (None with one seed).
@@ -20,6 +20,7 @@ class Measured:
         step: seconds a step, as a ratio to full fine-tuning; None where nothing trains.
         memory: peak memory, as a ratio to full fine-tuning.
         collapsed: task -> with how many of how many seeds every test row got the same answer; tasks where it never did are left out.
+        settings: the fields that were not at their defaults, as one sets them; empty for most.
     """
 
     scores: dict[str, tuple[float, float | None]]
@@ -28,12 +29,14 @@ class Measured:
     step: float | None
     memory: float | None
     collapsed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    settings: str = ""
 
     def __str__(self) -> str:
         scores = [f"{task} {_told(*score)}{self._mark(task)}" for task, score in self.scores.items()]
         costs = [f"{word} {ratio:.2f}" for word, ratio in (("step", self.step), ("memory", self.memory)) if ratio is not None]
         sizes = [f"{self.share:.3%} of the parameters", f"{self.file_bytes / 1e3:,.0f} kB"]
-        return "; ".join([", ".join(scores), ", ".join(sizes), *([", ".join(costs) + " of full fine-tuning's"] if costs else [])])
+        told = [", ".join(scores), ", ".join(sizes), ", ".join(costs) + " of full fine-tuning's" if costs else ""]
+        return "; ".join(filter(None, [*told, f"with {self.settings}" if self.settings else ""]))
 
     def _mark(self, task: str) -> str:
         if task not in self.collapsed:
@@ -54,7 +57,7 @@ def measured(name: str) -> Measured | None:
         return None
     scores = {task: (float(mean), None if spread is None else float(spread)) for task, (mean, spread) in row["scores"].items()}
     collapsed = {task: (int(count), int(seeds)) for task, (count, seeds) in row["collapsed"].items()}
-    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"], collapsed)
+    return Measured(scores, row["share"], row["file_bytes"], row["step"], row["memory"], collapsed, row["settings"])
 
 
 def budget() -> str:

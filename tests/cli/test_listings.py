@@ -11,6 +11,7 @@ import pytest
 from deltatune.backbones.catalogue import backbones
 from deltatune.cli.terminal import quoted, share, size
 from deltatune.injection.slot import How
+from deltatune.injection.ways import WAYS
 from deltatune.methods.kinds import methods
 from deltatune.methods.measured import measured
 from deltatune.tasks import Task, get_task, tasks
@@ -38,7 +39,7 @@ def test_methods(words: tuple[str, ...], call: Call) -> None:
     assert kinds == {"lora": "output", "prefix-tuning": found["prefix-tuning"]["kind"]}
     assert [name for name in methods if f" {name} " not in shown] == []
     told = " ".join(shown.split())
-    assert f"by dt.compose: {', '.join(get_args(How)[:-1])}, or {get_args(How)[-1]}, which is AdapterFusion." in told
+    assert f"by dt.compose: {', '.join(get_args(How))} (AdapterFusion)." in told
 
 
 @pytest.mark.parametrize("name", sorted(methods))
@@ -53,6 +54,22 @@ def test_one_method(name: str, call: Call) -> None:
     assert "".join(told["formula"].replace("`", "").split()) in words
     row = measured(name)
     assert row is not None and "".join(str(row).split()) in words
+
+
+@pytest.mark.parametrize("name", ["fusion", "adapter-fusion", "adapterfusion", "AdapterFusion", "adapter_fusion"])
+def test_fusion_is_found_among_the_methods(name: str, call: Call) -> None:
+    shown = " ".join(call("methods", "show", name).out.split())
+    assert shown.startswith("fusion AdapterFusion: ") and "s(y) = softmax_i((y Q) . (z_i K))" in shown
+    assert "arXiv:2005.00247" in shown and 'dt.compose(backbone, ["a", "b"], how="fusion")' in shown
+    told = json.loads(call("methods", "show", name, "--json").out)
+    assert (told["kind"], told["source"], told["learning_rate"]) == ("composition", "arXiv:2005.00247", 1e-3)
+
+
+@pytest.mark.parametrize("how", get_args(How))
+def test_every_way_to_compose_is_shown(how: How, call: Call) -> None:
+    assert how not in methods
+    shown = call("methods", "show", how)
+    assert shown.code == 0 and WAYS[how].formula in " ".join(shown.out.split())
 
 
 @pytest.mark.parametrize("words", [("tasks",), ("tasks", "list")])

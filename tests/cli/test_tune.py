@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import deltatune as dt
+from deltatune.methods import BitFit, LoRA
+from deltatune.training.run import read_run
 from deltatune.training.settings import Settings
 from tests.cli.conftest import Call, refused, tune_words, write_texts
 from tests.project import ROOT
@@ -48,6 +51,22 @@ def test_a_configuration_is_replayed_and_changed(call: Call, finished: Path, tmp
     assert changed.code == 0, changed.err
     written = yaml.safe_load((tmp_path / "changed" / "run.yaml").read_text())
     assert (written["method"]["name"], written["method"]["rank"], written["settings"]["batch_size"]) == ("lora", 3, 4)
+
+
+def test_a_list_of_methods_comes_from_a_configuration(call: Call, encoder: str, texts: Path, tmp_path: Path) -> None:
+    methods: list[object] = [{"name": "lora", "rank": 2}, "bitfit"]
+    data = {"path": str(texts), "text": "headline", "label": "topic"}
+    settings = {"max_steps": 2, "batch_size": 4, "evaluations": 0}
+    file, out = tmp_path / "several.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump({"backbone": encoder, "data": data, "method": methods, "settings": settings}))
+    refused(call("tune", "--config", file, "--set", "rank=3", "--out", out), "`--set` does not say which of the configuration's methods")
+    done = call("tune", "--config", file, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "to train lora rank=2 and bitfit into" in done.err
+    assert read_run(out).methods == (LoRA(rank=2), BitFit())
+    held = dt.open(out)[2]
+    assert isinstance(held, dt.Composition) and [delta.method for delta in held.deltas] == [LoRA(rank=2), BitFit()]
+    assert call("predict", out, "goal for the team").code == 0
 
 
 def test_the_end_for_people(call: Call, encoder: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

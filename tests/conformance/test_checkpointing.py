@@ -36,7 +36,7 @@ def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     )
 
 
-def _checkpoint(backbone: Any, reentrant: bool) -> None:
+def checkpoint_layers(backbone: Any, reentrant: bool) -> None:
     """Layers checkpoint in training mode only; their dropouts stay in evaluation mode."""
     kwargs = {"use_reentrant": reentrant}
     if hasattr(backbone, "activation_checkpointing_enable"):
@@ -70,7 +70,7 @@ def test_gradients_are_those_without(cell: Cell) -> None:
     shake(delta)
     expected = _gradients(backbone, inputs, delta)
     for reentrant in (False, True):
-        _checkpoint(backbone, reentrant)
+        checkpoint_layers(backbone, reentrant)
         if reentrant and cell.model == "deberta_v2" and _trains_relative_positions(delta):
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
                 _gradients(backbone, inputs, delta)
@@ -82,7 +82,7 @@ def test_gradients_are_those_without(cell: Cell) -> None:
 
 def test_reentrant_deberta_cannot_train_its_relative_positions_without_us_either() -> None:
     backbone, inputs = fresh("deberta_v2")
-    _checkpoint(backbone, reentrant=True)
+    checkpoint_layers(backbone, reentrant=True)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         output(backbone, inputs).square().mean().backward()
 
@@ -99,7 +99,7 @@ def test_random_draws_are_the_same_when_recomputed(reentrant: bool) -> None:
             patch.train()
         assert sum(isinstance(patch, Stochastic) for patch in delta.patches) > 10
         if checkpointed:
-            _checkpoint(backbone, reentrant)
+            checkpoint_layers(backbone, reentrant)
             backbone.enable_input_require_grads()  # type: ignore[operator]
         torch.manual_seed(seed)
         results.append(_gradients(backbone, inputs, delta))

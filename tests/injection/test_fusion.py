@@ -16,6 +16,7 @@ from deltatune.injection.compose import Composition, compose
 from deltatune.injection.mixers import MIXERS, Fusion
 from deltatune.injection.slot import How
 from deltatune.injection.switching import deltas, disabled
+from deltatune.injection.ways import WAYS
 from deltatune.methods import IA3, Adapter, BitFit, LinearProbe, LoRA, Method
 from tests.conformance.cells import fresh, shake
 from tests.models import output
@@ -213,4 +214,4 @@ def test_it_compiles_to_one_graph() -> None:
 
 
 def test_every_way_to_compose_is_plain_or_has_a_mixer() -> None:
-    assert set(get_args(How)) == {"sequential", "parallel", "weighted"} | set(MIXERS)
+    assert set(get_args(How)) == {"sequential", "parallel", "weighted"} | set(MIXERS) == set(WAYS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.errors import InvalidValue, NoSite, Unsupported
 from deltatune.injection.delta import Delta
-from deltatune.methods import PrefixTuning
+from deltatune.methods import LoRA, Method, PrefixTuning, PromptTuning, UniPELT
 from tests.injection.by_hand import Prefixes, greedy, plain_eager, row_by_row
 from tests.models import KEY_VALUE_HEADS, MODELS, output, tokens
 
@@ -225,6 +225,19 @@ def test_attention_off_the_interface_is_refused_before_anything_is_touched(name:
     with pytest.raises(Unsupported, match=r"does not run on transformers' attention interface.*LoRA"):
         dt.attach(model, STRONG)
     assert [path for path, _ in model.named_modules()] == children
+
+
+@pytest.mark.parametrize("method", [STRONG, UniPELT()], ids=["prefix-tuning", "unipelt"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_advised_where_no_prefix_can_enter_attaches(name: str, method: Method) -> None:
+    model, _ = MODELS[name]()
+    with pytest.raises(Unsupported, match=r"A prefix .*was asked for at .*transformers' attention interface") as refused:
+        dt.attach(model, method)
+    advice = str(refused.value).partition("another method for this backbone, such as ")[2]
+    advised = [kind for kind in (PromptTuning, LoRA) if kind.__name__ in advice]
+    assert LoRA in advised
+    for kind in advised:
+        dt.detach(dt.attach(model, kind()))
 
 
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)

@@ -17,6 +17,7 @@ ROW: dict[str, Any] = {
     "step": 0.71,
     "memory": 0.5,
     "collapsed": {},
+    "settings": "",
 }
 FROZEN: dict[str, Any] = {"step": None, "memory": None, "collapsed": {"tweet-sentiment": [3, 3], "bbc-news": [1, 3]}}
 
@@ -33,6 +34,12 @@ def test_a_row_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         "0.333% of the parameters, 310 kB"
     )
     assert measured("bitfit") is None
+
+
+def test_a_row_says_what_was_not_at_its_default() -> None:
+    row = measured("trainable-tokens")
+    assert row is not None and str(row).endswith("of full fine-tuning's; with token_ids=1996,1997,1998,1999,... (2000)")
+    assert [name for name in methods if (row := measured(name)) and row.settings] == ["trainable-tokens"]
 
 
 def test_what_is_packaged_names_methods_that_exist() -> None:

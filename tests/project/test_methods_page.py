@@ -85,6 +85,7 @@ def test_fusion_beside_the_adapters_it_fuses(tmp_path: Path) -> None:
 
 def test_what_is_packaged(tmp_path: Path) -> None:
     row = module("methods_page").packaged(made_up(tmp_path))["rows"]["said"]
+    assert row["settings"] == ""
     assert (row["share"], row["collapsed"], row["scores"]["tweet-sentiment"]) == (0.025, {"tweet-sentiment": (1, 1)}, (0.3333, None))
 
 

@@ -12,7 +12,7 @@ from deltatune.methods import methods
 from tests.methods.oracles.hosts import HOSTS
 from tests.methods.oracles.table import Case, Oracle, check
 
-AT_LEAST = 468
+AT_LEAST = 484
 """How many cases the table had when it was last added to."""
 
 MODULES = [importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
