@@ -46,7 +46,8 @@ def without(batch: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 def inputs_of(features: Features) -> list[Features]:
     """What the backbone is given for one example: itself, or its several inputs."""
-    return features.get(SEVERAL, [features])
+    inputs: list[Features] = features.get(SEVERAL, [features])
+    return inputs
 
 
 def length_of(features: Features) -> int:

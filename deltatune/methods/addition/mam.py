@@ -37,7 +37,7 @@ class MAM(Composed):
     kind: ClassVar[Kind] = "output"
     where: ClassVar[tuple[str, ...]] = ("attention", "feed_forward.down")
     identity: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-4
     source: ClassVar[str] = "arXiv:2110.04366"
 
     num_virtual_tokens: int = 30
