@@ -41,7 +41,7 @@ class UniPELT(Composed):
     kind: ClassVar[Kind] = "output"
     where: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value", "attention", "feed_forward.down")
     identity: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-3
     source: ClassVar[str] = "arXiv:2110.07577"
 
     rank: int = 8
