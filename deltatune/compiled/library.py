@@ -44,7 +44,7 @@ def _tell_shapes() -> None:
     def backward(
         x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], gradient: list[Tensor | None], folded: bool, needs_x: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return x.new_empty(x.shape if needs_x else (0,)), [one.new_empty(one.shape) for one in A], [one.new_empty(one.shape) for one in B]
+        return x.new_empty(x.shape if needs_x else (0,)), [torch.empty_like(one) for one in A], [torch.empty_like(one) for one in B]
 
     torch.library.register_fake("deltatune::low_rank_forward", forward)
     torch.library.register_fake("deltatune::low_rank_backward", backward)

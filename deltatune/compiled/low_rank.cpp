@@ -9,11 +9,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <vector>
 
 namespace {
 
@@ -112,40 +114,83 @@ at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contig
 
 at::Tensor merged(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B) { return at::addmm(W, B.t(), A.t()); }
 
+// The numbers of a small matrix row by row, copied where they lie otherwise in memory.
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& M) {
+    const int64_t rows = M.size(0), columns = M.size(1), down = M.stride(0), right = M.stride(1);
+    const float* from = M.const_data_ptr<float>();
+    data = from;
+    if (down == columns && right == 1) return;
+    copy.reset(new float[rows * columns]);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < columns; ++k) copy[i * columns + k] = from[i * down + k * right];
+    data = copy.get();
+  }
+  const float* data;
+
+ private:
+  std::unique_ptr<float[]> copy;
+};
+
+// Sums of each thread, (threads, R, width).
+class Sums {
+ public:
+  Sums(int64_t threads, int64_t rank, int64_t width) : threads(threads), rank(rank), width(width), values(threads * rank * width) {}
+  float* of(int64_t thread) { return values.data() + thread * rank * width; }
+
+  // Of all threads, (R, width), in M's order of memory, so that nobody has to copy a gradient into that of its parameter.
+  at::Tensor like(const at::Tensor& M) const {
+    at::Tensor found = at::empty_like(M);
+    const int64_t down = found.stride(0), right = found.stride(1);
+    float* to = found.mutable_data_ptr<float>();
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t k = 0; k < width; ++k) {
+        float sum = 0;
+        for (int64_t t = 0; t < threads; ++t) sum += values[(t * rank + r) * width + k];
+        to[r * down + k * right] = sum;
+      }
+    return found;
+  }
+
+ private:
+  int64_t threads, rank, width;
+  std::vector<float> values;
+};
+
 // y += (x A) B
 void add_change(at::Tensor& y, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
   const int64_t in = x.size(1), out = y.size(1);
-  const float *from = x.const_data_ptr<float>(), *down = A.const_data_ptr<float>(), *up = B.const_data_ptr<float>();
+  const Rows down(A), up(B);
+  const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   with_rank(A.size(1), [&]<int64_t R>() {
     blocks(x.size(0), [&]<int64_t N>(int64_t t, int64_t) {
       float h[N * R];
-      shrink<R, N>(from + t * in, down, h, in);
-      expand<R, N>(h, up, to + t * out, out);
+      shrink<R, N>(from + t * in, down.data, h, in);
+      expand<R, N>(h, up.data, to + t * out, out);
     });
   });
 }
 
-// dL/dA^T (r, in) and dL/dB (r, out); to z, if there is one, u A^T is added.
+// dL/dA (in, r) and dL/dB (r, out); to z, if there is one, u A^T is added.
 std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& x, const at::Tensor& g, const at::Tensor& A, const at::Tensor& B, at::Tensor* z) {
   const int64_t rank = A.size(1), in = x.size(1), out = g.size(1), threads = at::get_num_threads();
-  const at::Tensor At = A.t().contiguous(), Bt = B.t().contiguous();
-  at::Tensor g_A = at::zeros({threads, rank, in}, x.options()), g_B = at::zeros({threads, rank, out}, x.options());
+  const Rows down(A), down_turned(A.t()), up_turned(B.t());
+  Sums g_A(threads, rank, in), g_B(threads, rank, out);
   const float *px = x.const_data_ptr<float>(), *pg = g.const_data_ptr<float>();
-  const float *pA = A.const_data_ptr<float>(), *pAt = At.const_data_ptr<float>(), *pBt = Bt.const_data_ptr<float>();
-  float *qA = g_A.mutable_data_ptr<float>(), *qB = g_B.mutable_data_ptr<float>();
   float* pz = z ? z->mutable_data_ptr<float>() : nullptr;
   with_rank(rank, [&]<int64_t R>() {
     blocks(x.size(0), [&]<int64_t N>(int64_t t, int64_t thread) {
       float h[N * R], u[N * R];
-      shrink<R, N>(px + t * in, pA, h, in);
-      shrink<R, N>(pg + t * out, pBt, u, out);
-      gather<R, N>(h, pg + t * out, qB + thread * R * out, out);
-      gather<R, N>(u, px + t * in, qA + thread * R * in, in);
-      if (pz) expand<R, N>(u, pAt, pz + t * in, in);
+      shrink<R, N>(px + t * in, down.data, h, in);
+      shrink<R, N>(pg + t * out, up_turned.data, u, out);
+      gather<R, N>(h, pg + t * out, g_B.of(thread), out);
+      gather<R, N>(u, px + t * in, g_A.of(thread), in);
+      if (pz) expand<R, N>(u, down_turned.data, pz + t * in, in);
     });
   });
-  return {g_A.sum(0), g_B.sum(0)};
+  return {g_A.like(A.t()).t(), g_B.like(B)};
 }
 
 using Tensors = std::vector<at::Tensor>;
@@ -158,7 +203,7 @@ Tensors low_rank_forward(const at::Tensor& x, at::TensorList W, const Some& b, a
     found.push_back(at::linear(x, folded ? merged(W[k], A[k], B[k]) : W[k], b.get(k)));
     if (folded) continue;
     at::Tensor y = found.back().view({-1, W[k].size(0)});
-    add_change(y, flat, A[k].contiguous(), B[k].contiguous());
+    add_change(y, flat, A[k], B[k]);
   }
   return found;
 }
@@ -179,8 +224,8 @@ std::tuple<at::Tensor, Tensors, Tensors> low_rank_backward(
     const at::Tensor g = rows(*gradient.get(k));
     if (needs_x) at::addmm_out(g_x, g_x, g, folded ? merged(W[k], A[k], B[k]) : W[k], begun ? 1 : 0);
     begun = true;
-    const auto found = gradients(flat, g, A[k].contiguous(), B[k], needs_x && !folded ? &g_x : nullptr);
-    g_A.push_back(std::get<0>(found).t());
+    const auto found = gradients(flat, g, A[k], B[k], needs_x && !folded ? &g_x : nullptr);
+    g_A.push_back(std::get<0>(found));
     g_B.push_back(std::get<1>(found));
   }
   if (needs_x && !begun) g_x.zero_();

@@ -14,7 +14,7 @@ their output if they are given the same tensor. ``injection.lean`` runs what doe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, folded: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
         """Every map's output."""
         maps = _maps(operands)
-        learns_A = any(ctx.needs_input_grad[4 + 4 * k] for k in range(len(maps)))
+        learns_A = any(ctx.needs_input_grad[4::4])
         ctx.looped = learns_A and has_loops(x, maps)
         h = None if learns_A and (folded or ctx.looped) else _joined(maps).T @ _rows(x).T  # (r of all, tokens)
         ctx.folded, ctx.shape, ctx.like = folded, x.shape, x.new_empty(0)
@@ -252,8 +252,11 @@ class Sharing:
         maps = [mine, *(found for _, found in others)]
         tokens = x.numel() // max(1, x.shape[-1])
         folded = x.dtype in EXACT and tokens >= max(one.widest for one in maps)
-        if not (folded or others or has_loops(x, maps)):
+        looped = has_loops(x, maps)
+        if not (folded or others or looped):
             return None
+        if not looped:  # torch's products with few rows are faster where these lie one behind the other
+            maps = [replace(one, B=one.B.contiguous()) for one in maps]
         outputs: tuple[Tensor, ...] = Fused.apply(  # type: ignore[no-untyped-call]
             x, folded, *(tensor for one in maps for tensor in (one.W, one.b, one.A, one.B))
         )

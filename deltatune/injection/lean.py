@@ -99,7 +99,7 @@ class Lean:
         if found is None:
             return None
         A, B = found
-        return A.to(x.dtype), B.to(x.dtype).contiguous()
+        return A.to(x.dtype), B.to(x.dtype)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -113,6 +113,7 @@ def before(lean: Lean, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tens
     if factors is None:
         return x, None
     A, B = factors
+    B = B.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         x, h = Shrink.apply(x, A)  # type: ignore[no-untyped-call]
     else:
