@@ -46,23 +46,31 @@ inline void shrink(const float* x, const float* A, float* h, int64_t width) {
   for (int64_t t = 0; t < N; ++t) *reinterpret_cast<V*>(h + t * R) = sums[t];
 }
 
-// G (R, width) += h (N, R)^T g (N, width)
+// G (R, width) += h (N, R)^T g (N, width), a cache line of a few rows of G at once
 template <int64_t R, int64_t N>
 inline void gather(const float* h, const float* g, float* G, int64_t width) {
+  constexpr int64_t FEW = 4;
   int64_t o = 0;
-  for (; o + LANES <= width; o += LANES) {
-    Wide rows[N];
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < N; ++t) rows[t] = *reinterpret_cast<const Wide*>(g + t * width + o);
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < R; ++r) {
-      Wide* into = reinterpret_cast<Wide*>(G + r * width + o);
-      Wide sum = *into;
-#pragma GCC unroll 8
-      for (int64_t t = 0; t < N; ++t) sum += h[t * R + r] * rows[t];
-      *into = sum;
+  for (; o + 2 * LANES <= width; o += 2 * LANES)
+    for (int64_t r = 0; r < R; r += FEW) {
+      Wide sums[FEW][2];
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < FEW; ++k)
+        for (int64_t j = 0; j < 2; ++j) sums[k][j] = *reinterpret_cast<const Wide*>(G + (r + k) * width + o + j * LANES);
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < N; ++t) {
+        const Wide left = *reinterpret_cast<const Wide*>(g + t * width + o);
+        const Wide right = *reinterpret_cast<const Wide*>(g + t * width + o + LANES);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < FEW; ++k) {
+          sums[k][0] += h[t * R + r + k] * left;
+          sums[k][1] += h[t * R + r + k] * right;
+        }
+      }
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < FEW; ++k)
+        for (int64_t j = 0; j < 2; ++j) *reinterpret_cast<Wide*>(G + (r + k) * width + o + j * LANES) = sums[k][j];
     }
-  }
   for (; o < width; ++o)
     for (int64_t r = 0; r < R; ++r)
       for (int64_t t = 0; t < N; ++t) G[r * width + o] += h[t * R + r] * g[t * width + o];
