@@ -23,7 +23,7 @@ import peft
 import torch
 from paired import ratio, report
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from deltatune.backbones import load_backbone, load_tokenizer
 from deltatune.backbones.quiet import quiet
@@ -108,6 +108,7 @@ def theirs(trial: Trial) -> tuple[int, float]:
             per_device_eval_batch_size=settings.eval_batch_size,
         )  # fmt: skip
         trainer = Trainer(PREPARED[trial.label](model), arguments, train_dataset=encoded(data.train), data_collator=collator)  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)  # what is printed is the result
         trainer.train()
         tokens = sum(collator.tokens[: trainer.state.global_step])
         logits = trainer.predict(encoded(test)).predictions  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from typing import Any
 import peft
 import torch
 from paired import interleave, report
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 import deltatune as dt
 from deltatune.backbones import load_backbone, load_tokenizer
@@ -99,6 +99,7 @@ def theirs(case: Case, data: TaskData, steps: int, rows: int) -> float:
         trainer = Trainer(
             peft.get_peft_model(backbone, config), arguments, train_dataset=train, eval_dataset=validation, data_collator=collator
         )  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)  # what is printed is the result
         trainer.train()
         trainer.predict(test)  # type: ignore[arg-type]
     return time.perf_counter() - began
