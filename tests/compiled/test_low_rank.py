@@ -51,6 +51,22 @@ def test_it_equals_the_operations(
         assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
+def test_any_order_of_memory_and_gradients_in_the_same() -> None:
+    """Of a parameter that is seen turned, such as LoRA's, nothing has to be copied; views with gaps are read as well."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(2, 9, 40), maps(40, 8, (24, 33), bias=True)
+    turned = [Operands(one.W, one.b, one.A.detach().T.contiguous().T, one.B.detach().T.contiguous().T) for one in plain]
+    spread = [Operands(one.W, one.b, torch.stack([one.A.detach()] * 2, -1)[..., 0], one.B.detach().repeat(2, 1)[:8]) for one in plain]
+    found = gradients(x.requires_grad_(), False, plain, slice(None))
+    for others in (turned, spread):
+        for one in others:
+            one.A.requires_grad_(), one.B.requires_grad_()
+        for mine, other in zip(gradients(x, False, others, slice(None)), found, strict=True):
+            torch.testing.assert_close(mine, other)
+    raw = torch.ops.deltatune.low_rank_backward(x, [turned[0].W], [turned[0].A], [turned[0].B], [torch.randn(2, 9, 24)], False, True)
+    assert raw[1][0].stride() == turned[0].A.stride() and raw[2][0].stride() == turned[0].B.stride()
+
+
 def test_threads_add_up() -> None:
     """Each thread sums a part of the tokens."""
     torch.manual_seed(0)
