@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import deltatune as dt
 from deltatune.backbones import load_backbone
 from deltatune.methods.making import make
 from deltatune.training import trainer  # noqa: F401 - what a run has imported by then
-from deltatune.training.forecast import SECONDS, forecast
+from deltatune.training.forecast import SECONDS, at_rest, forecast
 from deltatune.training.freed import keeping_freed
 from deltatune.training.live import held_bytes
 from deltatune.training.measure import most_memory, peak_memory, resident
@@ -143,11 +144,12 @@ def high_water(seen: Any) -> int:
 
 def predicted(backbone: nn.Module, method: str, rows: int, tokens: int, seconds: float) -> dict[str, Any]:
     """The forecast, how long it took, and right behind it what a step takes."""
-    held = held_bytes()
+    held, before = held_bytes(), at_rest(backbone)
     delta = attached(backbone, method)
     began = time.process_time()
     steps = Steps(backbone, [delta], lambda model, batch: model(**batch).loss, Settings())
-    told = forecast(steps, lambda count: batch_of(backbone, count, tokens), rows, delta_bytes=held_bytes() - held, seconds=seconds)
+    batch, delta_bytes = partial(batch_of, backbone, tokens=tokens), held_bytes() - held
+    told = forecast(steps, batch, rows, delta_bytes=delta_bytes, before=before, seconds=seconds)
     took = time.process_time() - began
     step = stepper(backbone, delta, batch_of(backbone, rows, tokens))
     clock, processor = [], []

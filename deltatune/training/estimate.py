@@ -21,7 +21,7 @@ from deltatune.tasks.sampling import subset
 from deltatune.tasks.tensors import Features, length_of, moved
 from deltatune.training.batches import LengthGrouped
 from deltatune.training.borrowed import left_alone, trainer_modules
-from deltatune.training.forecast import Estimate, forecast
+from deltatune.training.forecast import Estimate, at_rest, forecast
 from deltatune.training.job import Job, make_job
 from deltatune.training.life import Life
 from deltatune.training.live import held_bytes
@@ -76,11 +76,11 @@ def estimate(
         raise InvalidValue("With `keep_frozen` the first pass differs from the others. Estimate without it: that is the most it takes.")
     recipes = [make(one) if isinstance(one, str) else one for one in ([method] if isinstance(method, str | Method) else method)]
     data = sampled(load_data(task, chosen), chosen)
-    held = [held_bytes()]
+    held = [(held_bytes(), at_rest(backbone))] if isinstance(backbone, nn.Module) else []
 
     def load(*args: Any, **options: Any) -> nn.Module:
         loaded = load_backbone(*args, **options)
-        held.append(held_bytes())
+        held.append((held_bytes(), at_rest(loaded)))
         return loaded
 
     with torch.random.fork_rng(), trainer_modules():
@@ -88,10 +88,11 @@ def estimate(
         with _thrown_away(job, isinstance(backbone, nn.Module)):
             if not job.trains:
                 raise InvalidValue("Nothing would train with this method, so there is no step to estimate.")
-            return _of_job(job, chosen, held_bytes() - held[-1])
+            loaded_bytes, before = held[-1]
+            return _of_job(job, chosen, held_bytes() - loaded_bytes, before)
 
 
-def _of_job(job: Job, settings: Settings, delta_bytes: int) -> Estimate:
+def _of_job(job: Job, settings: Settings, delta_bytes: int, before: int | None) -> Estimate:
     if torch.accelerator.is_available():
         job.backbone.to(torch.accelerator.current_accelerator())
     longest, usual = _batches(job, settings)
@@ -101,7 +102,7 @@ def _of_job(job: Job, settings: Settings, delta_bytes: int) -> Estimate:
     steps = Steps(job.backbone, job.trained, Objective(job.framing, weights), settings)
     rows = min(settings.batch_size, settings.batch_size if job.data.stream is not None else len(job.data.train))
     with left_alone(job.backbone, job.trained):
-        found = forecast(steps, longest, rows, timed=usual, delta_bytes=delta_bytes)
+        found = forecast(steps, longest, rows, timed=usual, delta_bytes=delta_bytes, before=before)
     passes = settings.grad_accumulation / min(settings.grad_accumulation, 2)
     return replace(found, seconds=found.seconds * passes, processor_seconds=found.processor_seconds * passes)
 

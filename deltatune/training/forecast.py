@@ -1,19 +1,21 @@
 """Peak memory and seconds of a training step, before anything trains.
 
 Memory: the step is taken by a shadow of the backbone (``training.shadow``), whose tensors have shapes and no bytes, and what lives at once
-is counted. On a GPU that is what its allocator holds. A process on a CPU holds more: what its heap cannot fill (``training.heap``), and
-what the kernels keep for themselves, which a real step on one row shows.
+is counted. On a GPU that is what its allocator holds. A process on a CPU holds more: the holes of its heap, the libraries' code, what their
+kernels keep for themselves. Real steps show that, on as many rows b as a few seconds and the free memory allow; what the other rows of the
+batch add follows from the heap that the shadow's tensors would grow (``training.heap``).
 
-    live = delta + max_t sum of the tensors that live at t
-    resident = delta + heap(tensors in their order) + kernels
+    live(B) = delta + max_t sum of the tensors that live at t
+    resident(B) = resident(b) + heap(tensors of B, in their order) - heap(tensors of b)
 
-Time: real steps on as many rows as a few seconds allow. Fewer rows than a batch has are continued on a line:
+Time: the same real steps. Fewer rows than a batch has are continued on a line:
 
     t(B) = t(b) + (t(b) - t(b/2)) (B - b) / (b/2)
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.training.freed import KEEPING, keeping_freed
+from deltatune.training.freed import KEEPING, give_back, keeping_freed
 from deltatune.training.heap import grown
 from deltatune.training.live import LiveTensors, live_tensors
 from deltatune.training.measure import available, peak_memory, resident, wait
@@ -78,12 +80,30 @@ class Memory:
     counted: str = "shapes"
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What real steps showed.
+
+    Attributes:
+        rows: of each batch.
+        seconds: a step by the clock, of as many rows as the batch that is asked for.
+        processor_seconds: the same of the processor.
+        resident: what the process grew by in a step of the most rows, in bytes; None where the system does not tell.
+    """
+
+    rows: tuple[int, ...]
+    seconds: float
+    processor_seconds: float
+    resident: int | None
+
+
 def forecast(
     steps: Steps,
     batch_of: Callable[[int], Batch],
     rows: int,
     *,
     delta_bytes: int = 0,
+    before: int | None = None,
     timed: Callable[[int], Batch] | None = None,
     seconds: float = SECONDS,
 ) -> Estimate:
@@ -96,42 +116,46 @@ def forecast(
         batch_of: the batch of so many rows whose memory is asked for.
         rows: how many there will be.
         delta_bytes: of what was attached.
+        before: ``at_rest`` of the backbone, ahead of what was attached; left out, what is attached counts as there before.
         timed: the same, of the batch whose time is asked for.
         seconds: that a step of the trial may take.
     """
     timed = timed or batch_of
     with keeping_freed():
-        kernels, one = _first(steps, batch_of(1))
+        start = at_rest(steps.backbone) if before is None else before
+        one = min(_timed(steps, batch_of(1), turns=1))
+        settled = at_rest(steps.backbone)
         memory = _memory(steps, batch_of, rows)
         wanted = delta_bytes + max(memory.live, memory.heap or 0)
-        few = _affordable(rows, one, seconds, wanted)
-        trial = _trial(steps, timed, rows, few)
-    on_cpu = next(steps.backbone.parameters()).device.type == "cpu"
-    settled = on_cpu and memory.heap is not None and kernels is not None
+        trial = _trial(steps, timed, rows, _affordable(rows, one, seconds, wanted))
+    lengths = _length(batch_of(rows)), _length(timed(rows))
+    others = _others(memory, steps, timed, trial, same=trial.rows[-1] == rows and lengths[0] == lengths[1])
+    grew = None if start is None or settled is None else settled - start
     return Estimate(
         rows=rows,
-        tokens=(_length(batch_of(rows)), _length(timed(rows))),
+        tokens=lengths,
         live_bytes=delta_bytes + memory.live,
-        resident_bytes=delta_bytes + (memory.heap or 0) + (kernels or 0) if settled else None,
+        resident_bytes=_sum(grew, trial.resident, others) if _is_on_cpu(steps.backbone) else None,
         backbone_bytes=_backbone_bytes(steps.backbone),
-        seconds=trial[0],
-        processor_seconds=trial[1],
-        timed_rows=few,
+        seconds=trial.seconds,
+        processor_seconds=trial.processor_seconds,
+        timed_rows=trial.rows,
         counted=memory.counted,
     )
 
 
-def _first(steps: Steps, batch: Batch) -> tuple[int | None, float]:
-    """What the kernels keep for themselves, in bytes, from a step on one row; and its seconds, when it is warm."""
-    _read(steps.backbone)
-    before = resident()
-    with peak_memory() as peak, live_tensors() as live:
-        start = len(live.course)
-        with steps.taking() as step:
-            step(batch)
-    heap = grown(_since(live, start), KEEPING)
-    kernels = None if before is None or heap is None else max(0, peak.bytes - before - heap)
-    return kernels, min(_timed(steps, batch, turns=1))
+def at_rest(backbone: nn.Module) -> int | None:
+    """Bytes of the process with the backbone in memory and nothing that it could give back; None where the system does not tell."""
+    gc.collect()
+    _read(backbone)
+    give_back()
+    return resident()
+
+
+def _others(memory: Memory, steps: Steps, timed: Callable[[int], Batch], trial: Trial, *, same: bool) -> int | None:
+    """What the heap grows by from the trial's largest batch to the one that is asked for; None where the C library does not tell."""
+    heap = memory.heap if same else _memory(steps, timed, trial.rows[-1]).heap
+    return None if heap is None or memory.heap is None else memory.heap - heap
 
 
 def _memory(steps: Steps, batch_of: Callable[[int], Batch], rows: int) -> Memory:
@@ -178,12 +202,14 @@ def _affordable(rows: int, one: float, seconds: float, wanted: int) -> tuple[int
     return (max(1, most // 2), 2 * max(1, most // 2))
 
 
-def _trial(steps: Steps, batch_of: Callable[[int], Batch], rows: int, few: tuple[int, ...]) -> tuple[float, float]:
-    """Seconds of a step, by the clock and of the processor."""
-    found = [_timed(steps, batch_of(count)) for count in few]
-    if len(found) == 1:
-        return found[0]
-    return _line(few[0], found[0][0], found[1][0], rows), _line(few[0], found[0][1], found[1][1], rows)
+def _trial(steps: Steps, batch_of: Callable[[int], Batch], rows: int, few: tuple[int, ...]) -> Trial:
+    """Steps of a few rows each, continued to all."""
+    before = at_rest(steps.backbone)
+    with peak_memory() as peak:
+        found = [_timed(steps, batch_of(count)) for count in few]
+    grew = None if before is None else max(0, peak.bytes - before)
+    clock, processor = found[0] if len(found) == 1 else (_line(few[0], a, b, rows) for a, b in zip(*found, strict=True))
+    return Trial(few, clock, processor, grew)
 
 
 def _timed(steps: Steps, batch: Batch, turns: int = TURNS) -> tuple[float, float]:
@@ -206,6 +232,16 @@ def _read(backbone: nn.Module) -> None:
     for tensor in backbone.parameters():
         if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.untyped_storage().nbytes():
             torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::PAGE].sum()
+
+
+def _sum(*parts: int | None) -> int | None:
+    """None where one of them is."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _is_on_cpu(backbone: nn.Module) -> bool:
+    return next(backbone.parameters()).device.type == "cpu"
 
 
 def _backbone_bytes(backbone: nn.Module) -> int:

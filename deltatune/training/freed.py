@@ -42,7 +42,14 @@ def keeping_freed() -> Iterator[None]:
             libc.mallopt(MMAP_MAX, 65536)
             libc.mallopt(MMAP_THRESHOLD, 32 * MIB)  # where glibc itself arrives once a large tensor was freed
             libc.mallopt(TRIM_THRESHOLD, 64 * MIB)
-            libc.malloc_trim(0)
+            give_back()
+
+
+def give_back() -> None:
+    """Whole pages that hold nothing go back to the system, also within ``keeping_freed``; does nothing where the C library is not glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 @functools.cache

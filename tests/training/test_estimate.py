@@ -16,7 +16,7 @@ from deltatune.methods.kinds import Method
 from deltatune.methods.making import make
 from deltatune.training import forecast as forecasting
 from deltatune.training.estimate import estimate
-from deltatune.training.forecast import Memory, forecast
+from deltatune.training.forecast import Memory, Trial, forecast
 from deltatune.training.freed import KEEPING, _glibc
 from deltatune.training.heap import grown
 from deltatune.training.live import held_bytes, live_tensors
@@ -122,11 +122,23 @@ def test_an_estimate_is_of_few_rows_where_a_step_takes_too_long(monkeypatch: pyt
 
 def test_forecast_puts_the_parts_together(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = steps_of(backbone("bert"), make("lora", {}))
-    monkeypatch.setattr(forecasting, "_first", lambda steps, batch: (7_000, 0.01))
-    monkeypatch.setattr(forecasting, "_memory", lambda steps, batch_of, rows: Memory(1_000, 2_000))
-    found = forecast(steps, batch_of, ROWS, delta_bytes=100)
-    assert (found.live_bytes, found.resident_bytes, found.rows, found.tokens) == (1_100, 9_100, ROWS, (LENGTH, LENGTH))
-    assert found.timed_rows == (ROWS,) and found.seconds > 0 and found.counted == "shapes"
+    monkeypatch.setattr(forecasting, "at_rest", lambda backbone: 50_000)
+    monkeypatch.setattr(forecasting, "_memory", lambda steps, batch_of, rows: Memory(1_000, 2_000 * rows))
+    monkeypatch.setattr(forecasting, "_trial", lambda steps, timed, rows, few: Trial((2, 4), 0.5, 0.7, 7_000))
+    found = forecast(steps, batch_of, ROWS, delta_bytes=100, before=49_000)
+    assert (found.live_bytes, found.rows, found.tokens) == (1_100, ROWS, (LENGTH, LENGTH))
+    assert found.resident_bytes == 1_000 + 7_000 + 2_000 * (ROWS - 4)
+    assert (found.timed_rows, found.seconds, found.counted) == ((2, 4), 0.5, "shapes")
+    monkeypatch.setattr(forecasting, "_memory", lambda steps, batch_of, rows: Memory(1_000, None))
+    assert forecast(steps, batch_of, ROWS, before=49_000).resident_bytes is None, "a C library that does not tell"
+
+
+def test_a_process_grows_by_what_its_steps_touch_and_no_less_than_their_tensors() -> None:
+    steps = steps_of(backbone("bert"), make("lora", {}))
+    trial = forecasting._trial(steps, batch_of, ROWS, (ROWS,))
+    assert trial.resident is not None and trial.resident > held(steps)
+    few = forecasting._trial(steps, batch_of, ROWS, (2, 4))
+    assert few.rows == (2, 4) and few.resident is not None and few.seconds > 0
 
 
 def test_estimate_of_a_run_leaves_a_given_model_as_it_is() -> None:
