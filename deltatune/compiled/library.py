@@ -38,11 +38,20 @@ def is_compiled() -> bool:
 def _tell_shapes() -> None:
     """What the loops for training give, for tensors without numbers."""
 
-    def forward(x: Tensor, W: list[Tensor], b: list[Tensor | None], A: list[Tensor], B: list[Tensor], folded: bool) -> list[Tensor]:
+    def forward(
+        x: Tensor, W: list[Tensor], b: list[Tensor | None], A: list[Tensor], B: list[Tensor], s: list[float], folded: bool
+    ) -> list[Tensor]:
         return [x.new_empty(*x.shape[:-1], one.shape[0]) for one in W]
 
     def backward(
-        x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], gradient: list[Tensor | None], folded: bool, needs_x: bool
+        x: Tensor,
+        W: list[Tensor],
+        A: list[Tensor],
+        B: list[Tensor],
+        s: list[float],
+        gradient: list[Tensor | None],
+        folded: bool,
+        needs_x: bool,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return x.new_empty(x.shape if needs_x else (0,)), [torch.empty_like(one) for one in A], [torch.empty_like(one) for one in B]
 

@@ -1,8 +1,8 @@
 """The lean way of a low-rank change on one linear map: the same numbers with fewer passes over x and y.
 
-    x', h = x, x A                    ahead of the module, which is given x'
-    y <- y + h B                    behind it, added in place
-    dL/dx = dL/dx' + (dL/dh) A^T      backward, added in place to what the module has computed
+    x', h = x, A x^T                  ahead of the module, which is given x'
+    y <- y + h^T (s B)^T             behind it, added in place
+    dL/dx = dL/dx' + (dL/dh)^T A      backward, added in place to what the module has computed
 
 The plain way, a patch's own ``forward``, makes a tensor of y's size for the product, one for the scaled product and one for the
 sum, and backward two of x's and y's size. It stays the definition: whatever the lean way cannot do exactly runs plainly
@@ -23,7 +23,7 @@ from deltatune.methods.kinds import LowRank
 
 
 class Shrink(torch.autograd.Function):
-    """x -> x, A^T x^T for x (..., in) and A (in, r).
+    """x -> x, A x^T for x (..., in) and A (r, in).
 
     What is small is kept with its few rows outermost, (r, tokens): products of that shape are up to four times as fast.
     """
@@ -32,17 +32,17 @@ class Shrink(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """x itself, as a view, and h (r, tokens)."""
         ctx.save_for_backward(x, A)
-        return x.view_as(x), A.T @ _flat(x).T
+        return x.view_as(x), A @ _flat(x).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the module gave back for x, and in place what h adds."""
         g_x, g_h = gradients
         x, A = ctx.saved_tensors
-        g_A = (g_h @ _flat(x)).T if ctx.needs_input_grad[1] else None
+        g_A = g_h @ _flat(x) if ctx.needs_input_grad[1] else None
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            return g_x + (g_h.T @ A.T).view_as(g_x), g_A
-        return _flat(g_x).addmm_(g_h.T, A.T).view_as(g_x), g_A  # on a copy where it is not contiguous
+            return g_x + (g_h.T @ A).view_as(g_x), g_A
+        return _flat(g_x).addmm_(g_h.T, A).view_as(g_x), g_A  # on a copy where it is not contiguous
 
 
 class Expand(torch.autograd.Function):
@@ -89,8 +89,8 @@ class Lean:
             return None
         return cls(member, member.patch)
 
-    def factors(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A and B in x's type; None where this forward has to run plainly."""
+    def factors(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in) and B (out, r) in x's type, and s; None where this forward has to run plainly."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or is_watched(module):
             return None
         if torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None:
@@ -98,8 +98,8 @@ class Lean:
         found = self.patch.factors()
         if found is None:
             return None
-        A, B = found
-        return A.to(x.dtype), B.to(x.dtype)
+        A, B, s = found
+        return A.to(x.dtype), B.to(x.dtype), s
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -108,20 +108,20 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def before(lean: Lean, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """What the module is to be given, and h with B for ``after``; None where this forward runs plainly."""
+    """What the module is to be given, and h with (s B)^T for ``after``; None where this forward runs plainly."""
     factors = lean.factors(module, x)
     if factors is None:
         return x, None
-    A, B = factors
-    B = B.contiguous()
+    A, B, s = factors
+    turned = (s * B).T.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         x, h = Shrink.apply(x, A)  # type: ignore[no-untyped-call]
     else:
-        h = A.T @ _flat(x).T
-    return x, (h, B)
+        h = A @ _flat(x).T
+    return x, (h, turned)
 
 
 def after(y: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
-    """y + h^T B."""
-    h, B = kept
-    return Expand.apply(y, h, B)  # type: ignore[no-any-return, no-untyped-call]
+    """y + h^T (s B)^T."""
+    h, turned = kept
+    return Expand.apply(y, h, turned)  # type: ignore[no-any-return, no-untyped-call]

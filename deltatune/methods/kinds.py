@@ -212,10 +212,10 @@ class Mergeable(Protocol):
 
 @runtime_checkable
 class LowRank(Protocol):
-    """An output patch on a linear map that is y + (x A) B."""
+    """An output patch on a linear map that is y + s (x A^T) B^T."""
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A (in, r) and B (r, out), with gradients to what trains; None while it is more than that, as with dropout."""
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in), B (out, r) and s, with gradients to what trains; None while it is more than that, as with dropout."""
 
 
 @runtime_checkable

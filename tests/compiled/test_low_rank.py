@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.injection import fused
-from deltatune.injection.fused import Fused, Operands, has_loops
+from deltatune.injection.fused import Operands, has_loops, outputs_of
 from deltatune.methods import LoRA
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -21,15 +22,16 @@ def maps(width: int, rank: int, outs: Sequence[int], bias: bool) -> list[Operand
         Operands(
             torch.randn(out, width) / width**0.5,
             torch.randn(out) if bias else None,
-            (torch.randn(width, rank) / width**0.5).requires_grad_(),
-            torch.randn(rank, out).requires_grad_(),
+            (torch.randn(rank, width) / width**0.5).requires_grad_(),
+            torch.randn(out, rank).requires_grad_(),
+            0.5 + place,
         )
-        for out in outs
+        for place, out in enumerate(outs)
     ]
 
 
 def gradients(x: Tensor, folded: bool, operands: list[Operands], used: slice) -> list[Tensor]:
-    outputs = Fused.apply(x, folded, *(tensor for one in operands for tensor in (one.W, one.b, one.A, one.B)))
+    outputs = outputs_of(x, operands, folded)
     wanted = [x, *(tensor for one in operands[used] for tensor in (one.A, one.B))]
     loss = sum((y.sin() * torch.arange(y.numel()).view(y.shape)).mean() for y in outputs[used])
     return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, wanted)]
@@ -55,15 +57,15 @@ def test_any_order_of_memory_and_gradients_in_the_same() -> None:
     """Of a parameter that is seen turned, such as LoRA's, nothing has to be copied; views with gaps are read as well."""
     torch.manual_seed(0)
     x, plain = torch.randn(2, 9, 40), maps(40, 8, (24, 33), bias=True)
-    turned = [Operands(one.W, one.b, one.A.detach().T.contiguous().T, one.B.detach().T.contiguous().T) for one in plain]
-    spread = [Operands(one.W, one.b, torch.stack([one.A.detach()] * 2, -1)[..., 0], one.B.detach().repeat(2, 1)[:8]) for one in plain]
+    turned = [replace(one, A=one.A.detach().T.contiguous().T, B=one.B.detach().T.contiguous().T) for one in plain]
+    spread = [replace(one, A=torch.stack([one.A.detach()] * 2, -1)[..., 0], B=one.B.detach().repeat(2, 1)[: len(one.B)]) for one in plain]
     found = gradients(x.requires_grad_(), False, plain, slice(None))
     for others in (turned, spread):
         for one in others:
             one.A.requires_grad_(), one.B.requires_grad_()
         for mine, other in zip(gradients(x, False, others, slice(None)), found, strict=True):
             torch.testing.assert_close(mine, other)
-    raw = torch.ops.deltatune.low_rank_backward(x, [turned[0].W], [turned[0].A], [turned[0].B], [torch.randn(2, 9, 24)], False, True)
+    raw = torch.ops.deltatune.low_rank_backward(x, [turned[0].W], [turned[0].A], [turned[0].B], [2.0], [torch.randn(2, 9, 24)], False, True)
     assert raw[1][0].stride() == turned[0].A.stride() and raw[2][0].stride() == turned[0].B.stride()
 
 

@@ -220,7 +220,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     calls: list[tuple[int, bool]] = []
     own = Fused.forward
     monkeypatch.setattr(
-        Fused, "forward", staticmethod(lambda ctx, x, folded, *rest: calls.append((len(rest) // 4, folded)) or own(ctx, x, folded, *rest))
+        Fused, "forward", staticmethod(lambda ctx, x, folded, s, *rest: calls.append((len(s), folded)) or own(ctx, x, folded, s, *rest))
     )
     return calls
 

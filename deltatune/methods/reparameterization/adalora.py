@@ -211,15 +211,15 @@ class TripletLinear(OutputPatch):
         h = F.linear(x.to(y.dtype), own.Q.to(y.dtype)) * own.Lambda.to(y.dtype)  # (..., r)
         return y + own.scale * F.linear(h, own.P.to(y.dtype))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Q^T and (s P diag(Lambda))^T."""
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Q, P diag(Lambda) and s."""
         own = self.triplets
-        return own.Q.T, own.scale * (own.P * own.Lambda).T
+        return own.Q, own.P * own.Lambda, own.scale
 
     def lane(self) -> Lane:
         """The factors."""
-        A, B = self.factors()
-        return Lane("low-rank", {"A": A, "B": B}, (0.0,))
+        A, B, scale = self.factors()
+        return Lane("low-rank", {"A": A.T, "B": scale * B.T}, (0.0,))
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(Lambda) Q."""

@@ -130,9 +130,9 @@ class LoRALinear(OutputPatch):
         h = F.linear(x, self.lora_A.to(y.dtype))  # (..., rank)
         return y + F.linear(h, self.lora_B.to(y.dtype)) * self.scale
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A^T and (s B)^T."""
-        return None if self.dropout and self.training else (self.lora_A.T, self.scale * self.lora_B.T)
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s."""
+        return None if self.dropout and self.training else (self.lora_A, self.lora_B, self.scale)
 
     def lane(self) -> Lane:
         """(x A^T) (s B)^T."""
