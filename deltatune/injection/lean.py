@@ -90,16 +90,19 @@ class Lean:
         return cls(member, member.patch)
 
     def factors(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """A (r, in) and B (out, r) in x's type, and s; None where this forward has to run plainly."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or is_watched(module):
-            return None
-        if torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None:
-            return None
-        found = self.patch.factors()
+        """A (r, in) and B (out, r) in x's type, and s; None where the module has to run plainly."""
+        found = None if is_watched(module) else self.patch.factors()
         if found is None:
             return None
         A, B, s = found
-        return A.to(x.dtype), B.to(x.dtype), s
+        return (A, B, s) if A.dtype == B.dtype == x.dtype else (A.to(x.dtype), B.to(x.dtype), s)
+
+
+def is_special(x: Tensor) -> bool:
+    """This forward is compiled, traced, transformed or under autocast: it runs plainly, whatever the module."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return True
+    return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -108,7 +111,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def before(lean: Lean, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """What the module is to be given, and h with (s B)^T for ``after``; None where this forward runs plainly."""
+    """What the module is to be given, and h with (s B)^T for ``after``; None where the module runs plainly."""
     factors = lean.factors(module, x)
     if factors is None:
         return x, None

@@ -179,6 +179,8 @@ class OutputAct(Act):
         self, way: lean.Lean, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs, self.names)
+        if lean.is_special(x):
+            return args, kwargs
         y = self._sharing.output(way, module, x, partner)
         if y is not None:
             self._kept[thread_key()] = y

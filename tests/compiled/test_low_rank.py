@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deltatune as dt
 from deltatune.injection import fused
@@ -107,3 +108,55 @@ def test_a_single_map_runs_in_them_as_well(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fused, "has_loops", lambda *given: False)
     for one, other in zip(found, torch.autograd.grad(model(x).square().sum(), list(delta.parameters())), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["beside", "folded"])
+def test_a_gradient_of_the_gradient(folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, operands = torch.randn(2, 5, 12).requires_grad_(), maps(12, 4, (9, 7), bias=True)
+
+    def twice() -> list[Tensor]:
+        y, _ = outputs_of(x, operands, folded)
+        (slope,) = torch.autograd.grad(y.sin().sum(), [x], create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), [x, operands[0].A, operands[0].B]))
+
+    found = twice()
+    monkeypatch.setattr(fused, "is_compiled", lambda: False)
+    for one, other in zip(found, twice(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_learn_as_well() -> None:
+    """Where some maps have one, and some of those learn."""
+    torch.manual_seed(0)
+    x, (one, two, three) = torch.randn(3, 12), maps(12, 4, (9, 7, 8), bias=True)
+    assert two.b is not None and three.b is not None
+    operands = [replace(one, b=None), replace(two, b=two.b.requires_grad_()), three]
+    y = outputs_of(x, operands, False)
+    sum(part.square().sum() for part in y).backward()
+    torch.testing.assert_close(two.b.grad, 2 * y[1].detach().sum(0))
+    assert three.b.grad is None and one.W.grad is None and x.grad is None
+    assert all(entry.A.grad is not None and entry.B.grad is not None for entry in operands)
+
+
+def test_tensors_without_numbers_find_their_way() -> None:
+    with FakeTensorMode():
+        x, operands = torch.randn(2, 5, 12).requires_grad_(), maps(12, 4, (9, 7), bias=True)
+        y = outputs_of(x, operands, False)
+        sum(part.sum() for part in y).backward()
+    assert [part.shape for part in y] == [(2, 5, 9), (2, 5, 7)]
+    assert x.grad is not None and x.grad.shape == x.shape and operands[1].B.grad is not None
+
+
+def test_what_is_kept_passes_the_hooks_of_whoever_keeps_it() -> None:
+    """Recomputing and checkpointing replace saved tensors; x changed behind the forward is noticed."""
+    x, operands = torch.randn(4, 12).requires_grad_(), maps(12, 4, (9,), bias=False)
+    seen: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+        outputs_of(x, operands, False)
+    assert {tensor.data_ptr() for tensor in seen} == {one.data_ptr() for one in (x, operands[0].W, operands[0].A, operands[0].B)}
+    inner = x * 1
+    (y,) = outputs_of(inner, operands, False)
+    inner.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
