@@ -14,7 +14,8 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Case:
         framing: with a head or in words.
         kind: what PEFT calls that.
         targets: queries and values, as PEFT names them.
+        steps: that are taken.
+        rows: that are scored, each time.
     """
 
     backbone: str
@@ -51,6 +54,8 @@ class Case:
     framing: str
     kind: str
     targets: tuple[str, str]
+    steps: int = 60
+    rows: int = 256
 
 
 KINDS = {"SEQ_CLS": "encoder", "CAUSAL_LM": "decoder"}
@@ -58,7 +63,7 @@ KINDS = {"SEQ_CLS": "encoder", "CAUSAL_LM": "decoder"}
 CASES = {
     "minilm, head, sentences": Case("minilm", "glue-sst2", "head", "SEQ_CLS", ("query", "value")),
     "minilm, head, news": Case("minilm", "ag-news", "head", "SEQ_CLS", ("query", "value")),
-    "smollm2-135m, words, news": Case("smollm2-135m", "ag-news", "text2text", "CAUSAL_LM", ("q_proj", "v_proj")),
+    "smollm2-135m, words, news": Case("smollm2-135m", "ag-news", "text2text", "CAUSAL_LM", ("q_proj", "v_proj"), steps=16, rows=64),
 }
 
 
@@ -66,35 +71,36 @@ def framed(case: Case, data: TaskData) -> Framing:
     return framings[case.framing].make(data.task, load_tokenizer(case.backbone), How(max_length=LENGTH, kind=KINDS[case.kind]))
 
 
-def ours(case: Case, data: TaskData, steps: int, rows: int) -> float:
+def ours(case: Case, data: TaskData) -> float:
     """Seconds of a run."""
     backbone = load_backbone(case.backbone, auto_class=framed(case, data).auto_class, **framed(case, data).backbone_options)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         dt.train(
             backbone, data, LoRA(rank=8), where=["attention.query", "attention.value"], tokenizer=load_tokenizer(case.backbone),
-            framing=case.framing, out=Path(folder) / "run", lr=RATE, max_steps=steps, batch_size=BATCH, max_length=LENGTH, evaluations=2,
-            eval_rows=rows, test_rows=rows, progress="none",
+            framing=case.framing, out=Path(folder) / "run", lr=RATE, max_steps=case.steps, batch_size=BATCH, max_length=LENGTH,
+            evaluations=2, eval_rows=case.rows, test_rows=case.rows, progress="none",
         )  # fmt: skip
     return time.perf_counter() - began
 
 
-def theirs(case: Case, data: TaskData, steps: int, rows: int) -> float:
+def theirs(case: Case, data: TaskData) -> float:
     """The same of ``Trainer``."""
     framing = framed(case, data)
     backbone = load_backbone(case.backbone, auto_class=framing.auto_class, **framing.backbone_options)
     began = time.perf_counter()
     train, validation, test = (
         [dict(row) for row in framing.encode(part)]
-        for part in (data.train, subset(data.task, data.validation, rows), subset(data.task, data.test, rows))
+        for part in (data.train, subset(data.task, data.validation, case.rows), subset(data.task, data.test, case.rows))
     )
     config = peft.LoraConfig(task_type=case.kind, r=8, lora_alpha=16, target_modules=list(case.targets))
     words = case.framing != "head"
     collator = (DataCollatorForSeq2Seq if words else DataCollatorWithPadding)(framing.tokenizer)
     with tempfile.TemporaryDirectory() as folder, quiet():
         arguments = TrainingArguments(
-            folder, max_steps=steps, learning_rate=RATE, per_device_train_batch_size=BATCH, report_to=[], disable_tqdm=True, seed=0,
-            eval_strategy="steps", eval_steps=max(1, steps // 2), save_strategy="no", logging_strategy="no", prediction_loss_only=words,
+            folder, max_steps=case.steps, learning_rate=RATE, per_device_train_batch_size=BATCH, report_to=[], disable_tqdm=True,
+            seed=0, eval_strategy="steps", eval_steps=max(1, case.steps // 2), save_strategy="no", logging_strategy="no",
+            prediction_loss_only=words,
         )  # fmt: skip
         trainer = Trainer(
             peft.get_peft_model(backbone, config), arguments, train_dataset=train, eval_dataset=validation, data_collator=collator
@@ -111,18 +117,19 @@ def tokens_of(case: Case, data: TaskData) -> float:
     return sum(lengths) / len(lengths)
 
 
-def measure(case: Case, steps: int, rows: int, rounds: int) -> dict[str, Any]:
+def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Both in turns."""
     data = load_task(case.task)
-    runs: dict[str, Callable[[Case, TaskData, int, int], float]] = {"ours": ours, "theirs": theirs}
+    runs: dict[str, Callable[[Case, TaskData], float]] = {"ours": ours, "theirs": theirs}
     for run in runs.values():
-        run(case, data, 1, 8)  # what is imported and converted once
-    seconds = interleave({name: (lambda run=run: run(case, data, steps, rows)) for name, run in runs.items()}, rounds)
-    tokens = steps * BATCH * tokens_of(case, data)
+        run(replace(case, steps=1, rows=8), data)  # what is imported and converted once
+    seconds = interleave({name: partial(run, case, data) for name, run in runs.items()}, rounds)
+    tokens = case.steps * BATCH * tokens_of(case, data)
     pairs = sorted(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
     return {
         "ours / theirs": round(pairs[len(pairs) // 2], 3),
         "bar": 1.5,
+        "steps": case.steps,
         "tokens a row": round(tokens_of(case, data), 1),
         "tokens a second": {name: [round(tokens / one) for one in found] for name, found in seconds.items()},
     }
@@ -131,10 +138,8 @@ def measure(case: Case, steps: int, rows: int, rounds: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases; all if left out")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     torch.manual_seed(0)
-    found = {name: measure(CASES[name], asked.steps, asked.rows, asked.rounds) for name in asked.names or CASES}
-    report(f"tokens a second of runs of {asked.steps} steps with scoring, ours beside Trainer + PEFT", **found)
+    found = {name: measure(CASES[name], asked.rounds) for name in asked.names or CASES}
+    report("tokens a second of whole runs with scoring, ours beside Trainer + PEFT", **found)

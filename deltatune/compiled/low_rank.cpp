@@ -18,6 +18,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -152,15 +153,17 @@ class Sums {
   float* of(int64_t thread) { return values.data() + thread * rank * width; }
 
   // Of all threads, into M (R, width), whatever its order of memory.
-  void into(const at::Tensor& M) const {
-    const int64_t down = M.stride(0), right = M.stride(1);
-    float* to = M.mutable_data_ptr<float>();
-    for (int64_t r = 0; r < rank; ++r)
-      for (int64_t k = 0; k < width; ++k) {
-        float sum = 0;
-        for (int64_t t = 0; t < threads; ++t) sum += values[(t * rank + r) * width + k];
-        to[r * down + k * right] = sum;
-      }
+  void into(const at::Tensor& M) {
+    const int64_t size = rank * width, down = M.stride(0), right = M.stride(1);
+    float *sum = values.data(), *to = M.mutable_data_ptr<float>();
+    for (int64_t t = 1; t < threads; ++t)
+      for (int64_t i = 0; i < size; ++i) sum[i] += sum[t * size + i];
+    if (right == 1) {
+      for (int64_t r = 0; r < rank; ++r) std::copy_n(sum + r * width, width, to + r * down);
+    } else {
+      for (int64_t k = 0; k < width; ++k)
+        for (int64_t r = 0; r < rank; ++r) to[r * down + k * right] = sum[r * width + k];
+    }
   }
 
  private:
