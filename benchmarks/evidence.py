@@ -23,11 +23,13 @@ from deltatune.study.driver import Driver
 from deltatune.study.exchange import take_results
 from deltatune.study.experiments import experiments
 from deltatune.study.experiments.experiment import judged
+from deltatune.study.progress import Progress
 from deltatune.study.report.folder import write_report
 from deltatune.study.report.report import evidence_of
 from deltatune.study.runner.ray import Resources, ray_runner
 from deltatune.study.shows import Lines
 from deltatune.study.store.store import Store
+from deltatune.study.trial import Trial
 
 EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 RUNS = Path("runs")
@@ -43,6 +45,22 @@ def entered(store: Store, experiment: str) -> str:
     return study.name
 
 
+class Until(Lines):
+    """A line a trial; nothing begins once the time is up.
+
+    The timer's interruption alone would do, if Python did not drop one that arrives while it is clearing something away.
+    """
+
+    def __init__(self, end: float) -> None:
+        super().__init__()
+        self.end = end
+
+    def started(self, trial: Trial, progress: Progress) -> None:
+        """Nothing, or the end."""
+        if time.monotonic() >= self.end:
+            raise KeyboardInterrupt
+
+
 def run(store: Store, names: Sequence[str], minutes: float, workers: int) -> None:
     """One experiment after the other until the time is up."""
     end = time.monotonic() + 60 * minutes
@@ -51,7 +69,7 @@ def run(store: Store, names: Sequence[str], minutes: float, workers: int) -> Non
         timer = Timer(max(0.0, end - time.monotonic()), _thread.interrupt_main)
         try:
             timer.start()
-            Driver(store, name, RUNS / "studies" / name, ray_runner(Resources(workers=workers, cpus=1)), Lines()).run()
+            Driver(store, name, RUNS / "studies" / name, ray_runner(Resources(workers=workers, cpus=1)), Until(end)).run()
         except KeyboardInterrupt:
             print(f"{experiment}: stopped", file=sys.stderr)
             return
